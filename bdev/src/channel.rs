@@ -1,0 +1,147 @@
+//! Channels: reactor-local queue pairs to a bdev.
+
+use resilver_reactor::{Armed, Context};
+use resilver_sys::{BufferSlice, WaitSet};
+
+use crate::io::{BdevIo, Completion, IoKind};
+
+/// What a channel accepts. Fixed while the channel lives; a resize replaces the channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of a block: offsets and lengths are multiples of it.
+    pub block_size: u32,
+    /// Blocks of the device.
+    pub num_blocks: u64,
+    /// Largest read or write, bytes.
+    pub max_transfer: u32,
+    /// Most buffer slices of one read or write.
+    pub max_segments: u32,
+    /// Largest unmap or write-zeroes, bytes.
+    pub max_unmap: u64,
+    /// Whether [`IoKind::Unmap`] is worth sending. Sent all the same it succeeds and does nothing.
+    pub unmap: bool,
+    /// Whether a [`IoKind::WriteZeroes`] that may unmap deallocates.
+    pub zeroes_unmap: bool,
+    /// The best size and alignment for a copy or a guest, bytes: a hint.
+    pub optimal_io: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+impl Limits {
+    /// Bytes of the device.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.num_blocks.saturating_mul(u64::from(self.block_size))
+    }
+
+    /// Whether `io` fits the device: aligned, within its size, writable if it writes. What a guest sends is checked with
+    /// this once, at the top.
+    #[must_use]
+    pub fn admits(&self, io: &BdevIo) -> bool {
+        let block = u64::from(self.block_size);
+        io.kind == IoKind::Flush
+            || (io.offset.is_multiple_of(block)
+                && io.length.is_multiple_of(block)
+                && io.offset.checked_add(io.length).is_some_and(|end| end <= self.size()))
+    }
+}
+
+/// Completions on their way up: a fixed array that is filled by a child's poll and emptied by the parent's.
+#[derive(Debug)]
+pub struct CompletionBatch {
+    items: Box<[Completion]>,
+    len: usize,
+}
+
+impl CompletionBatch {
+    /// A batch for `capacity` completions.
+    #[must_use]
+    pub fn with_capacity(capacity: usize) -> Self {
+        let empty = Completion { tag: crate::io::Tag(u32::MAX), result: Ok(()) };
+        Self { items: vec![empty; capacity.max(1)].into_boxed_slice(), len: 0 }
+    }
+
+    /// Room left. A child keeps what does not fit for the next poll.
+    #[inline]
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.items.len() - self.len
+    }
+
+    /// Adds one. Panics without room: a child must ask first.
+    #[inline]
+    pub fn push(&mut self, completion: Completion) {
+        assert!(self.len < self.items.len(), "a completion batch overflows");
+        self.items[self.len] = completion;
+        self.len += 1;
+    }
+
+    /// The completions.
+    #[inline]
+    #[must_use]
+    pub fn as_slice(&self) -> &[Completion] {
+        &self.items[..self.len]
+    }
+
+    /// The `index`th completion, for a parent that changes itself while it walks the batch.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<Completion> {
+        self.as_slice().get(index).copied()
+    }
+
+    /// Empties the batch.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+}
+
+/// A reactor-local queue pair to one bdev.
+///
+/// The parent asks [`IoChannel::free`], submits, commits once a turn and polls. What is submitted completes exactly once, in
+/// any order, by `poll`; never inside `submit`. Overlapping I/O in flight has no order among itself.
+pub trait IoChannel: Send {
+    /// What the channel accepts.
+    fn limits(&self) -> &Limits;
+
+    /// How many more I/Os of this kind may be submitted now. Kinds may have slots of their own, so that stuck writes do not
+    /// take what reads need.
+    fn free(&self, kind: IoKind) -> u32;
+
+    /// Takes one I/O. Requires `free(io.kind) > 0` and an I/O within [`Limits`]; may split it inside. `payload` is copied,
+    /// the bytes it names are leased or copied before their region can go.
+    fn submit(&mut self, cx: &Context<'_>, io: BdevIo, payload: &[BufferSlice]);
+
+    /// Publishes what was submitted: once a turn, at most one system call.
+    fn commit(&mut self, cx: &Context<'_>);
+
+    /// Moves things on and hands over what has completed, as much as fits.
+    fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch);
+
+    /// I/O submitted and not yet handed over as completed.
+    fn in_flight(&self) -> u32;
+
+    /// Called on the reactor's thread when the channel has moved in: register memory.
+    fn attach(&mut self, cx: &Context<'_>) {
+        let _ = cx;
+    }
+
+    /// Called on the reactor's thread before the channel moves out.
+    fn detach(&mut self, cx: &Context<'_>) {
+        let _ = cx;
+    }
+
+    /// The reactor is about to sleep: as [`resilver_reactor::Poller::arm`]. A channel whose completions cost no
+    /// notification answers [`Armed::Ready`] while I/O is in flight.
+    fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {
+        let _ = (cx, set);
+        if self.in_flight() > 0 { Armed::Ready } else { Armed::Until(None) }
+    }
+
+    /// The sleep is over.
+    fn disarm(&mut self, cx: &Context<'_>) {
+        let _ = cx;
+    }
+}

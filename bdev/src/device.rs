@@ -1,0 +1,211 @@
+//! The control side of a block device.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::channel::IoChannel;
+use crate::stats::IoStats;
+
+/// Size of a bdev.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes of a block.
+    pub block_size: u32,
+    /// Blocks.
+    pub num_blocks: u64,
+}
+
+impl Geometry {
+    /// Bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.num_blocks.saturating_mul(u64::from(self.block_size))
+    }
+}
+
+/// What file a bdev stands for, however it is spelled: the test for "the same file by another path".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// Device number of the file system, or of the block device itself for a block special file.
+    pub device: u64,
+    /// Inode number; zero for a block special file.
+    pub inode: u64,
+    /// The canonical path it was opened by.
+    pub path: PathBuf,
+}
+
+impl FileIdentity {
+    /// Whether both name one file.
+    #[must_use]
+    pub fn same_file(&self, other: &Self) -> bool {
+        self.device == other.device && self.inode == other.inode
+    }
+}
+
+/// A piece of a disk that is all data or all hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Whether it is known to read zero because nothing is allocated there.
+    pub hole: bool,
+}
+
+/// One fact that a module wants an operator to see.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Detail {
+    /// A word or a path.
+    Text(String),
+    /// A count or size.
+    Number(u64),
+    /// Yes or no.
+    Flag(bool),
+}
+
+/// Why something cannot be done with a bdev. Every message says what is wrong and, where there is one, the way out.
+#[derive(Debug, thiserror::Error)]
+pub enum BdevError {
+    /// No bdev has this name.
+    #[error("there is no bdev named '{0}'; bdev_get_bdevs lists them")]
+    NotFound(String),
+    /// The name is taken.
+    #[error("a bdev named '{0}' exists already; choose another name")]
+    Exists(String),
+    /// A parameter is out of range.
+    #[error("{parameter} is {value}: {expected}")]
+    Invalid {
+        /// The parameter's name.
+        parameter: &'static str,
+        /// What was given.
+        value: String,
+        /// What would have been accepted.
+        expected: String,
+    },
+    /// The file or device could not be opened, locked or asked.
+    #[error("{action} '{path}' failed: {source}{hint}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+        /// What to do about it, beginning with a separator; empty where there is nothing to add.
+        hint: String,
+    },
+    /// Somebody has it locked.
+    #[error("'{path}' is in use: {holder}; stop that user first")]
+    Locked {
+        /// The path.
+        path: PathBuf,
+        /// Who holds the lock, as far as can be told.
+        holder: String,
+    },
+    /// The bdev is used in a way that excludes what was asked.
+    #[error("bdev '{name}' is in use: {by}")]
+    Busy {
+        /// The bdev.
+        name: String,
+        /// By what.
+        by: String,
+    },
+    /// The module cannot do that.
+    #[error("bdev '{name}' ({module}) cannot {operation}")]
+    NotSupported {
+        /// The bdev.
+        name: String,
+        /// Its module.
+        module: &'static str,
+        /// What was asked.
+        operation: &'static str,
+    },
+    /// The disk was superseded by a switch-over.
+    #[error(
+        "'{path}' was superseded by '{by}' in a switch-over (generation {generation}): it holds old data; use '{by}', or \
+         remove the record with state_forget if that is really what you want"
+    )]
+    Superseded {
+        /// The old disk.
+        path: PathBuf,
+        /// The disk that took over.
+        by: PathBuf,
+        /// Counts the switch-overs of this disk.
+        generation: u64,
+    },
+    /// Memory, descriptors or a ring could not be had.
+    #[error("cannot open a channel to bdev '{name}': {reason}")]
+    Resources {
+        /// The bdev.
+        name: String,
+        /// What was missing.
+        reason: String,
+    },
+}
+
+/// The control side of a block device. Lives on control threads; what reactors use comes from
+/// [`Bdev::open_channel`].
+pub trait Bdev: Send + Sync {
+    /// Its name, unique in a target.
+    fn name(&self) -> &str;
+
+    /// The module's name: `null`, `malloc`, `uring`...
+    fn module(&self) -> &'static str;
+
+    /// Its size now.
+    fn geometry(&self) -> Geometry;
+
+    /// Whether it refuses writes.
+    fn read_only(&self) -> bool {
+        false
+    }
+
+    /// A new channel for up to `depth` I/Os of each kind at once. May be called again while other channels are open.
+    ///
+    /// # Errors
+    /// What could not be had.
+    fn open_channel(&self, depth: u32) -> Result<Box<dyn IoChannel>, BdevError>;
+
+    /// The first extent at or after `offset`, which may be asked from any thread and may block: which parts are holes.
+    /// The default knows of none.
+    ///
+    /// # Errors
+    /// The file system's.
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        let size = self.geometry().size();
+        Ok(Extent { offset, length: size.saturating_sub(offset), hole: false })
+    }
+
+    /// Changes the size, in bytes. Channels opened before keep the old one.
+    ///
+    /// # Errors
+    /// The module cannot, or the size is not acceptable.
+    fn resize(&self, size: u64) -> Result<(), BdevError> {
+        let _ = size;
+        Err(BdevError::NotSupported {
+            name: self.name().to_owned(),
+            module: self.module(),
+            operation: "be resized",
+        })
+    }
+
+    /// The bdevs it is stacked on.
+    fn children(&self) -> Vec<Arc<dyn Bdev>> {
+        Vec::new()
+    }
+
+    /// The file it stands for, if any.
+    fn identity(&self) -> Option<FileIdentity> {
+        None
+    }
+
+    /// What an operator wants to know about it, in display order.
+    fn details(&self) -> Vec<(&'static str, Detail)> {
+        Vec::new()
+    }
+
+    /// What has been counted of it.
+    fn stats(&self) -> &Arc<IoStats>;
+}

@@ -1,0 +1,35 @@
+//! The only unsafe code of Resilver.
+//!
+//! What lives here is what cannot be written safely anywhere: mappings that a guest shares and may write at any moment,
+//! rings read through raw pointers, requests that the kernel carries out on our memory after the call has returned, and
+//! the allocator that proves the hot path allocates nothing. Everything above this crate is safe Rust and stays sound
+//! because of two rules kept here:
+//!
+//! * **An I/O names memory by (region, offset, length), never by pointer.** A [`BufferSlice`] is an allegation until a
+//!   [`RegionTable`] has checked it; a stale or out-of-range slice is an error, not a fault.
+//! * **Memory outlives the kernel's use of it.** A [`Ring`] leases every region it has I/O in until the completion is
+//!   reaped; a mapping with a lease on it is never unmapped, if need be it is leaked.
+//!
+//! No Rust reference to shared memory is ever formed: bytes move by copy, volatile or by the C library.
+
+pub mod area;
+pub mod mapping;
+pub mod region;
+pub mod wait;
+
+pub use area::Area;
+pub use mapping::{Mapping, MappingError};
+pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
+pub use wait::{EventFd, WaitSet};
+
+/// The number of bytes of a memory page; what mappings are rounded to where the file does not ask for more.
+pub const PAGE_SIZE: usize = 4096;
+
+/// Widens a `u64` to `usize`. Lossless: the crate builds for 64-bit hosts only (asserted below).
+#[inline]
+#[must_use]
+#[allow(clippy::cast_possible_truncation)]
+pub const fn usize_from(value: u64) -> usize {
+    const { assert!(usize::BITS == 64) };
+    value as usize
+}

@@ -1,1 +1,2 @@
+//! The resilver binary: being built.
 fn main() {}

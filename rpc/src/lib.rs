@@ -1,1 +1,1 @@
-//! Placeholder.
+//! rpc: being built.

@@ -1,1 +1,1 @@
-//! Placeholder.
+//! tests: being built.

@@ -1,1 +1,1 @@
-//! Placeholder.
+//! vhost: being built.

@@ -15,9 +15,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crossbeam::queue::ArrayQueue;
-use resilver_reactor::{
-    Armed, Context, Nanos, Poller, ReactorHandle, Receiver, Sender, Work, mailbox,
-};
+use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Receiver, Sender, Work, mailbox};
 use resilver_sys::{BufferSlice, RegionId, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
@@ -33,6 +31,8 @@ const BATCH: usize = 256;
 const COMMANDS: usize = 256;
 /// Events that wait for control. A job keeps what does not fit.
 const EVENTS: usize = 256;
+/// Places among them that only the end of a job may take.
+const EVENTS_RESERVED: usize = 2;
 /// Released channels that may still have I/O in flight.
 const RELEASING: usize = 16;
 /// I/Os of each kind that the root channel of a disk is opened for.
@@ -233,8 +233,10 @@ struct Outbox {
 }
 
 impl Outbox {
+    /// Whether a job may add an event. The last [`EVENTS_RESERVED`] places are for what happens once: the end of the job,
+    /// the channels it released.
     fn has_room(&self) -> bool {
-        self.queue.len() < self.queue.capacity()
+        self.queue.len() + EVENTS_RESERVED < self.queue.capacity()
     }
 
     fn push(&self, event: DiskEvent) {
@@ -250,12 +252,11 @@ impl Outbox {
 pub struct DiskHandle {
     commands: Sender<DiskCommand>,
     outbox: Arc<Outbox>,
-    reactor: ReactorHandle,
 }
 
 impl fmt::Debug for DiskHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DiskHandle").field("reactor", &self.reactor).finish_non_exhaustive()
+        f.debug_struct("DiskHandle").field("commands", &self.commands).finish_non_exhaustive()
     }
 }
 
@@ -272,12 +273,6 @@ impl DiskHandle {
     #[must_use]
     pub fn next_event(&self) -> Option<DiskEvent> {
         self.outbox.queue.pop()
-    }
-
-    /// The reactor that the disk belongs to.
-    #[must_use]
-    pub fn reactor(&self) -> &ReactorHandle {
-        &self.reactor
     }
 }
 
@@ -336,19 +331,18 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk over `root`, for the reactor behind `reactor`. `wake` is called on the reactor's thread when there is an event
-    /// for control.
+    /// A disk over `root`, for the reactor that sleeps behind `doorbell`. `wake` is called on the reactor's thread when there
+    /// is an event for control.
     #[must_use]
     pub fn new(
         root: Box<dyn IoChannel>,
         stats: Arc<IoStats>,
-        reactor: &ReactorHandle,
+        doorbell: Arc<Doorbell>,
         wake: impl Fn() + Send + Sync + 'static,
     ) -> (Self, DiskHandle) {
-        let (sender, commands) = mailbox(COMMANDS, reactor.doorbell());
+        let (sender, commands) = mailbox(COMMANDS, doorbell);
         let outbox = Arc::new(Outbox { queue: ArrayQueue::new(EVENTS), wake: Box::new(wake) });
-        let handle =
-            DiskHandle { commands: sender, outbox: Arc::clone(&outbox), reactor: reactor.clone() };
+        let handle = DiskHandle { commands: sender, outbox: Arc::clone(&outbox) };
         let disk = Self {
             exposed: *root.limits(),
             root: Root::Plain(root),

@@ -664,3 +664,6 @@ impl Poller for Disk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

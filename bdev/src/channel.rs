@@ -3,7 +3,7 @@
 use resilver_reactor::{Armed, Context};
 use resilver_sys::{BufferSlice, WaitSet};
 
-use crate::io::{BdevIo, Completion, IoKind};
+use crate::io::{BdevIo, Completion, IoError, IoKind};
 
 /// What a channel accepts. Fixed while the channel lives; a resize replaces the channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +44,17 @@ impl Limits {
             || (io.offset.is_multiple_of(block)
                 && io.length.is_multiple_of(block)
                 && io.offset.checked_add(io.length).is_some_and(|end| end <= self.size()))
+    }
+
+    /// What a leaf refuses although its parent should not have sent it: the last check before a medium.
+    ///
+    /// # Errors
+    /// [`IoError::READ_ONLY`], or [`IoError::INVALID`] for what does not fit the device.
+    pub fn check(&self, io: &BdevIo) -> Result<(), IoError> {
+        if self.read_only && io.kind.mutates() {
+            return Err(IoError::READ_ONLY);
+        }
+        if self.admits(io) { Ok(()) } else { Err(IoError::INVALID) }
     }
 }
 

@@ -16,7 +16,64 @@ pub struct Geometry {
     pub num_blocks: u64,
 }
 
+/// Smallest block, bytes: virtio's sector.
+pub const BLOCK_SIZE_MIN: u32 = 512;
+/// Largest block, bytes.
+pub const BLOCK_SIZE_MAX: u32 = 65536;
+/// Largest bdev, bytes: file offsets are signed, and rounding one up must not overflow.
+pub const SIZE_MAX: u64 = 1 << 62;
+
 impl Geometry {
+    /// A size, checked.
+    ///
+    /// # Errors
+    /// A block that is not a power of two from [`BLOCK_SIZE_MIN`] to [`BLOCK_SIZE_MAX`], no blocks, or more than
+    /// [`SIZE_MAX`] bytes.
+    pub fn new(block_size: u32, num_blocks: u64) -> Result<Self, BdevError> {
+        if !block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&block_size)
+        {
+            return Err(BdevError::Invalid {
+                parameter: "block_size",
+                value: block_size.to_string(),
+                expected: format!(
+                    "a power of two from {BLOCK_SIZE_MIN} to {BLOCK_SIZE_MAX} bytes was expected"
+                ),
+            });
+        }
+        let size = num_blocks.checked_mul(u64::from(block_size));
+        if !size.is_some_and(|size| (1..=SIZE_MAX).contains(&size)) {
+            return Err(BdevError::Invalid {
+                parameter: "num_blocks",
+                value: num_blocks.to_string(),
+                expected: format!(
+                    "from 1 to {} blocks of {block_size} bytes were expected",
+                    SIZE_MAX / u64::from(block_size)
+                ),
+            });
+        }
+        Ok(Self { block_size, num_blocks })
+    }
+
+    /// The geometry of `size` bytes in blocks of `block_size`.
+    ///
+    /// # Errors
+    /// As [`Geometry::new`], and a size that is not a multiple of the block.
+    pub fn of_size(block_size: u32, size: u64) -> Result<Self, BdevError> {
+        let block = u64::from(block_size.max(1));
+        if !size.is_multiple_of(block) {
+            return Err(BdevError::Invalid {
+                parameter: "size",
+                value: size.to_string(),
+                expected: format!(
+                    "a multiple of the block size was expected: {} or {} bytes in blocks of {block_size}",
+                    size - size % block,
+                    (size - size % block).saturating_add(block)
+                ),
+            });
+        }
+        Self::new(block_size, size / block)
+    }
+
     /// Bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

@@ -18,6 +18,9 @@ pub mod device;
 pub mod disk;
 pub mod io;
 pub mod job;
+pub mod ledger;
+pub mod malloc;
+pub mod null;
 pub mod stats;
 
 pub use channel::{CompletionBatch, IoChannel, Limits};
@@ -32,3 +35,6 @@ pub use stats::IoStats;
 
 /// The most buffer slices that one I/O may carry.
 pub const SEGMENTS_MAX: usize = 128;
+/// The same, as [`Limits`] counts it.
+pub const SEGMENTS_MAX_U32: u32 = 128;
+const _: () = assert!(SEGMENTS_MAX_U32 as usize == SEGMENTS_MAX);

@@ -1,1 +1,3 @@
-//! vhost: being built.
+//! The vhost-user-blk back end and front end: protocol, virtqueues, virtio-blk.
+
+pub mod front_end;

@@ -12,9 +12,12 @@
 //!
 //! No Rust reference to shared memory is ever formed: bytes move by copy, volatile or by the C library.
 
+pub mod alloc_guard;
 pub mod area;
+pub mod file;
 pub mod mapping;
 pub mod region;
+pub mod sigbus;
 pub mod wait;
 
 pub use area::Area;

@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use crate::sigbus::Guard;
 use crate::{PAGE_SIZE, usize_from};
 
 /// How a mapping came to be, and so how it must be undone.
@@ -70,6 +71,8 @@ pub struct Mapping {
     len: usize,
     origin: Origin,
     backing: Backing,
+    /// Shared mappings only: stands between us and a file that is shortened.
+    guard: Option<Guard>,
 }
 
 // SAFETY: a Mapping is an address range and its length; it gives no reference to the bytes. All access is by raw copy or
@@ -111,6 +114,7 @@ impl Mapping {
             len,
             origin: Origin::Mmap { map_base: address as usize, map_len },
             backing: Backing::TransparentHugePages,
+            guard: None,
         }))
     }
 
@@ -123,7 +127,13 @@ impl Mapping {
         }
         // SAFETY: the layout has a non-zero size.
         let base = NonNull::new(unsafe { hugepage_rs::alloc(layout) })?;
-        Some(Self { base, len, origin: Origin::HugePages, backing: Backing::HugePages })
+        Some(Self {
+            base,
+            len,
+            origin: Origin::HugePages,
+            backing: Backing::HugePages,
+            guard: None,
+        })
     }
 
     /// Maps `length` bytes of `fd` from byte `offset`, shared and writable: guest memory. The offset need not be page
@@ -168,12 +178,16 @@ impl Mapping {
         let start = Self::mapped(address, length)?;
         // SAFETY: `offset - map_offset` is less than one page and the mapping covers it and `length` bytes more.
         let base = unsafe { start.add(usize_from(offset - map_offset)) };
-        Ok(Arc::new(Self {
+        let mut mapping = Self {
             base,
             len: usize_from(length),
             origin: Origin::Mmap { map_base: address as usize, map_len },
             backing: Backing::Shared,
-        }))
+            guard: None,
+        };
+        let guard = Guard::new(address as usize, map_len, usize_from(page));
+        mapping.guard = Some(guard.map_err(|source| MappingError::Os { length, source })?);
+        Ok(Arc::new(mapping))
     }
 
     fn mapped(address: *mut libc::c_void, length: u64) -> Result<NonNull<u8>, MappingError> {
@@ -197,6 +211,13 @@ impl Mapping {
         self.backing
     }
 
+    /// Whether the file behind a shared mapping was shortened and we touched what is gone: the bytes there are ours now, not
+    /// the guest's, and its session has to end.
+    #[must_use]
+    pub fn poisoned(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::poisoned)
+    }
+
     /// The first usable byte. Stays inside this crate: above it memory is named by region and offset.
     pub(crate) fn base(&self) -> NonNull<u8> {
         self.base
@@ -205,6 +226,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // First the guard: what is mapped at this address next is none of its business.
+        self.guard = None;
         match self.origin {
             Origin::Mmap { map_base, map_len } => {
                 // SAFETY: exactly the range mapped by a constructor, still mapped, and nobody holds the Mapping any more:

@@ -18,11 +18,13 @@ pub mod file;
 pub mod mapping;
 pub mod region;
 pub mod sigbus;
+pub mod uring;
 pub mod wait;
 
 pub use area::Area;
 pub use mapping::{Mapping, MappingError};
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
+pub use uring::{Ring, RingMode, SubmissionThread};
 pub use wait::{EventFd, WaitSet};
 
 /// The number of bytes of a memory page; what mappings are rounded to where the file does not ask for more.

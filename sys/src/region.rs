@@ -13,6 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::mem;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
 use crate::usize_from;
@@ -109,7 +110,11 @@ struct Slot {
 /// The regions of one reactor.
 pub struct RegionTable {
     slots: Box<[Slot]>,
+    id: u64,
 }
+
+/// Tells tables apart, so that a lease is only ever given back where it was taken.
+static NEXT_TABLE: AtomicU64 = AtomicU64::new(1);
 
 impl fmt::Debug for RegionTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -122,7 +127,10 @@ impl RegionTable {
     #[must_use]
     pub fn with_capacity(capacity: usize) -> Self {
         let capacity = capacity.clamp(1, REGIONS_MAX);
-        Self { slots: (0..capacity).map(|_| Slot::default()).collect() }
+        Self {
+            slots: (0..capacity).map(|_| Slot::default()).collect(),
+            id: NEXT_TABLE.fetch_add(1, Ordering::Relaxed),
+        }
     }
 
     /// Enters a mapping and names it.
@@ -258,7 +266,6 @@ impl RegionTable {
     }
 
     /// Address of the slice, and a lease on its region that [`RegionTable::release`] gives back.
-    #[allow(dead_code)] // until the ring uses it
     pub(crate) fn lease(&self, slice: BufferSlice) -> Result<*mut u8, BadSlice> {
         let address = self.resolve(slice)?;
         let slot = &self.slots[slice.region.index()];
@@ -267,7 +274,6 @@ impl RegionTable {
     }
 
     /// Gives back one lease; the mapping of a removed region goes with the last.
-    #[allow(dead_code)] // until the ring uses it
     pub(crate) fn release(&self, region: RegionId) {
         let Some(slot) = self.slot(region) else { return };
         let leases = slot.leases.get().saturating_sub(1);
@@ -275,6 +281,11 @@ impl RegionTable {
         if leases == 0 && slot.base.get() == 0 {
             slot.mapping.replace(None);
         }
+    }
+
+    /// What no other table of this process is called.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// The slot of an id of this generation that still has a mapping.

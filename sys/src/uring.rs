@@ -1,0 +1,615 @@
+//! `Ring`: io_uring for one file, with the memory rules kept.
+//!
+//! The owner numbers its requests by slot; a ring of `slots` slots takes one operation in each. An operation names its
+//! buffers as slices of a region table; the ring checks them, leases their regions and keeps the vector that the kernel
+//! reads in the slot, until the completion is reaped. So nothing the kernel may still touch can be unmapped or reused by
+//! safe code. A ring dropped with operations outstanding leaks them whole: mappings through their leases, the vectors, the
+//! ring and the file, with its lock. It is the only sound thing left, and rare: a disk is closed when it has drained.
+//!
+//! **Flags.** In [`RingMode::Enter`] the ring is set up with neither `COOP_TASKRUN` nor `DEFER_TASKRUN`: the kernel then
+//! interrupts this thread to post a completion, so completions appear while the thread merely polls, and a turn that
+//! submits nothing makes no system call. `DEFER_TASKRUN` was seen to need one call per batch to reap; with `COOP_TASKRUN`
+//! completions appear by themselves only where the device's interrupt happens to arrive at this core. `SINGLE_ISSUER`
+//! would bind the ring to the thread that enabled it, and disks move. `SUBMIT_ALL` keeps one bad entry from holding up the
+//! rest of its batch.
+//!
+//! **Sizes.** The submission queue has two entries per slot. One would do but for the submission thread, which publishes
+//! its head after a whole batch: slots completed in it may be filled again before. The completion queue is twice that, so it
+//! cannot overflow.
+
+use std::fmt;
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr;
+use std::sync::Arc;
+
+use io_uring::squeue::Entry;
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, Probe, opcode};
+
+use crate::region::{BadSlice, BufferSlice, RegionId, RegionTable};
+
+/// The most buffer slices of one operation.
+pub const SEGMENTS: usize = 128;
+/// The most slots of one ring: the kernel takes 32768 entries at most.
+pub const SLOTS_MAX: u32 = 8192;
+/// How long an idle submission thread spins before it sleeps, milliseconds. It has a core to itself.
+const SUBMISSION_THREAD_IDLE_MS: u32 = 1000;
+/// What the one file of a ring is registered as.
+const FILE: Fixed = Fixed(0);
+/// The `user_data` of entries that belong to no slot.
+const NO_SLOT: u64 = u64::MAX;
+/// `_IO(0x12, 0)` of linux/blkdev.h: discard on a block device, Linux 6.12.
+const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
+
+/// How operations reach the kernel.
+#[derive(Debug, Clone)]
+pub enum RingMode {
+    /// One system call for all that was pushed since the last.
+    Enter,
+    /// A kernel thread looks for them: no system call while it is awake.
+    SubmissionThread(SubmissionThread),
+}
+
+/// The kernel thread that submits for any number of rings; ends with the last of them.
+#[derive(Clone)]
+pub struct SubmissionThread {
+    ring: Arc<IoUring>,
+    core: u32,
+}
+
+impl fmt::Debug for SubmissionThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SubmissionThread(core {})", self.core)
+    }
+}
+
+impl SubmissionThread {
+    /// Starts the thread on `core`, which it should have to itself: shared with a spinning thread it is worse than none.
+    ///
+    /// # Errors
+    /// The core does not exist or is not ours, or the kernel has no io_uring for us.
+    pub fn start(core: u32) -> io::Result<Self> {
+        let ring = IoUring::builder()
+            .setup_sqpoll(SUBMISSION_THREAD_IDLE_MS)
+            .setup_sqpoll_cpu(core)
+            .build(1)?;
+        Ok(Self { ring: Arc::new(ring), core })
+    }
+
+    /// The core it runs on.
+    #[must_use]
+    pub fn core(&self) -> u32 {
+        self.core
+    }
+}
+
+/// Which way bytes move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// File to memory.
+    Read,
+    /// Memory to file.
+    Write,
+}
+
+/// An operation on a range of the file that carries no data. All of them read zero afterwards where they succeed, but for
+/// [`RangeOp::Discard`], which promises nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RangeOp {
+    /// Deallocates (fallocate's `PUNCH_HOLE`). On a block device: write zeroes by deallocating, or fail.
+    PunchHole,
+    /// Zeroes, keeping the allocation (fallocate's `ZERO_RANGE`).
+    ZeroRange,
+    /// Tells a block device that the range is no longer needed.
+    Discard,
+}
+
+/// Whether the kernel may be using a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SlotState {
+    Idle,
+    Busy,
+}
+
+struct Slot {
+    state: SlotState,
+    /// The table that the leases are in.
+    table: u64,
+    leased: usize,
+    regions: [RegionId; SEGMENTS],
+    iovecs: [libc::iovec; SEGMENTS],
+}
+
+/// io_uring for one file.
+pub struct Ring {
+    ring: ManuallyDrop<IoUring>,
+    slots: ManuallyDrop<Box<[Slot]>>,
+    /// The file outlives every operation on it.
+    file: ManuallyDrop<Arc<OwnedFd>>,
+    mode: RingMode,
+    in_flight: u32,
+    unsubmitted: bool,
+}
+
+// SAFETY: the raw pointers in a Ring are the vectors it owns and the ring's own mappings; nothing in it is tied to a thread
+// (no SINGLE_ISSUER), and all methods that change it take `&mut self`.
+unsafe impl Send for Ring {}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ring")
+            .field("mode", &self.mode)
+            .field("slots", &self.slots.len())
+            .field("in_flight", &self.in_flight)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// A ring of `slots` slots (at most [`SLOTS_MAX`]) for operations on `file`.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring for us (too old, or switched off by sysctl), or is short of memory.
+    pub fn new(file: &Arc<OwnedFd>, slots: u32, mode: RingMode) -> io::Result<Self> {
+        if slots == 0 || slots > SLOTS_MAX {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let mut builder = IoUring::builder();
+        builder.setup_submit_all();
+        if let RingMode::SubmissionThread(thread) = &mode {
+            builder
+                .setup_sqpoll(SUBMISSION_THREAD_IDLE_MS)
+                .setup_attach_wq(thread.ring.as_raw_fd());
+        }
+        let ring = builder.build(slots * 2)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+            opcode::UringCmd16::CODE,
+        ];
+        if !needed.iter().all(|code| probe.is_supported(*code)) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        Ok(Self {
+            ring: ManuallyDrop::new(ring),
+            slots: ManuallyDrop::new((0..slots).map(|_| Slot::new()).collect()),
+            file: ManuallyDrop::new(Arc::clone(file)),
+            mode,
+            in_flight: 0,
+            unsubmitted: false,
+        })
+    }
+
+    /// Operations pushed and not reaped.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// Whether something was pushed that the kernel has not been told of.
+    #[must_use]
+    pub fn has_unsubmitted(&self) -> bool {
+        self.unsubmitted
+    }
+
+    /// Whether completions can be reaped now.
+    #[inline]
+    #[must_use]
+    pub fn has_completions(&mut self) -> bool {
+        self.in_flight > 0 && !self.ring.completion().is_empty()
+    }
+
+    /// Pushes a read or write at byte `offset` of the file into or from `payload`. Panics if the slot is busy or the payload
+    /// has more than [`SEGMENTS`] slices: both are the owner's to know.
+    ///
+    /// # Errors
+    /// A slice names no memory; nothing was pushed.
+    #[inline]
+    pub fn push_transfer(
+        &mut self,
+        memory: &RegionTable,
+        slot: u32,
+        direction: Direction,
+        offset: u64,
+        payload: &[BufferSlice],
+    ) -> Result<(), BadSlice> {
+        let state = self.idle_slot(slot);
+        state.lease(memory, payload)?;
+        let entry = match (direction, state.iovecs[..payload.len()].as_ref()) {
+            (Direction::Read, [one]) => {
+                opcode::Read::new(FILE, one.iov_base.cast(), payload[0].length)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Write, [one]) => {
+                opcode::Write::new(FILE, one.iov_base.cast(), payload[0].length)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Read, many) => {
+                opcode::Readv::new(FILE, many.as_ptr(), count(many)).offset(offset).build()
+            }
+            (Direction::Write, many) => {
+                opcode::Writev::new(FILE, many.as_ptr(), count(many)).offset(offset).build()
+            }
+        };
+        self.push(slot, entry);
+        Ok(())
+    }
+
+    /// Pushes an fdatasync: everything whose completion was reaped is durable when it succeeds. Panics if the slot is busy.
+    #[inline]
+    pub fn push_sync(&mut self, slot: u32) {
+        self.idle_slot(slot);
+        self.push(slot, opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build());
+    }
+
+    /// Pushes a [`RangeOp`] on `length` bytes at `offset`. Panics if the slot is busy.
+    #[inline]
+    pub fn push_range(&mut self, slot: u32, operation: RangeOp, offset: u64, length: u64) {
+        self.idle_slot(slot);
+        let allocate =
+            |mode| opcode::Fallocate::new(FILE, length).offset(offset).mode(mode).build();
+        let entry = match operation {
+            RangeOp::PunchHole => allocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE),
+            RangeOp::ZeroRange => allocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE),
+            RangeOp::Discard => {
+                // Start in `addr`, length in `addr3`, which is where the command's own bytes begin.
+                let mut command = [0; 16];
+                command[..8].copy_from_slice(&length.to_ne_bytes());
+                opcode::UringCmd16::new(FILE, BLOCK_URING_CMD_DISCARD)
+                    .cmd(command)
+                    .addr(Some(offset))
+                    .build()
+            }
+        };
+        self.push(slot, entry);
+    }
+
+    /// Tells the kernel what was pushed: at most one system call, none if nothing was. What the kernel cannot take now it
+    /// is told of again by the next commit.
+    #[inline]
+    pub fn commit(&mut self) {
+        if !self.unsubmitted {
+            return;
+        }
+        let told = self.ring.submit().is_ok();
+        self.unsubmitted = match self.mode {
+            RingMode::Enter => !told || !self.ring.submission().is_empty(),
+            RingMode::SubmissionThread(_) => !told,
+        };
+    }
+
+    /// Hands every completion to `each`, as its slot and the kernel's result (negative `errno`, or bytes); the slot is idle
+    /// by then. `memory` is the table that the operations were pushed with.
+    #[inline]
+    pub fn reap(&mut self, memory: &RegionTable, mut each: impl FnMut(u32, i32)) {
+        if self.in_flight == 0 {
+            return;
+        }
+        for completion in self.ring.completion() {
+            let Ok(index) = u32::try_from(completion.user_data()) else { continue };
+            let Some(slot) = self.slots.get_mut(index as usize) else { continue };
+            if slot.state == SlotState::Busy {
+                slot.release(memory);
+                self.in_flight -= 1;
+                each(index, completion.result());
+            }
+        }
+    }
+
+    /// Keeps the kernel's worker threads off the calling thread's core, if the thread is pinned to one. Workers belong to
+    /// the submitting thread, so this is said on the reactor's. A refusal (a cpuset smaller than the machine) is not an
+    /// error: the workers then run where the scheduler puts them.
+    pub fn keep_workers_off_this_core(&mut self) {
+        let Some(others) = other_cores() else { return };
+        // The kernel makes a thread's worker pool at its first submission, and has nothing to restrict before.
+        self.push_raw(opcode::Nop::new().build().user_data(NO_SLOT));
+        self.commit();
+        let _ = self.ring.submitter().register_iowq_aff(&others);
+    }
+
+    fn idle_slot(&mut self, slot: u32) -> &mut Slot {
+        let slot = &mut self.slots[slot as usize];
+        assert!(slot.state == SlotState::Idle, "a ring slot was used while the kernel has it");
+        slot
+    }
+
+    fn push(&mut self, slot: u32, entry: Entry) {
+        self.push_raw(entry.user_data(u64::from(slot)));
+        self.slots[slot as usize].state = SlotState::Busy;
+        self.in_flight += 1;
+    }
+
+    fn push_raw(&mut self, entry: Entry) {
+        // SAFETY: what the entry points to stays valid until its completion: buffers by their leases and the vector in its
+        // slot, which is not touched while it is busy; both are leaked rather than freed if the ring is dropped before. The
+        // file is registered and held.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        assert!(pushed.is_ok(), "the submission queue has two entries per slot and cannot be full");
+        self.unsubmitted = true;
+    }
+}
+
+impl AsFd for Ring {
+    /// The ring's descriptor: readable while completions can be reaped.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the ring is, which the borrow outlives.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if self.in_flight > 0 {
+            return; // leaked, see the head of this file
+        }
+        // SAFETY: each is dropped here once and never used again; nothing is in flight, so the kernel uses none of them. The
+        // ring goes before the file it has registered.
+        unsafe {
+            ManuallyDrop::drop(&mut self.ring);
+            ManuallyDrop::drop(&mut self.slots);
+            ManuallyDrop::drop(&mut self.file);
+        }
+    }
+}
+
+impl Slot {
+    fn new() -> Self {
+        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        Self {
+            state: SlotState::Idle,
+            table: 0,
+            leased: 0,
+            regions: [RegionId::NONE; SEGMENTS],
+            iovecs: [empty; SEGMENTS],
+        }
+    }
+
+    /// Leases every region of the payload and fills the vector; all or nothing.
+    fn lease(&mut self, memory: &RegionTable, payload: &[BufferSlice]) -> Result<(), BadSlice> {
+        assert!(payload.len() <= SEGMENTS, "an operation has more than {SEGMENTS} slices");
+        self.table = memory.id();
+        self.leased = 0;
+        for slice in payload {
+            let address = match memory.lease(*slice) {
+                Ok(address) => address,
+                Err(error) => {
+                    self.release(memory);
+                    return Err(error);
+                }
+            };
+            self.regions[self.leased] = slice.region;
+            self.iovecs[self.leased] =
+                libc::iovec { iov_base: address.cast(), iov_len: slice.length as usize };
+            self.leased += 1;
+        }
+        Ok(())
+    }
+
+    /// The kernel is done with the slot: gives its leases back. Leases of another table than `memory` stay for good; that
+    /// costs a mapping, where a release in the wrong table could cost the safety of another.
+    fn release(&mut self, memory: &RegionTable) {
+        if self.table == memory.id() {
+            for region in &self.regions[..self.leased] {
+                memory.release(*region);
+            }
+        }
+        self.leased = 0;
+        self.state = SlotState::Idle;
+    }
+}
+
+/// The length of a vector, as the kernel counts it.
+fn count(iovecs: &[libc::iovec]) -> u32 {
+    #[allow(clippy::cast_possible_truncation)] // at most SEGMENTS
+    let count = iovecs.len() as u32;
+    count
+}
+
+/// All cores but the one that the calling thread is pinned to; none if it is not pinned, or there is no other.
+fn other_cores() -> Option<libc::cpu_set_t> {
+    // SAFETY: a cpu_set_t is an array of integers, for which zero is a value; the call fills in as much as its size says.
+    let (mine, result) = unsafe {
+        let mut mine: libc::cpu_set_t = std::mem::zeroed();
+        let result = libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &raw mut mine);
+        (mine, result)
+    };
+    // SAFETY: reads of an initialised set, at indexes below its size.
+    if result != 0 || unsafe { libc::CPU_COUNT(&mine) } != 1 {
+        return None;
+    }
+    let cores = std::fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
+    let last = cores.trim().rsplit(['-', ',']).next()?.parse::<usize>().ok()?;
+    // SAFETY: as above; `last` is clamped below the set's size before it is used as an index.
+    unsafe {
+        let mut others: libc::cpu_set_t = std::mem::zeroed();
+        for core in 0..=last.min(libc::CPU_SETSIZE as usize - 1) {
+            if !libc::CPU_ISSET(core, &mine) {
+                libc::CPU_SET(core, &mut others);
+            }
+        }
+        (libc::CPU_COUNT(&others) > 0).then_some(others)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Mapping;
+    use rustix::event::{EventfdFlags, eventfd};
+
+    fn scratch(len: u64) -> Arc<OwnedFd> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        Arc::new(file.into())
+    }
+
+    fn memory() -> (RegionTable, RegionId, Arc<Mapping>) {
+        let table = RegionTable::with_capacity(2);
+        let mapping = Mapping::anonymous(1 << 20).unwrap();
+        let region = table.insert(Arc::clone(&mapping)).unwrap();
+        (table, region, mapping)
+    }
+
+    /// Commits and waits for everything in flight; slots with their results, sorted.
+    fn finish(ring: &mut Ring, table: &RegionTable) -> Vec<(u32, i32)> {
+        let mut results = Vec::new();
+        ring.commit();
+        while ring.in_flight() > 0 {
+            ring.reap(table, |slot, result| results.push((slot, result)));
+            std::thread::yield_now();
+        }
+        results.sort_unstable();
+        results
+    }
+
+    fn write_then_read_back(mode: RingMode) {
+        let file = scratch(65536);
+        let (table, region, _mapping) = memory();
+        let slice = |offset, length| BufferSlice { region, length, offset };
+        table.write(slice(0, 5), b"hello").unwrap();
+        let mut ring = Ring::new(&file, 4, mode).unwrap();
+
+        ring.push_transfer(&table, 0, Direction::Write, 4096, &[slice(0, 3)]).unwrap();
+        ring.push_transfer(&table, 1, Direction::Write, 8192, &[slice(1, 2), slice(3, 2)]).unwrap();
+        assert_eq!(finish(&mut ring, &table), [(0, 3), (1, 4)]);
+        ring.push_sync(3);
+        assert_eq!(finish(&mut ring, &table), [(3, 0)]);
+
+        ring.push_transfer(&table, 0, Direction::Read, 4096, &[slice(100, 3)]).unwrap();
+        ring.push_transfer(&table, 1, Direction::Read, 8192, &[slice(201, 1), slice(300, 3)])
+            .unwrap();
+        assert_eq!(finish(&mut ring, &table), [(0, 3), (1, 4)]);
+        let mut bytes = [0; 3];
+        table.read(slice(100, 3), &mut bytes).unwrap();
+        assert_eq!(&bytes, b"hel");
+        table.read(slice(300, 3), &mut bytes).unwrap();
+        assert_eq!(&bytes, b"llo");
+
+        ring.push_range(2, RangeOp::PunchHole, 4096, 4096);
+        assert_eq!(finish(&mut ring, &table), [(2, 0)]);
+        ring.push_transfer(&table, 2, Direction::Read, 4096, &[slice(0, 4096)]).unwrap();
+        assert_eq!(finish(&mut ring, &table), [(2, 4096)]);
+        assert!(table.is_zero(slice(0, 4096)).unwrap());
+        assert_eq!(table.leases(region), 0);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_by_enter() {
+        write_then_read_back(RingMode::Enter);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_through_a_shared_submission_thread() {
+        let thread = SubmissionThread::start(0).unwrap();
+        write_then_read_back(RingMode::SubmissionThread(thread.clone()));
+        write_then_read_back(RingMode::SubmissionThread(thread));
+    }
+
+    #[test]
+    fn a_submission_thread_on_a_core_that_does_not_exist_is_refused() {
+        assert!(SubmissionThread::start(4095).is_err());
+    }
+
+    #[test]
+    fn a_bad_slice_leaves_no_lease_and_an_idle_slot() {
+        let (table, region, _mapping) = memory();
+        let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
+        let good = BufferSlice { region, length: 8, offset: 0 };
+        let bad = BufferSlice { region, length: 8, offset: 1 << 20 };
+        let refused = ring.push_transfer(&table, 0, Direction::Read, 0, &[good, bad]);
+        assert_eq!(refused, Err(BadSlice::OutOfBounds));
+        assert_eq!((table.leases(region), ring.in_flight()), (0, 0));
+        ring.push_transfer(&table, 0, Direction::Read, 0, &[good]).unwrap();
+        assert_eq!(table.leases(region), 1);
+        assert_eq!(finish(&mut ring, &table), [(0, 8)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "while the kernel has it")]
+    fn a_busy_slot_cannot_be_used_again() {
+        let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
+        ring.push_sync(0);
+        ring.push_sync(0);
+    }
+
+    #[test]
+    fn a_ring_dropped_with_a_read_outstanding_leaks_what_the_kernel_writes_later() {
+        // A read of an event counter ends when somebody adds to it.
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = Arc::new(event.try_clone().unwrap());
+        let (table, region, mapping) = memory();
+        let mut ring = Ring::new(&file, 1, RingMode::Enter).unwrap();
+        let into = BufferSlice { region, length: 8, offset: 0 };
+        ring.push_transfer(&table, 0, Direction::Read, 0, &[into]).unwrap();
+        ring.commit();
+        drop(ring);
+        drop(table);
+        assert_eq!(Arc::strong_count(&mapping), 2, "the mapping is kept");
+        assert_eq!(Arc::strong_count(&file), 2, "the file is kept");
+
+        rustix::io::write(&event, &7u64.to_ne_bytes()).unwrap();
+        let table = RegionTable::with_capacity(1);
+        let region = table.insert(mapping).unwrap();
+        let mut bytes = [0; 8];
+        while bytes != 7u64.to_ne_bytes() {
+            std::thread::yield_now();
+            table.read(BufferSlice { region, length: 8, offset: 0 }, &mut bytes).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_descriptor_of_a_ring_wakes_a_sleeper() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let (table, region, _mapping) = memory();
+        let file = Arc::new(event.try_clone().unwrap());
+        let mut ring = Ring::new(&file, 1, RingMode::Enter).unwrap();
+        let into = BufferSlice { region, length: 8, offset: 0 };
+        ring.push_transfer(&table, 0, Direction::Read, 0, &[into]).unwrap();
+        ring.commit();
+        let waker = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+        });
+        let mut set = crate::WaitSet::with_capacity(1);
+        while !ring.has_completions() {
+            set.clear();
+            set.add(&ring);
+            set.sleep(None);
+        }
+        waker.join().unwrap();
+        assert_eq!(finish(&mut ring, &table), [(0, 8)]);
+    }
+
+    #[test]
+    fn a_pinned_thread_keeps_the_workers_elsewhere_and_goes_on() {
+        let pin = |core: usize| {
+            // SAFETY: a set of integers, one bit of which is set; the thread's own affinity is changed.
+            unsafe {
+                let mut set: libc::cpu_set_t = std::mem::zeroed();
+                libc::CPU_SET(core, &mut set);
+                libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
+            }
+        };
+        std::thread::spawn(move || {
+            let (table, _, _mapping) = memory();
+            let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
+            assert_eq!(pin(0), 0);
+            ring.keep_workers_off_this_core();
+            ring.push_sync(0);
+            assert_eq!(finish(&mut ring, &table), [(0, 0)]);
+        })
+        .join()
+        .unwrap();
+    }
+}

@@ -1,4 +1,6 @@
-//! What the tests of several packages share: skipping aloud.
+//! What the tests of several packages share: the simulator, and skipping aloud.
+
+pub mod sim;
 
 use std::fs::OpenOptions;
 use std::io::Write as _;

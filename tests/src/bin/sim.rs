@@ -1,0 +1,68 @@
+//! Runs seeds of the simulator by hand.
+//!
+//! `sim --seed N [--runs K] [--steps M] [--trace]`: K seeds from N on, M turns each; with `--trace` every line of the run.
+
+#![allow(clippy::print_stdout)] // a program for a terminal
+
+use std::process::ExitCode;
+
+use resilver_tests::sim::{STEPS, run};
+
+/// What the command line says.
+struct Options {
+    seed: u64,
+    runs: u64,
+    steps: u32,
+    trace: bool,
+}
+
+fn options() -> Result<Options, String> {
+    let mut options = Options { seed: 1, runs: 1, steps: STEPS, trace: false };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut number = || {
+            let value = words.next().unwrap_or_default();
+            value.parse::<u64>().map_err(|_| format!("{word} takes a number, not '{value}'"))
+        };
+        match word.as_str() {
+            "--seed" => options.seed = number()?,
+            "--runs" => options.runs = number()?,
+            "--steps" => options.steps = u32::try_from(number()?).map_err(|e| e.to_string())?,
+            "--trace" => options.trace = true,
+            _ => return Err(format!("'{word}'? sim --seed N [--runs K] [--steps M] [--trace]")),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> ExitCode {
+    let options = match options() {
+        Ok(options) => options,
+        Err(wrong) => {
+            println!("{wrong}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let keep = if options.trace { usize::MAX } else { 0 };
+    let mut requests = 0;
+    for seed in options.seed..options.seed.saturating_add(options.runs) {
+        let (trace, result) = run(seed, options.steps, keep);
+        match result {
+            Ok(summary) => {
+                requests += summary.requests;
+                if options.trace {
+                    println!("{}", trace.tail().join("\n"));
+                }
+                if options.runs == 1 {
+                    println!("seed {seed}: {summary:x?}");
+                }
+            }
+            Err(failure) => {
+                println!("{failure}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!("{} seeds, {requests} guest requests, nothing found", options.runs);
+    ExitCode::SUCCESS
+}

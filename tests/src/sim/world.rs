@@ -1,0 +1,316 @@
+//! The world: one disk poller, its guests, their disks and the operator, stepped by hand under a simulated clock.
+//!
+//! Everything runs on one thread and draws from one seed. A step is one turn of a reactor: the real [`Disk`] is polled, then
+//! what it said is read and judged. If it has nothing to do it is armed, and the clock jumps to the nearest moment at
+//! which anything can happen, so a deadline that somebody forgot to name shows as a run that does not converge.
+
+use std::sync::{Arc, Mutex};
+
+use resilver_bdev::disk::Consumer;
+use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskEvent, DiskHandle};
+use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Work};
+use resilver_sys::{RegionTable, WaitSet};
+
+use super::disk::{Faults, SimDisk};
+use super::guest::{Failure, SimGuest};
+use super::lock;
+use super::oracle::Oracle;
+use super::rng::Rng;
+use super::sector::{Sector, Stamp};
+use super::swarm::{Swarm, change_weather};
+use super::trace::Trace;
+
+/// The longest that a reactor sleeps without being told.
+const LONGEST_SLEEP: Nanos = resilver_reactor::reactor::LONGEST_SLEEP;
+/// Turns between two looks at the whole medium.
+const CHECK_EVERY: u64 = 16;
+
+/// Where a guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// It has called and the disk has not answered.
+    Coming,
+    /// Its session is up.
+    Here,
+    /// It has hung up and its last requests are in flight.
+    Leaving,
+    /// Nothing of it is left in the disk.
+    Away,
+}
+
+/// A guest and where it is.
+pub struct Seat {
+    /// The guest.
+    pub guest: SimGuest,
+    id: ConsumerId,
+    place: Arc<Mutex<Place>>,
+}
+
+/// One simulated host.
+pub struct World {
+    /// The time.
+    pub now: Nanos,
+    /// What happened.
+    pub trace: Trace,
+    /// The guests.
+    pub seats: Vec<Seat>,
+    /// The disk that serves the guests.
+    pub source: SimDisk,
+    swarm: Swarm,
+    rng: Rng,
+    oracle: Arc<Mutex<Oracle>>,
+    memory: RegionTable,
+    disk: Disk,
+    handle: DiskHandle,
+    wait_set: WaitSet,
+    steps: u64,
+}
+
+impl World {
+    /// The world of these options.
+    ///
+    /// # Panics
+    /// The host refuses memory or descriptors.
+    #[must_use]
+    pub fn new(swarm: Swarm, mut rng: Rng, trace: Trace) -> Self {
+        let source = SimDisk::new("source", swarm.source, rng.fork(), &trace);
+        for sector in 0..source.sectors() {
+            let stamp = Stamp { write: 0, sector: sector as u16, version: 0 };
+            let content = match rng.chance(swarm.hole_per_mille) {
+                true => None,
+                false if rng.chance(100) => Some(Sector::zero()),
+                false => Some(Sector::filled(stamp.word())),
+            };
+            source.preset(sector, content);
+        }
+        let contents = (0..source.sectors()).map(|sector| source.content(sector));
+        let oracle = Arc::new(Mutex::new(Oracle::new(contents)));
+        let memory = RegionTable::with_capacity(64);
+        let doorbell = Arc::new(Doorbell::new().expect("an event descriptor"));
+        let root = source.open_channel(DISK_DEPTH).expect("a simulated channel");
+        let (mut disk, handle) = Disk::new(root, Arc::clone(source.stats()), doorbell, || {});
+        disk.started(&Context { now: Nanos::ZERO, memory: &memory });
+        let mut world = Self {
+            now: Nanos::ZERO,
+            trace,
+            seats: Vec::new(),
+            source,
+            rng,
+            oracle,
+            memory,
+            disk,
+            handle,
+            wait_set: WaitSet::with_capacity(16),
+            steps: 0,
+            swarm,
+        };
+        for (index, options) in world.swarm.guests.clone().into_iter().enumerate() {
+            let name = format!("guest{index}");
+            let rng = world.rng.fork();
+            let guest = SimGuest::new(&name, options, &world.oracle, rng, &world.trace);
+            let id = ConsumerId(index as u64);
+            world.seats.push(Seat { guest, id, place: Arc::new(Mutex::new(Place::Away)) });
+            world.connect(index);
+        }
+        world
+    }
+
+    /// Brings a guest's session up.
+    fn connect(&mut self, index: usize) {
+        let seat = &self.seats[index];
+        *lock(&seat.place) = Place::Coming;
+        let (place, trace) = (Arc::clone(&seat.place), self.trace.clone());
+        let reply = move |result: Result<(), Box<dyn Consumer>>| match result {
+            Ok(()) => *lock(&place) = Place::Here,
+            Err(_) => trace.finding("the disk has no room for a guest"),
+        };
+        let consumer = Box::new(seat.guest.clone());
+        self.send(DiskCommand::AddConsumer(seat.id, consumer, Box::new(reply)));
+    }
+
+    /// Hangs a guest's session up.
+    fn disconnect(&mut self, index: usize) {
+        let seat = &self.seats[index];
+        *lock(&seat.place) = Place::Leaving;
+        let (place, trace) = (Arc::clone(&seat.place), self.trace.clone());
+        let reply = move |consumer: Option<Box<dyn Consumer>>| {
+            if consumer.is_none() {
+                trace.finding("the disk does not know a guest that leaves");
+            }
+            *lock(&place) = Place::Away;
+        };
+        self.send(DiskCommand::RemoveConsumer(seat.id, Box::new(reply)));
+    }
+
+    /// Sends a command to the disk.
+    pub(super) fn send(&mut self, command: DiskCommand) {
+        if self.handle.send(command).is_err() {
+            self.trace.finding("the disk's mailbox is full");
+        }
+    }
+
+    /// Whether nothing has been found wrong.
+    ///
+    /// # Errors
+    /// The first finding.
+    pub fn verdict(&self) -> Result<(), String> {
+        self.trace.first_finding().map_or(Ok(()), Err)
+    }
+
+    /// One turn.
+    pub fn step(&mut self) {
+        self.steps += 1;
+        self.trace.set_now(self.now);
+        self.source.advance(self.now, &self.memory);
+        let cx = Context { now: self.now, memory: &self.memory };
+        let work = self.disk.poll(&cx);
+        while let Some(event) = self.handle.next_event() {
+            self.hear(event);
+        }
+        self.judge_failures();
+        if self.steps.is_multiple_of(CHECK_EVERY) {
+            self.check_medium();
+        }
+        self.pass_time(work);
+    }
+
+    fn hear(&mut self, event: DiskEvent) {
+        self.trace.line(format_args!("{event:?}"));
+    }
+
+    /// Moves the clock: a little after a turn that did something, else to the next moment at which anything can happen.
+    fn pass_time(&mut self, work: Work) {
+        let little = Nanos(self.rng.between(100, 3_000));
+        if work == Work::Busy {
+            self.now = self.now + little;
+            return;
+        }
+        let cx = Context { now: self.now, memory: &self.memory };
+        self.wait_set.clear();
+        let armed = self.disk.arm(&cx, &mut self.wait_set);
+        self.disk.disarm(&cx);
+        let Armed::Until(deadline) = armed else {
+            self.now = self.now + little;
+            return;
+        };
+        let next = [deadline, self.source.next_event(), Some(self.now + self.patience())];
+        let next = next.into_iter().flatten().min().unwrap_or(self.now);
+        self.now = next.max(self.now + Nanos(1));
+    }
+
+    /// How long nothing may happen: guests that may ask at any moment are looked at often.
+    fn patience(&mut self) -> Nanos {
+        if self.rng.chance(900) { Nanos(self.rng.between(1_000, 50_000)) } else { LONGEST_SLEEP }
+    }
+
+    /// A request may fail only if the disk that serves the guests failed one like it meanwhile.
+    fn judge_failures(&mut self) {
+        for seat in &self.seats {
+            for Failure { since, io, error } in seat.guest.take_failures() {
+                if !self.source.failed_since(since, &io) {
+                    self.trace.finding(format_args!("{io:?} failed with {error} for no reason"));
+                }
+            }
+        }
+    }
+
+    /// The medium holds what the guests may read, and would after a power loss.
+    fn check_medium(&self) {
+        let oracle = lock(&self.oracle);
+        for sector in 0..self.source.sectors() {
+            let now = oracle.check_now(sector, &self.source.content(sector));
+            let mut later = self.source.after_power_loss(sector).into_iter();
+            let later = later.try_for_each(|left| oracle.check_after_power_loss(sector, &left));
+            if let Err(wrong) = now {
+                self.trace.finding(format_args!("the medium is wrong: {wrong}"));
+            }
+            if let Err(wrong) = later {
+                self.trace.finding(format_args!("a power loss would lose data: {wrong}"));
+            }
+        }
+    }
+
+    /// Faults come and go, guests reset, leave and return.
+    fn disturb(&mut self) {
+        let swarm = &self.swarm;
+        if self.rng.chance(swarm.weather_per_mille) && swarm.source_faults.error_per_mille > 0 {
+            let sectors = self.source.sectors();
+            let rng = &mut self.rng;
+            self.source.change_faults(|faults| change_weather(rng, faults, sectors));
+        }
+        if self.rng.chance(self.swarm.upheaval_per_mille) {
+            let index = self.rng.below(self.seats.len() as u64) as usize;
+            let place = *lock(&self.seats[index].place);
+            match place {
+                Place::Here if self.rng.chance(500) => self.seats[index].guest.reset(),
+                Place::Here => self.disconnect(index),
+                Place::Away => self.connect(index),
+                Place::Coming | Place::Leaving => {}
+            }
+        }
+    }
+
+    /// The safety phase: faults, guests and operator do what they like.
+    ///
+    /// # Errors
+    /// The first finding.
+    pub fn be_safe(&mut self) -> Result<(), String> {
+        self.source.set_faults(self.swarm.source_faults.clone());
+        for _ in 0..self.swarm.steps {
+            self.disturb();
+            self.step();
+            self.verdict()?;
+        }
+        Ok(())
+    }
+
+    /// The liveness phase: nothing fails any more, and everything must come to its end in time.
+    ///
+    /// # Errors
+    /// The first finding, or what did not end.
+    pub fn be_live(&mut self) -> Result<(), String> {
+        self.source.set_faults(Faults::default());
+        self.source.release_stalled(self.now);
+        for seat in &self.seats {
+            seat.guest.set_active(false);
+        }
+        for index in 0..self.seats.len() {
+            let place = *lock(&self.seats[index].place);
+            if place == Place::Away {
+                self.connect(index);
+            }
+        }
+        self.run_until("every request ends", Nanos::from_secs(10), |world| {
+            world.seats.iter().all(|seat| seat.guest.outstanding() == 0)
+        })?;
+        self.check_medium();
+        self.verdict()
+    }
+
+    /// Steps until `reached`, for at most so long.
+    ///
+    /// # Errors
+    /// The first finding, or `what` did not come about.
+    pub fn run_until(
+        &mut self,
+        what: &str,
+        within: Nanos,
+        reached: impl Fn(&Self) -> bool,
+    ) -> Result<(), String> {
+        let deadline = self.now + within;
+        while !reached(self) {
+            if self.now > deadline {
+                return Err(format!("within {within}: {what}: did not come about"));
+            }
+            self.step();
+            self.verdict()?;
+        }
+        Ok(())
+    }
+
+    /// Requests that have ended.
+    #[must_use]
+    pub fn ended(&self) -> u64 {
+        self.seats.iter().map(|seat| seat.guest.ended()).sum()
+    }
+}

@@ -49,12 +49,22 @@ impl Limits {
     /// What a leaf refuses although its parent should not have sent it: the last check before a medium.
     ///
     /// # Errors
-    /// [`IoError::READ_ONLY`], or [`IoError::INVALID`] for what does not fit the device.
-    pub fn check(&self, io: &BdevIo) -> Result<(), IoError> {
+    /// [`IoError::READ_ONLY`], or [`IoError::INVALID`] for what does not fit the device or these limits.
+    pub fn check(&self, io: &BdevIo, payload: &[BufferSlice]) -> Result<(), IoError> {
         if self.read_only && io.kind.mutates() {
             return Err(IoError::READ_ONLY);
         }
-        if self.admits(io) { Ok(()) } else { Err(IoError::INVALID) }
+        let fits = match io.kind {
+            IoKind::Read | IoKind::Write => {
+                let total: u64 = payload.iter().map(|slice| u64::from(slice.length)).sum();
+                total == io.length
+                    && io.length <= u64::from(self.max_transfer)
+                    && payload.len() <= self.max_segments as usize
+            }
+            IoKind::Unmap | IoKind::WriteZeroes => io.length <= self.max_unmap,
+            IoKind::Flush => true,
+        };
+        if fits && self.admits(io) { Ok(()) } else { Err(IoError::INVALID) }
     }
 }
 

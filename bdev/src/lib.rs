@@ -21,7 +21,9 @@ pub mod job;
 pub mod ledger;
 pub mod malloc;
 pub mod null;
+pub mod slots;
 pub mod stats;
+pub mod uring;
 
 pub use channel::{CompletionBatch, IoChannel, Limits};
 pub use device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};

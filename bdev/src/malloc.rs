@@ -107,7 +107,7 @@ impl MallocChannel {
         io: &BdevIo,
         payload: &[BufferSlice],
     ) -> Result<(), IoError> {
-        self.limits.check(io)?;
+        self.limits.check(io, payload)?;
         match io.kind {
             IoKind::Read | IoKind::Write => self.copy(memory, io, payload),
             IoKind::Flush => Ok(()),

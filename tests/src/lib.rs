@@ -1,5 +1,6 @@
 //! What the tests of several packages share: the simulator, and skipping aloud.
 
+pub mod driver;
 pub mod sim;
 
 use std::fs::OpenOptions;

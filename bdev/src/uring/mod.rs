@@ -1,0 +1,254 @@
+//! `uring`: a file or block device, through io_uring.
+//!
+//! The control side ([`Uring`]) opens the file, takes its lock for life and finds what alignment direct I/O really needs;
+//! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
+//! what it believes durable after a flush must not hang on ours.
+//!
+//! Locks are tried once. A target that was killed may have left requests in the kernel that hold its lock for a while;
+//! whoever opens again after [`BdevError::Locked`] decides how long to go on trying.
+
+mod bounce;
+mod channel;
+mod file;
+mod holder;
+mod ranges;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use resilver_sys::file::Lock;
+use resilver_sys::{Ring, RingMode};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use bounce::{Bounce, Pool};
+use channel::{MAX_RANGE, MAX_TRANSFER, Parts, UringChannel};
+use file::{FileKind, OpenFile};
+
+pub use file::create;
+
+use crate::channel::{IoChannel, Limits};
+use crate::device::{BLOCK_SIZE_MIN, Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
+use crate::ledger::Ledger;
+use crate::stats::IoStats;
+
+/// What a guest's file system uses as a page anyway.
+const OPTIMAL_IO_MIN: u32 = 4096;
+
+/// How a `uring` bdev is made.
+#[derive(Debug, Clone)]
+pub struct UringConfig {
+    /// Its name.
+    pub name: String,
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Bytes of a block; none takes what direct I/O needs, at least 512.
+    pub block_size: Option<u32>,
+    /// Refuse writes, and share the file with other readers.
+    pub read_only: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// How requests reach the kernel.
+    pub mode: RingMode,
+}
+
+/// The control side.
+pub struct Uring {
+    config: UringConfig,
+    file: OpenFile,
+    block_size: u32,
+    num_blocks: AtomicU64,
+    stats: Arc<IoStats>,
+}
+
+impl fmt::Debug for Uring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uring").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    /// Opens, locks and examines the file.
+    ///
+    /// # Errors
+    /// [`BdevError::Locked`] if somebody uses it; otherwise what is wrong with it and what to do.
+    pub fn open(config: UringConfig) -> Result<Self, BdevError> {
+        let file = file::open(&config.path, config.read_only, config.direct)?;
+        let block_size = block_size(&config, file.alignment.offset)?;
+        let geometry = geometry(&config, file.size, block_size)?;
+        Ok(Self {
+            config,
+            file,
+            block_size,
+            num_blocks: AtomicU64::new(geometry.num_blocks),
+            stats: Arc::default(),
+        })
+    }
+
+    fn os_error(&self, action: &'static str, source: io::Error) -> BdevError {
+        let path = self.config.path.clone();
+        BdevError::File { action, path, source, hint: String::new() }
+    }
+}
+
+/// The block size asked for, if the file allows it, or the smallest that it allows.
+fn block_size(config: &UringConfig, granule: u32) -> Result<u32, BdevError> {
+    let smallest = granule.max(BLOCK_SIZE_MIN);
+    match config.block_size {
+        None => Ok(smallest),
+        Some(asked) if asked >= granule => Ok(asked),
+        Some(asked) => Err(BdevError::Invalid {
+            parameter: "block_size",
+            value: asked.to_string(),
+            expected: format!(
+                "direct I/O on '{}' needs blocks of at least {smallest} bytes: give block_size={smallest}, or open it with \
+                 direct=false",
+                config.path.display()
+            ),
+        }),
+    }
+}
+
+/// The file's geometry, if its size is one.
+fn geometry(config: &UringConfig, size: u64, block_size: u32) -> Result<Geometry, BdevError> {
+    let block = u64::from(block_size);
+    if size > 0 && size.is_multiple_of(block) {
+        return Geometry::new(block_size, size / block);
+    }
+    let fitting = size.next_multiple_of(block).max(block);
+    Err(BdevError::Invalid {
+        parameter: "filename",
+        value: format!("'{}', of {size} bytes", config.path.display()),
+        expected: format!(
+            "the size must be a multiple of the block size of {block_size} bytes, and not zero; `truncate -s {fitting}` would \
+             make it one"
+        ),
+    })
+}
+
+impl Bdev for Uring {
+    fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    fn module(&self) -> &'static str {
+        "uring"
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            block_size: self.block_size,
+            num_blocks: self.num_blocks.load(Ordering::Relaxed),
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        self.config.read_only
+    }
+
+    fn open_channel(&self, depth: u32) -> Result<Box<dyn IoChannel>, BdevError> {
+        let resources =
+            |reason: String| BdevError::Resources { name: self.config.name.clone(), reason };
+        let slots = u32::try_from(Ledger::slots(depth)).unwrap_or(u32::MAX);
+        let ring = Ring::new(&self.file.fd, slots, self.config.mode.clone()).map_err(|error| {
+            resources(format!(
+                "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
+                 (sysctl kernel.io_uring_disabled)"
+            ))
+        })?;
+        let pool = if self.config.direct { Pool::Full } else { Pool::ZeroesOnly };
+        let bounce = Bounce::new(pool).map_err(|error| resources(error.to_string()))?;
+        let limits = Limits {
+            block_size: self.block_size,
+            num_blocks: self.num_blocks.load(Ordering::Relaxed),
+            max_transfer: MAX_TRANSFER,
+            max_segments: crate::SEGMENTS_MAX_U32,
+            max_unmap: MAX_RANGE,
+            unmap: self.file.deallocates,
+            zeroes_unmap: self.file.deallocates,
+            optimal_io: self.block_size.max(OPTIMAL_IO_MIN),
+            read_only: self.config.read_only,
+        };
+        let parts =
+            Parts { limits, ring, bounce, alignment: self.file.alignment, file: self.file.kind };
+        Ok(Box::new(UringChannel::new(depth, parts)))
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        let size = self.geometry().size();
+        let rest = size.saturating_sub(offset);
+        let all_data = Extent { offset, length: rest, hole: false };
+        let data = match rustix::fs::seek(&self.file.fd, SeekFrom::Data(offset)) {
+            Ok(data) => data.min(size),
+            Err(Errno::NXIO) => return Ok(Extent { offset, length: rest, hole: true }),
+            // Block devices and some file systems do not tell holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(all_data),
+            Err(error) => return Err(error.into()),
+        };
+        if data > offset {
+            return Ok(Extent { offset, length: data - offset, hole: true });
+        }
+        let hole = rustix::fs::seek(&self.file.fd, SeekFrom::Hole(offset))?.clamp(offset, size);
+        Ok(Extent { offset, length: hole - offset, hole: false })
+    }
+
+    fn resize(&self, size: u64) -> Result<(), BdevError> {
+        if self.file.kind == FileKind::BlockDevice || self.config.read_only {
+            return Err(BdevError::NotSupported {
+                name: self.config.name.clone(),
+                module: self.module(),
+                operation: "be resized: only a writable regular file can",
+            });
+        }
+        let geometry = Geometry::of_size(self.block_size, size)?;
+        let now = self.geometry();
+        if geometry.num_blocks < now.num_blocks {
+            return Err(BdevError::Invalid {
+                parameter: "size",
+                value: size.to_string(),
+                expected: format!(
+                    "at least the present {} bytes were expected: shrinking would cut off data",
+                    now.size()
+                ),
+            });
+        }
+        rustix::fs::ftruncate(&self.file.fd, size)
+            .and_then(|()| rustix::fs::fsync(&self.file.fd))
+            .map_err(|error| self.os_error("growing", error.into()))?;
+        self.num_blocks.store(geometry.num_blocks, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        Some(self.file.identity.clone())
+    }
+
+    fn details(&self) -> Vec<(&'static str, Detail)> {
+        let text = |text: &str| Detail::Text(text.to_owned());
+        let mode = match self.config.mode {
+            RingMode::Enter => "enter",
+            RingMode::SubmissionThread(_) => "sqpoll",
+        };
+        let lock = match self.file.lock {
+            Lock::Shared => "shared",
+            Lock::Exclusive => "exclusive",
+        };
+        let number = |number: u32| Detail::Number(u64::from(number));
+        vec![
+            ("filename", Detail::Text(self.config.path.display().to_string())),
+            ("direct", Detail::Flag(self.config.direct)),
+            ("memory_alignment", number(self.file.alignment.memory)),
+            ("offset_alignment", number(self.file.alignment.offset)),
+            ("mode", text(mode)),
+            ("lock", text(lock)),
+            ("block_device", Detail::Flag(self.file.kind == FileKind::BlockDevice)),
+        ]
+    }
+
+    fn stats(&self) -> &Arc<IoStats> {
+        &self.stats
+    }
+}

@@ -1,0 +1,445 @@
+//! Jobs as control keeps them: what they say, what they are told, and how the graph follows their end.
+//!
+//! The job itself lives on its disk's reactor ([`resilver_bdev::BlockJob`]); here is what it cannot do there: the durable
+//! record of a switch-over, the list, the events. A job's numbers are asked of the reactor whenever somebody wants them and
+//! are never older than the question.
+//!
+//! A switch-over as control sees it: the job asks for the record ([`JobEvent::CommitRequest`]), control writes it and says so,
+//! the disk exchanges its root, [`Target::job_ended`] makes the graph follow. A record that was written for a switch that
+//! is then undone is taken back ([`JobEvent::RetractRequest`]) before any write is acknowledged that only the source has.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Side};
+use resilver_bdev::{Bdev, DiskCommand, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
+use serde_json::{Value, json};
+
+use crate::disks::{DiskId, ask, send};
+use crate::error::RpcError;
+use crate::events::unix_seconds;
+use crate::target::{Target, files_of};
+
+/// Jobs that have ended, kept for whoever asks later.
+pub const HISTORY_MAX: usize = 64;
+
+/// A job as control keeps it: live, or concluded and not dismissed.
+pub(crate) struct Job {
+    pub(crate) id: String,
+    pub(crate) source: Arc<dyn Bdev>,
+    pub(crate) target: Arc<dyn Bdev>,
+    /// The name that the mirror goes by in the bdev namespace.
+    pub(crate) mirror: String,
+    pub(crate) disk: DiskId,
+    pub(crate) auto_finalize: bool,
+    pub(crate) auto_dismiss: bool,
+    /// The last that is known of it; asked anew where it matters.
+    pub(crate) info: JobInfo,
+    /// The leg that its disk goes on with, once it has ended.
+    pub(crate) ended: Option<Side>,
+    pub(crate) warnings: Vec<String>,
+    /// Tells the scan of the source's holes to stop.
+    pub(crate) scan_stop: Arc<AtomicBool>,
+    pub(crate) started: f64,
+}
+
+/// The last jobs that were dismissed, oldest first.
+pub(crate) type Ended = VecDeque<Value>;
+
+/// The phases of Cloud Hypervisor's block mirror.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Copying.
+    Running,
+    /// In sync.
+    Ready,
+    /// Switching over.
+    Completing,
+    /// Ended as it was asked to.
+    Completed,
+    /// Giving up because it was told to; also once that is done, for which Cloud Hypervisor has no phase.
+    Cancelling,
+    /// Ended, or about to, for an error.
+    Failed,
+}
+
+impl Phase {
+    /// The phase of a job in a state, for a cause: the rows of the table.
+    ///
+    /// | | states | cause | phase | |
+    /// | --- | --- | --- | --- | --- |
+    /// | a | undefined, created, running, paused | any | running | a pause is no phase there |
+    /// | b | ready, standby | any | ready | a switch that was undone leaves its reason, and the job ready |
+    /// | c | waiting, pending | any | completing | |
+    /// | d | aborting, concluded, null | cancelled | cancelling | |
+    /// | e | aborting, concluded, null | an error | failed | |
+    /// | f | aborting | none yet | cancelling | an error is set before the state |
+    /// | g | concluded, null | none | completed | |
+    #[must_use]
+    pub fn of(status: JobStatus, failure: Option<JobFailure>) -> Self {
+        use JobStatus::{
+            Aborting, Concluded, Created, Null, Paused, Pending, Ready, Running, Standby,
+            Undefined, Waiting,
+        };
+        match (status, failure) {
+            (Undefined | Created | Running | Paused, _) => Self::Running,
+            (Ready | Standby, _) => Self::Ready,
+            (Waiting | Pending, _) => Self::Completing,
+            (Aborting | Concluded | Null, Some(JobFailure::Cancelled)) | (Aborting, None) => {
+                Self::Cancelling
+            }
+            (Aborting | Concluded | Null, Some(_)) => Self::Failed,
+            (Concluded | Null, None) => Self::Completed,
+        }
+    }
+
+    /// The word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Ready => "ready",
+            Self::Completing => "completing",
+            Self::Completed => "completed",
+            Self::Cancelling => "cancelling",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What an operator can do about a failure, beginning with a separator; empty where there is nothing.
+fn way_out(failure: JobFailure, info: &JobInfo, id: &str) -> String {
+    let standing = matches!(info.status, JobStatus::Paused | JobStatus::Standby);
+    match failure {
+        JobFailure::Io { side, error, .. } if error.is_no_space() && standing => format!(
+            "; no space is left on the {}: make room there, then job_resume '{id}' goes on where it stopped",
+            side.name()
+        ),
+        JobFailure::Io { side, .. } if standing => {
+            format!("; repair the {}, then job_resume '{id}' goes on where it stopped", side.name())
+        }
+        JobFailure::HoldTimedOut { .. } | JobFailure::CommitRecord if info.status.is_live() => {
+            format!("; the guest runs on from the source; job_complete '{id}' tries again")
+        }
+        JobFailure::Io { .. }
+        | JobFailure::Cancelled
+        | JobFailure::HoldTimedOut { .. }
+        | JobFailure::CommitRecord
+        | JobFailure::GuestReset => String::new(),
+    }
+}
+
+impl Job {
+    /// Whether it can still do something to its disks.
+    pub(crate) fn is_live(&self) -> bool {
+        self.ended.is_none()
+    }
+
+    /// Why it failed or stands still, and what to do about it.
+    pub(crate) fn error(&self) -> Option<String> {
+        let failure = self.info.failure?;
+        Some(format!("{failure}{}", way_out(failure, &self.info, &self.id)))
+    }
+
+    /// The job as `job_get_list` shows it.
+    pub(crate) fn to_json(&self) -> Value {
+        let info = &self.info;
+        let mut json = json!({
+            "id": self.id,
+            "type": "mirror",
+            "status": info.status.name(),
+            "phase": Phase::of(info.status, info.failure).name(),
+            "source": self.source.name(),
+            "target": self.target.name(),
+            "mirror": self.mirror,
+            "copy_mode": info.copy_mode.name(),
+            "speed": info.speed,
+            "total_bytes": info.total_bytes,
+            "copied_bytes": info.copied_bytes,
+            "zero_bytes": info.zero_bytes,
+            "skipped_bytes": info.skipped_bytes,
+            "dirty_bytes": info.dirty_bytes,
+            "in_flight_bytes": info.in_flight_bytes,
+            "copy_bytes_per_second": info.copy_bytes_per_second,
+            "guest_write_bytes_per_second": info.guest_write_bytes_per_second,
+            "converging": info.converging,
+            "actively_synced": info.actively_synced,
+            "target_undurable_bytes": info.target_undurable_bytes,
+            "io_status": info.io_status.name(),
+            "paused_by_operator": info.paused_by_operator,
+            "writes_dirty": info.writes.dirty,
+            "writes_copying": info.writes.copying,
+            "writes_clean": info.writes.clean,
+            "auto_finalize": self.auto_finalize,
+            "auto_dismiss": self.auto_dismiss,
+            "started": self.started,
+        });
+        if let Some(eta) = info.eta {
+            json["eta_seconds"] = eta.as_secs_f64().into();
+        }
+        if let Some(error) = self.error() {
+            json["error"] = error.into();
+        }
+        if !self.warnings.is_empty() {
+            json["warnings"] = self.warnings.clone().into();
+        }
+        if let Some(side) = self.ended {
+            json["goes_on_with"] = side.name().into();
+        }
+        json
+    }
+}
+
+impl Target {
+    /// Asks a live job for its numbers.
+    pub(crate) async fn refresh_job(&self, id: &str) -> Result<(), RpcError> {
+        let handle = {
+            let graph = self.graph();
+            let job = graph.job(id)?;
+            let disk = graph.disks.get(&job.disk).filter(|_| job.is_live());
+            disk.map(|disk| disk.handle.clone())
+        };
+        let Some(handle) = handle else { return Ok(()) };
+        if let Some(info) = ask(&handle, DiskCommand::Query).await? {
+            // It may have ended, even been replaced on its disk, while the answer was on its way.
+            if let Some(job) = self.graph_mut().jobs.get_mut(id).filter(|job| job.is_live()) {
+                job.info = info;
+            }
+        }
+        Ok(())
+    }
+
+    /// The jobs, with numbers of this moment.
+    pub(crate) async fn job_list(&self, id: Option<&str>) -> Result<Vec<Value>, RpcError> {
+        let ids: Vec<String> = match id {
+            Some(id) => vec![self.graph().job(id)?.id.clone()],
+            None => self.graph().jobs.keys().cloned().collect(),
+        };
+        let mut list = Vec::with_capacity(ids.len());
+        for id in ids {
+            // One that ended in between is no longer in the list.
+            if self.refresh_job(&id).await.is_ok() {
+                list.extend(self.graph().jobs.get(&id).map(Job::to_json));
+            }
+        }
+        Ok(list)
+    }
+
+    /// Tells a job something.
+    pub(crate) async fn job_verb(&self, id: &str, verb: JobVerb) -> Result<(), RpcError> {
+        let (handle, status, live) = {
+            let graph = self.graph();
+            let job = graph.job(id)?;
+            let disk = graph.disks.get(&job.disk).map(|disk| disk.handle.clone());
+            (disk, job.info.status, job.is_live())
+        };
+        match (live, verb, handle) {
+            (false, JobVerb::Dismiss, _) => {
+                self.dismiss(id);
+                Ok(())
+            }
+            (true, _, Some(handle)) => {
+                let answer = ask(&handle, |reply| DiskCommand::Verb(verb, reply)).await?;
+                answer.map_err(|error| match error {
+                    // The disk knows no names: the job ended while the verb was on its way.
+                    VerbError::NotFound { .. } => RpcError::no_job(id),
+                    other => other.into(),
+                })
+            }
+            (false, _, _) | (true, _, None) => {
+                Err(VerbError::State { job: id.to_owned(), status, verb: verb.name() }.into())
+            }
+        }
+    }
+
+    /// What an operator should know before the switch-over that they just asked for.
+    pub(crate) fn switch_warning(&self, id: &str) -> Option<String> {
+        let mut graph = self.graph_mut();
+        let job = graph.jobs.get_mut(id)?;
+        let files = files_of(job.source.as_ref());
+        if self.state.is_durable() || files.is_empty() {
+            return None;
+        }
+        let warning = format!(
+            "the target runs without --state-dir: that '{}' holds old data after the switch-over is not recorded durably, \
+             and a restart with the old configuration would serve it again; update the configuration (save_config)",
+            job.source.name()
+        );
+        if !job.warnings.contains(&warning) {
+            job.warnings.push(warning.clone());
+        }
+        Some(warning)
+    }
+
+    /// Does what a job's event asks for.
+    pub(crate) async fn job_event(self: &Rc<Self>, disk: DiskId, event: JobEvent) {
+        let Some(id) = self.graph().job_on(disk).map(|job| job.id.clone()) else { return };
+        match event {
+            JobEvent::Status(status) => self.job_status(&id, status),
+            JobEvent::Error { side, operation, action, error, count } => {
+                let facts = json!({
+                    "side": side.name(), "operation": operation.name(), "action": action.name(),
+                    "error": error.to_string(), "errno": error.errno(), "count": count,
+                });
+                tracing::warn!(job = id, side = side.name(), %error, action = action.name(), count, "I/O error");
+                self.events.add("job_error", &id, facts);
+            }
+            JobEvent::CommitRequest => self.commit(disk, &id).await,
+            JobEvent::RetractRequest => self.retract(disk, &id).await,
+            JobEvent::SwitchUndone(failure) => {
+                tracing::warn!(job = id, %failure, "the switch-over was undone");
+                self.events.add("job_switch_undone", &id, json!({ "error": failure.to_string() }));
+            }
+        }
+    }
+
+    fn job_status(&self, id: &str, status: JobStatus) {
+        let mut graph = self.graph_mut();
+        let Some(job) = graph.jobs.get_mut(id) else { return };
+        job.info.status = status;
+        let phase = Phase::of(status, job.info.failure).name();
+        tracing::info!(job = id, status = status.name(), "job status");
+        self.events.add(
+            "job_status_change",
+            id,
+            json!({ "status": status.name(), "phase": phase }),
+        );
+    }
+
+    /// Writes the record of a switch-over and tells the job how that went.
+    async fn commit(&self, disk: DiskId, id: &str) {
+        let legs =
+            self.graph().jobs.get(id).map(|job| (Arc::clone(&job.source), Arc::clone(&job.target)));
+        let Some((source, target)) = legs else { return };
+        let (sources, targets) = (files_of(source.as_ref()), files_of(target.as_ref()));
+        // Disks without files (malloc) leave nothing behind that a restart could serve by mistake.
+        let written = match (sources.first(), targets.first()) {
+            (Some(source), Some(target)) => {
+                self.state.supersede(source, target, id).await.map(|_| ())
+            }
+            (Some(_), None) | (None, _) => Ok(()),
+        };
+        if let Err(error) = &written {
+            tracing::error!(job = id, %error, "the record of the switch-over could not be written");
+            if let Some(job) = self.graph_mut().jobs.get_mut(id) {
+                job.warnings.push(error.to_string());
+            }
+        }
+        self.tell(disk, || DiskCommand::Committed(written.is_ok())).await;
+    }
+
+    async fn retract(&self, disk: DiskId, id: &str) {
+        let done = self.state.retract(id).await;
+        if let Err(error) = &done {
+            tracing::error!(job = id, %error, "the record of an undone switch-over could not be taken back");
+        }
+        self.tell(disk, || DiskCommand::Retracted(done.is_ok())).await;
+    }
+
+    /// Answers a job. What it waits for must reach it, so a full mailbox is tried again for as long as the disk lives.
+    async fn tell(&self, disk: DiskId, command: impl Fn() -> DiskCommand) {
+        loop {
+            let handle = self.graph().disks.get(&disk).map(|disk| disk.handle.clone());
+            let Some(handle) = handle else { return };
+            match send(&handle, command()).await {
+                Ok(()) => return,
+                Err(error) => tracing::error!(%error, "a job could not be answered yet"),
+            }
+        }
+    }
+
+    /// A job has ended: the graph follows.
+    pub(crate) fn job_ended(&self, disk: DiskId, side: Side, info: JobInfo, releasing: usize) {
+        let mut graph = self.graph_mut();
+        let Some(id) = graph.job_on(disk).map(|job| job.id.clone()) else { return };
+        let Some(job) = graph.jobs.get_mut(&id) else { return };
+        job.scan_stop.store(true, Ordering::Relaxed);
+        job.info = info;
+        job.ended = Some(side);
+        let (source, target) = (Arc::clone(&job.source), Arc::clone(&job.target));
+        let (dismiss, error) = (job.auto_dismiss, job.error());
+        let phase = Phase::of(info.status, info.failure).name();
+        if let Some(entry) = graph.disks.get_mut(&disk) {
+            let released = match side {
+                Side::Source => target.name().to_owned(),
+                Side::Target => std::mem::replace(&mut entry.bdev, target).name().to_owned(),
+            };
+            entry.releasing.channels += releasing;
+            if releasing > 0 {
+                // The copier had a channel to the source as well, so a job that stays on its source holds that too; it is
+                // in use anyway.
+                entry.releasing.bdevs.insert(released);
+            }
+        }
+        drop(graph);
+        self.state.settled(&id);
+        tracing::info!(
+            job = id,
+            source = source.name(),
+            goes_on_with = side.name(),
+            error,
+            "job ended"
+        );
+        let status = info.status.name();
+        self.events.add("job_status_change", &id, json!({ "status": status, "phase": phase }));
+        let facts = json!({ "goes_on_with": side.name(), "phase": phase, "error": error });
+        self.events.add("job_completed", &id, facts);
+        if dismiss {
+            self.dismiss(&id);
+        }
+    }
+
+    /// Forgets a job that has ended, but for the history.
+    fn dismiss(&self, id: &str) {
+        let mut graph = self.graph_mut();
+        let Some(job) = graph.jobs.remove(id) else { return };
+        let mut json = job.to_json();
+        json["ended"] = unix_seconds().into();
+        graph.ended.push_back(json);
+        if graph.ended.len() > HISTORY_MAX {
+            graph.ended.pop_front();
+        }
+        self.events.add("job_status_change", id, json!({ "status": JobStatus::Null.name() }));
+    }
+}
+
+/// What a job that has not been asked yet says about itself.
+pub(crate) fn untouched(job: &dyn resilver_bdev::BlockJob) -> JobInfo {
+    debug_assert!(job.wants() == JobWants::Nothing);
+    let info = job.info(resilver_reactor::Nanos::ZERO);
+    debug_assert!(info.io_status == IoStatus::Ok);
+    info
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use resilver_bdev::{IoError, IoKind};
+
+    #[test]
+    fn every_state_and_cause_has_a_phase_and_live_jobs_are_never_over() {
+        let io = JobFailure::Io {
+            side: Side::Target,
+            operation: IoKind::Write,
+            offset: 0,
+            error: IoError::NO_SPACE,
+        };
+        for status in JobStatus::ALL {
+            for failure in
+                [None, Some(io), Some(JobFailure::Cancelled), Some(JobFailure::CommitRecord)]
+            {
+                let phase = Phase::of(status, failure);
+                let over = matches!(phase, Phase::Completed | Phase::Failed);
+                let may_be_over =
+                    matches!(status, JobStatus::Aborting | JobStatus::Concluded | JobStatus::Null);
+                assert!(!over || may_be_over, "{status} {failure:?} is {}", phase.name());
+            }
+        }
+        assert_eq!(Phase::of(JobStatus::Paused, Some(io)), Phase::Running);
+        assert_eq!(Phase::of(JobStatus::Concluded, Some(io)), Phase::Failed);
+        assert_eq!(Phase::of(JobStatus::Concluded, None), Phase::Completed);
+        assert_eq!(Phase::of(JobStatus::Concluded, Some(JobFailure::Cancelled)), Phase::Cancelling);
+    }
+}

@@ -1,0 +1,271 @@
+//! The methods: one table, from which come the server, `rpc_get_methods`, the schemas, the reference page, the
+//! completions of the command line, and the checks that every method is documented and its example works.
+//!
+//! A method is a struct: its fields are the parameters, its documentation is the method's. A new one is such a struct with
+//! an [`Rpc`] beside it in the file of its family, and a row in [`METHODS`].
+
+mod bdev;
+mod bdev_stats;
+mod config;
+mod framework;
+mod job;
+mod state;
+
+use std::pin::Pin;
+use std::rc::Rc;
+
+use schemars::{JsonSchema, Schema};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::error::{RpcError, code};
+use crate::target::Target;
+
+/// What a method is called with beside its parameters.
+#[derive(Clone)]
+pub struct Caller {
+    /// What is being served.
+    pub(crate) target: Rc<Target>,
+    /// Takes notifications for the caller's connection; closed when it goes. None for calls that come from nowhere.
+    pub(crate) notifications: Option<UnboundedSender<Value>>,
+}
+
+impl Caller {
+    /// A caller without a connection: a configuration file.
+    #[must_use]
+    pub fn local(target: Rc<Target>) -> Self {
+        Self { target, notifications: None }
+    }
+}
+
+/// What a method answers when it succeeds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The result.
+    pub result: Value,
+    /// What the operator should know although it succeeded.
+    pub warning: Option<String>,
+}
+
+impl Answer {
+    /// A result and nothing else.
+    pub(crate) fn new(result: impl Into<Value>) -> Self {
+        Self { result: result.into(), warning: None }
+    }
+
+    /// The result of what has no other.
+    pub(crate) fn done() -> Self {
+        Self::new(true)
+    }
+}
+
+/// A method, typed.
+pub(crate) trait Rpc: DeserializeOwned + JsonSchema + 'static {
+    /// Its name.
+    const NAME: &'static str;
+    /// Parameters that work, as JSON.
+    const EXAMPLE: &'static str;
+    /// What comes back, for the reference page.
+    const RESULT: &'static str;
+
+    /// Does it.
+    fn call(self, caller: Caller) -> impl Future<Output = Result<Answer, RpcError>>;
+}
+
+type Called = Pin<Box<dyn Future<Output = Result<Answer, RpcError>>>>;
+
+/// A row of the table.
+pub struct Method {
+    /// Its name.
+    pub name: &'static str,
+    /// Parameters that work, as JSON.
+    pub example: &'static str,
+    /// What comes back.
+    pub result: &'static str,
+    schema: fn() -> Schema,
+    parse: fn(Value) -> Result<(), RpcError>,
+    call: fn(Caller, Value) -> Called,
+}
+
+/// All methods, by family.
+pub static METHODS: &[Method] = &[
+    Method::of::<bdev::BdevNullCreate>(),
+    Method::of::<bdev::BdevNullDelete>(),
+    Method::of::<bdev::BdevNullResize>(),
+    Method::of::<bdev::BdevMallocCreate>(),
+    Method::of::<bdev::BdevMallocDelete>(),
+    Method::of::<bdev_stats::BdevGetBdevs>(),
+    Method::of::<bdev_stats::BdevGetIostat>(),
+    Method::of::<job::JobGetList>(),
+    Method::of::<job::JobGetHistory>(),
+    Method::of::<job::JobComplete>(),
+    Method::of::<job::JobFinalize>(),
+    Method::of::<job::JobPause>(),
+    Method::of::<job::JobResume>(),
+    Method::of::<job::JobCancel>(),
+    Method::of::<job::JobDismiss>(),
+    Method::of::<job::JobSetSpeed>(),
+    Method::of::<job::JobChange>(),
+    Method::of::<job::JobGetEvents>(),
+    Method::of::<job::JobSubscribe>(),
+    Method::of::<state::StateGetRecords>(),
+    Method::of::<state::StateForget>(),
+    Method::of::<config::SaveConfig>(),
+    Method::of::<config::LoadConfig>(),
+    Method::of::<config::FrameworkGetSubsystems>(),
+    Method::of::<config::FrameworkGetConfig>(),
+    Method::of::<framework::FrameworkGetReactors>(),
+    Method::of::<framework::FrameworkStartInit>(),
+    Method::of::<framework::FrameworkWaitInit>(),
+    Method::of::<framework::RpcGetMethods>(),
+    Method::of::<framework::SpdkGetVersion>(),
+];
+
+impl Method {
+    const fn of<M: Rpc>() -> Self {
+        Self {
+            name: M::NAME,
+            example: M::EXAMPLE,
+            result: M::RESULT,
+            schema: || schemars::schema_for!(M),
+            parse: |params| parse::<M>(params).map(|_| ()),
+            call: |caller, params| Box::pin(async move { parse::<M>(params)?.call(caller).await }),
+        }
+    }
+
+    /// The method of this name.
+    #[must_use]
+    pub fn find(name: &str) -> Option<&'static Self> {
+        METHODS.iter().find(|method| method.name == name)
+    }
+
+    /// The schema of its parameters.
+    #[must_use]
+    pub fn schema(&self) -> Schema {
+        (self.schema)()
+    }
+
+    /// What it does: the documentation of its struct.
+    #[must_use]
+    pub fn doc(&self) -> String {
+        let schema = self.schema();
+        schema.get("description").and_then(Value::as_str).unwrap_or_default().to_owned()
+    }
+
+    /// Refuses parameters that the method would not take.
+    ///
+    /// # Errors
+    /// As the method itself would answer.
+    pub fn check(&self, params: Value) -> Result<(), RpcError> {
+        (self.parse)(params)
+    }
+}
+
+/// Calls a method by name.
+///
+/// # Errors
+/// The method's, or that there is none.
+pub async fn call(caller: Caller, name: &str, params: Value) -> Result<Answer, RpcError> {
+    let Some(method) = Method::find(name) else {
+        return Err(RpcError::new(
+            code::METHOD_NOT_FOUND,
+            "method_not_found",
+            format!("Method not found: '{name}'; rpc_get_methods lists what there is"),
+            json!({ "method": name }),
+        ));
+    };
+    (method.call)(caller, params).await
+}
+
+/// Reads parameters. What is missing or unknown is told by comparison with the schema, which names all that there is; the
+/// rest by serde, with the path to the culprit.
+fn parse<M: Rpc>(params: Value) -> Result<M, RpcError> {
+    let params = match params {
+        Value::Null => json!({}),
+        Value::Object(_) => params,
+        other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
+            return Err(RpcError::parameter("params", other, "an object: parameters go by name"));
+        }
+    };
+    let schema = schemars::schema_for!(M);
+    let known = schema.get("properties").and_then(Value::as_object);
+    let accepted: Vec<&str> =
+        known.into_iter().flat_map(|it| it.keys().map(String::as_str)).collect();
+    let given = params.as_object().into_iter().flatten();
+    if let Some((name, value)) =
+        given.into_iter().find(|(name, _)| !accepted.contains(&name.as_str()))
+    {
+        let expected = format!("{} does not know it; it takes {}", M::NAME, list(&accepted));
+        return Err(RpcError::parameter(name, value.clone(), expected));
+    }
+    let required = schema.get("required").and_then(Value::as_array);
+    let mut required = required.into_iter().flatten().filter_map(Value::as_str);
+    if let Some(name) = required.find(|name| params.get(name).is_none()) {
+        let expected = format!("{} needs it; it takes {}", M::NAME, list(&accepted));
+        return Err(RpcError::parameter(name, "missing", expected));
+    }
+    serde_path_to_error::deserialize(&params).map_err(|error| {
+        let name = error.path().to_string();
+        let value = params.pointer(&format!("/{}", name.replace('.', "/"))).cloned();
+        RpcError::parameter(&name, value.unwrap_or(Value::Null), error.inner().to_string())
+    })
+}
+
+fn list(names: &[&str]) -> String {
+    if names.is_empty() { "no parameters".to_owned() } else { names.join(", ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_is_documented_and_its_example_is_what_it_takes() {
+        for method in METHODS {
+            assert!(method.doc().len() > 20, "{} has no documentation", method.name);
+            assert!(!method.result.is_empty(), "{} does not say what comes back", method.name);
+            let example: Value = serde_json::from_str(method.example).expect(method.name);
+            method.check(example).unwrap_or_else(|error| panic!("{}: {error}", method.name));
+            let schema = method.schema();
+            let parameters = schema.get("properties").and_then(Value::as_object);
+            for (name, parameter) in parameters.into_iter().flatten() {
+                let documented = parameter.get("description").is_some();
+                assert!(documented, "parameter {name} of {} has no documentation", method.name);
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), METHODS.len());
+    }
+
+    #[test]
+    fn a_bad_parameter_is_named_with_its_value_and_what_would_do() {
+        let check = |params| {
+            let error = Method::find("bdev_null_create").unwrap().check(params).unwrap_err();
+            assert_eq!(error.code, code::INVALID_PARAMS);
+            let data = error.data.unwrap();
+            (data["parameter"].clone(), data["value"].clone(), error.message)
+        };
+        let (name, value, message) =
+            check(json!({ "name": "a", "num_blocks": "x", "block_size": 512 }));
+        assert_eq!((name, value), ("num_blocks".into(), "x".into()));
+        assert!(message.contains("expected u64"), "{message}");
+        let (name, value, message) =
+            check(json!({ "nam": "a", "num_blocks": 1, "block_size": 512 }));
+        assert_eq!((name, value), ("nam".into(), "a".into()));
+        assert!(
+            message.contains("name, num_blocks") || message.contains("block_size"),
+            "{message}"
+        );
+        let (name, _, message) = check(json!({ "name": "a", "num_blocks": 1 }));
+        assert_eq!(name, "block_size");
+        assert!(message.contains("needs it"), "{message}");
+        assert_eq!(check(json!([1])).0, "params");
+    }
+}

@@ -1,0 +1,466 @@
+//! The state directory: which disk was superseded by which, so that nobody serves old data after a switch-over.
+//!
+//! One file, `superseded.json`, holds all records. It changes as a whole: a new file is written beside it, made durable,
+//! renamed over it, and the directory made durable. A crash between any two of these leaves the old records or the new
+//! ones, never less. What cannot be read stops the start: to go on without would be to forget which copy is good. One file
+//! for each record was rejected, because a switch back writes one record and takes another away, and the two must happen
+//! at once. A lock keeps a second target from the directory.
+//!
+//! Without a directory the records hold for the life of the process; [`StateStore::is_durable`] tells.
+//!
+//! A record is found by the file's canonical path, or by its device and inode: the path survives a reboot that renumbers
+//! devices, the numbers survive another spelling or a rename.
+
+use std::cell::RefCell;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use resilver_bdev::{BdevError, FileIdentity};
+use serde::{Deserialize, Serialize};
+
+use crate::events::unix_seconds;
+
+/// The file of records.
+const RECORDS: &str = "superseded.json";
+/// What a target locks.
+const LOCK: &str = "lock";
+/// The format that this version writes and reads.
+const VERSION: u32 = 1;
+
+/// One file as a record names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskFile {
+    /// Its canonical path.
+    pub path: PathBuf,
+    /// The device number of its file system, or its own.
+    pub device: u64,
+    /// Its inode number; zero for a block device.
+    pub inode: u64,
+}
+
+impl DiskFile {
+    fn is(&self, file: &FileIdentity) -> bool {
+        self.path == file.path || (self.device == file.device && self.inode == file.inode)
+    }
+}
+
+impl From<&FileIdentity> for DiskFile {
+    fn from(file: &FileIdentity) -> Self {
+        Self { path: file.path.clone(), device: file.device, inode: file.inode }
+    }
+}
+
+/// A disk that holds old data since a switch-over.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The disk that holds old data.
+    pub superseded: DiskFile,
+    /// The disk that has taken over.
+    pub by: DiskFile,
+    /// Counts the switch-overs that led here: one more than the record of the disk that was superseded had.
+    pub generation: u64,
+    /// The job that switched.
+    pub job_id: String,
+    /// When, in seconds since 1970.
+    pub time: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Records {
+    version: u32,
+    records: Vec<Record>,
+}
+
+impl Default for Records {
+    fn default() -> Self {
+        Self { version: VERSION, records: Vec::new() }
+    }
+}
+
+/// Why the state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file or directory could not be read or written.
+    #[error("state directory: {action} '{path}' failed: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The records make no sense.
+    #[error(
+        "'{path}' cannot be read ({reason}): without it there is no telling which disks hold old data; restore it, or move \
+         it away if you know that none was superseded"
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Another target uses the directory.
+    #[error("state directory '{0}' is used by another target; stop it or name another directory")]
+    InUse(PathBuf),
+}
+
+/// Attaches what was tried to an error of the operating system.
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    move |source| StateError::Io { action, path, source }
+}
+
+/// The directory, locked.
+#[derive(Debug)]
+struct StateDir {
+    path: PathBuf,
+    /// Held for the life of the store.
+    _lock: File,
+}
+
+/// The records, in memory and, with a directory, on disk. What is in memory is what is on disk.
+#[derive(Debug, Default)]
+pub struct StateStore {
+    dir: Option<Arc<StateDir>>,
+    records: RefCell<Records>,
+    /// Held from reading the records to having written them: two jobs may switch at one time.
+    changing: tokio::sync::Mutex<()>,
+    /// What [`StateStore::retract`] goes back to, by job.
+    before: RefCell<Vec<(String, Records)>>,
+}
+
+impl StateStore {
+    /// Opens a directory, making it if need be.
+    ///
+    /// # Errors
+    /// It cannot be made, locked or read, or its records make no sense.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        fs::create_dir_all(path).map_err(io_error("making", path))?;
+        let path = fs::canonicalize(path).map_err(io_error("finding", path))?;
+        let lock_path = path.join(LOCK);
+        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path);
+        let lock = lock.map_err(io_error("opening", &lock_path))?;
+        lock.try_lock().map_err(|error| match error {
+            fs::TryLockError::WouldBlock => StateError::InUse(path.clone()),
+            fs::TryLockError::Error(error) => io_error("locking", &lock_path)(error),
+        })?;
+        let records = read_records(&path.join(RECORDS))?;
+        let dir = Arc::new(StateDir { path, _lock: lock });
+        Ok(Self { dir: Some(dir), records: records.into(), ..Self::default() })
+    }
+
+    /// Whether records outlive the process.
+    #[must_use]
+    pub fn is_durable(&self) -> bool {
+        self.dir.is_some()
+    }
+
+    /// All records.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        self.records.borrow().records.clone()
+    }
+
+    /// Refuses a file that was superseded.
+    ///
+    /// # Errors
+    /// It was.
+    pub fn check(&self, file: &FileIdentity) -> Result<(), BdevError> {
+        match self.records.borrow().records.iter().find(|record| record.superseded.is(file)) {
+            None => Ok(()),
+            Some(record) => Err(BdevError::Superseded {
+                path: file.path.clone(),
+                by: record.by.path.clone(),
+                generation: record.generation,
+            }),
+        }
+    }
+
+    /// Writes that `source` is superseded by `target`, and that `target`, should it have been superseded before, holds the
+    /// newest data now. Durable when it returns, where there is a directory.
+    ///
+    /// # Errors
+    /// The record could not be written; nothing has changed.
+    pub async fn supersede(
+        &self,
+        source: &FileIdentity,
+        target: &FileIdentity,
+        job_id: &str,
+    ) -> Result<u64, StateError> {
+        let _changing = self.changing.lock().await;
+        let before = self.records.borrow().clone();
+        let mut after = before.clone();
+        let known = before.records.iter().filter(|it| it.by.is(source) || it.superseded.is(target));
+        let generation = known.map(|it| it.generation).max().unwrap_or(0) + 1;
+        after.records.retain(|it| !it.superseded.is(target) && !it.superseded.is(source));
+        after.records.push(Record {
+            superseded: source.into(),
+            by: target.into(),
+            generation,
+            job_id: job_id.to_owned(),
+            time: unix_seconds(),
+        });
+        self.replace(after).await?;
+        let mut undo = self.before.borrow_mut();
+        undo.retain(|(job, _)| job != job_id);
+        undo.push((job_id.to_owned(), before));
+        Ok(generation)
+    }
+
+    /// Takes back what [`StateStore::supersede`] wrote for this job, and brings back what it took away.
+    ///
+    /// # Errors
+    /// The records could not be written; nothing has changed.
+    pub async fn retract(&self, job_id: &str) -> Result<(), StateError> {
+        let _changing = self.changing.lock().await;
+        let found = self.before.borrow().iter().find(|(job, _)| job == job_id).cloned();
+        let Some((_, before)) = found else { return Ok(()) };
+        let mut after = self.records.borrow().clone();
+        let Some(at) = after.records.iter().position(|record| record.job_id == job_id) else {
+            return Ok(());
+        };
+        let record = after.records.remove(at);
+        // Other jobs may have switched meanwhile: only what this one took away comes back.
+        let ours =
+            |old: &&Record| old.superseded == record.by || old.superseded == record.superseded;
+        after.records.extend(before.records.iter().filter(ours).cloned());
+        self.replace(after).await?;
+        self.settled(job_id);
+        Ok(())
+    }
+
+    /// The job has ended: its record stands.
+    pub fn settled(&self, job_id: &str) {
+        self.before.borrow_mut().retain(|(job, _)| job != job_id);
+    }
+
+    /// Removes the record that a disk was superseded; false if there was none. `path` may be spelled in any way, and the file may be gone.
+    ///
+    /// # Errors
+    /// The records could not be written; nothing has changed.
+    pub async fn forget(&self, path: &Path) -> Result<bool, StateError> {
+        let identity = identify(path).ok();
+        let _changing = self.changing.lock().await;
+        let mut after = self.records.borrow().clone();
+        let count = after.records.len();
+        after.records.retain(|record| {
+            let same = identity.as_ref().is_some_and(|file| record.superseded.is(file));
+            !same && record.superseded.path != path
+        });
+        if after.records.len() == count {
+            return Ok(false);
+        }
+        self.replace(after).await?;
+        Ok(true)
+    }
+
+    async fn replace(&self, records: Records) -> Result<(), StateError> {
+        if let Some(dir) = self.dir.clone() {
+            let (old, new) = (self.records.borrow().clone(), records.clone());
+            let write = tokio::task::spawn_blocking(move || {
+                // Of a write that failed after its rename, the new records may be what a crash leaves: put the old ones
+                // back. Should that fail too, a disk is refused that need not be, and nothing worse.
+                write_records(&dir.path, &new).inspect_err(|_| {
+                    let _ = write_records(&dir.path, &old);
+                })
+            });
+            match write.await {
+                Ok(done) => done?,
+                Err(_) => {
+                    return Err(io_error("writing", Path::new(RECORDS))(io::Error::other(
+                        "the process is stopping",
+                    )));
+                }
+            }
+        }
+        *self.records.borrow_mut() = records;
+        Ok(())
+    }
+}
+
+fn read_records(path: &Path) -> Result<Records, StateError> {
+    let corrupt = |reason: String| StateError::Corrupt { path: path.to_owned(), reason };
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Records::default()),
+        Err(error) => return Err(io_error("reading", path)(error)),
+    };
+    let records: Records =
+        serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
+    if records.version == VERSION {
+        Ok(records)
+    } else {
+        Err(corrupt(format!("its version is {}, this program reads {VERSION}", records.version)))
+    }
+}
+
+/// Replaces the records on disk, durably, or leaves them as they were.
+fn write_records(dir: &Path, records: &Records) -> Result<(), StateError> {
+    let path = dir.join(RECORDS);
+    let mut text = serde_json::to_vec_pretty(records)
+        .map_err(|error| io_error("encoding", &path)(io::Error::other(error)))?;
+    text.push(b'\n');
+    replace_file(&path, &text).map_err(io_error("replacing", &path))
+}
+
+/// Replaces a file as a whole, durably: what was there before, or all of `text`, survives a crash.
+///
+/// # Errors
+/// The file system's.
+pub(crate) fn replace_file(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let mut file = File::create(&new)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
+}
+
+/// Which file a path means.
+///
+/// # Errors
+/// It cannot be found.
+pub fn identify(path: &Path) -> io::Result<FileIdentity> {
+    let path = fs::canonicalize(path)?;
+    let metadata = fs::metadata(&path)?;
+    Ok(if metadata.file_type().is_block_device() {
+        FileIdentity { device: metadata.rdev(), inode: 0, path }
+    } else {
+        FileIdentity { device: metadata.dev(), inode: metadata.ino(), path }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a write prepares the records.
+    const RECORDS_NEW: &str = "superseded.json.new";
+
+    fn file(number: u64) -> FileIdentity {
+        FileIdentity { device: 1, inode: number, path: format!("/disks/{number}").into() }
+    }
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    fn generation(store: &StateStore, number: u64) -> Option<u64> {
+        match store.check(&file(number)) {
+            Err(BdevError::Superseded { generation, .. }) => Some(generation),
+            Err(other) => panic!("{other}"),
+            Ok(()) => None,
+        }
+    }
+
+    #[test]
+    fn a_superseded_disk_is_refused_after_a_restart_by_path_and_by_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        assert_eq!(block_on(store.supersede(&file(1), &file(2), "job")).unwrap(), 1);
+        drop(store);
+        let store = StateStore::open(dir.path()).unwrap();
+        assert_eq!((generation(&store, 1), generation(&store, 2)), (Some(1), None));
+        let renamed = FileIdentity { path: "/elsewhere".into(), ..file(1) };
+        let renumbered = FileIdentity { device: 9, inode: 9, ..file(1) };
+        assert!(store.check(&renamed).is_err());
+        assert!(store.check(&renumbered).is_err());
+    }
+
+    #[test]
+    fn a_switch_back_takes_the_old_record_away_and_counts_on() {
+        let store = StateStore::default();
+        block_on(store.supersede(&file(1), &file(2), "there")).unwrap();
+        assert_eq!(block_on(store.supersede(&file(2), &file(1), "back")).unwrap(), 2);
+        assert_eq!((generation(&store, 1), generation(&store, 2)), (None, Some(2)));
+    }
+
+    #[test]
+    fn a_retracted_switch_leaves_what_was_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        block_on(store.supersede(&file(1), &file(2), "there")).unwrap();
+        store.settled("there");
+        let before = store.records();
+        block_on(store.supersede(&file(2), &file(1), "back")).unwrap();
+        block_on(store.supersede(&file(7), &file(8), "other")).unwrap();
+        block_on(store.retract("back")).unwrap();
+        block_on(store.retract("back")).unwrap();
+        block_on(store.retract("other")).unwrap();
+        assert_eq!(store.records(), before);
+        drop(store);
+        assert_eq!(StateStore::open(dir.path()).unwrap().records(), before);
+    }
+
+    #[test]
+    fn forgetting_takes_any_spelling_and_a_file_that_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        fs::write(&path, "").unwrap();
+        let store = StateStore::default();
+        block_on(store.supersede(&identify(&path).unwrap(), &file(2), "job")).unwrap();
+        let spelled = dir.path().join(".").join("..").join(dir.path()).join("disk");
+        assert!(block_on(store.forget(&spelled)).unwrap());
+        assert!(!block_on(store.forget(&spelled)).unwrap());
+        block_on(store.supersede(&file(1), &file(2), "job")).unwrap();
+        assert!(block_on(store.forget(Path::new("/disks/1"))).unwrap());
+    }
+
+    /// The steps of a write, each cut off at every byte where it writes: what a start finds afterwards is the old records
+    /// or the new.
+    #[test]
+    fn a_crash_between_any_two_steps_of_a_write_leaves_the_old_records_or_the_new() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || StateStore::open(dir.path()).map(|store| store.records());
+        let store = StateStore::open(dir.path()).unwrap();
+        block_on(store.supersede(&file(1), &file(2), "first")).unwrap();
+        let (old, old_text) = (store.records(), fs::read(dir.path().join(RECORDS)).unwrap());
+        block_on(store.supersede(&file(3), &file(4), "second")).unwrap();
+        let (new, new_text) = (store.records(), fs::read(dir.path().join(RECORDS)).unwrap());
+        drop(store);
+        for written in 0..=new_text.len() {
+            fs::write(dir.path().join(RECORDS), &old_text).unwrap();
+            fs::write(dir.path().join(RECORDS_NEW), &new_text[..written]).unwrap();
+            assert_eq!(open().unwrap(), old, "cut off after {written} bytes");
+        }
+        fs::rename(dir.path().join(RECORDS_NEW), dir.path().join(RECORDS)).unwrap();
+        assert_eq!(open().unwrap(), new);
+    }
+
+    #[test]
+    fn records_that_make_no_sense_stop_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        for text in ["", "{", r#"{"version":2,"records":[]}"#] {
+            fs::write(dir.path().join(RECORDS), text).unwrap();
+            assert!(
+                matches!(StateStore::open(dir.path()), Err(StateError::Corrupt { .. })),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_second_target_is_kept_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateStore::open(dir.path()).unwrap();
+        assert!(matches!(StateStore::open(dir.path()), Err(StateError::InUse(_))));
+        drop(first);
+        assert!(StateStore::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        fs::create_dir(dir.path().join(RECORDS_NEW)).unwrap();
+        assert!(block_on(store.supersede(&file(1), &file(2), "job")).is_err());
+        assert_eq!(generation(&store, 1), None);
+    }
+}

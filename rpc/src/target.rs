@@ -1,0 +1,278 @@
+//! The target: all that control knows about what is being served.
+//!
+//! One control thread owns it; nothing here is shared with a reactor but handles. The graph is in one `RefCell` that is
+//! borrowed for moments and never across an `await`. A method that waits in the middle of a change first *engages* the
+//! names it is about: until its [`Engaged`] guard is dropped, another method that wants one of them is told to try again.
+//! So two calls never change one object at once, and no call waits for another. One lock around all changes was rejected:
+//! a controller that waits for a hung device would block the whole target.
+//!
+//! Who uses a bdev is never stored but asked of the graph ([`Graph::uses_of`]): there is nothing that could go stale.
+
+use std::cell::{Ref, RefCell, RefMut};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use resilver_bdev::{Bdev, BdevError, FileIdentity};
+use serde_json::{Value, json};
+
+use crate::controllers::ControllerEntry;
+use crate::disks::{DiskEntry, DiskId};
+use crate::error::{RpcError, code};
+use crate::events::EventLog;
+use crate::jobs::{Ended, Job};
+use crate::modules::{BdevEntry, UringDefaults};
+use crate::reactors::Reactors;
+use crate::state::StateStore;
+
+/// What a target is made of.
+pub struct TargetConfig {
+    /// Where the controllers' sockets are made.
+    pub vhost_dir: PathBuf,
+    /// How files are driven unless a call says otherwise.
+    pub uring: UringDefaults,
+    /// The reactors.
+    pub reactors: Reactors,
+    /// Which disks were superseded, and where that is kept.
+    pub state: StateStore,
+}
+
+/// What is being served.
+pub struct Target {
+    pub(crate) vhost_dir: PathBuf,
+    pub(crate) uring: UringDefaults,
+    pub(crate) reactors: Reactors,
+    pub(crate) state: StateStore,
+    pub(crate) events: EventLog,
+    graph: RefCell<Graph>,
+    engaged: RefCell<BTreeSet<(Space, String)>>,
+}
+
+/// Kinds of names that can be engaged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Space {
+    Bdev,
+    Controller,
+    Job,
+}
+
+impl fmt::Display for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bdev => "bdev",
+            Self::Controller => "controller",
+            Self::Job => "job",
+        })
+    }
+}
+
+/// A name that a method is changing; free again when dropped.
+pub(crate) struct Engaged {
+    target: Rc<Target>,
+    key: (Space, String),
+}
+
+impl Drop for Engaged {
+    fn drop(&mut self) {
+        self.target.engaged.borrow_mut().remove(&self.key);
+    }
+}
+
+/// Everything that has a name.
+#[derive(Default)]
+pub(crate) struct Graph {
+    pub(crate) bdevs: BTreeMap<String, BdevEntry>,
+    pub(crate) disks: BTreeMap<DiskId, DiskEntry>,
+    pub(crate) controllers: BTreeMap<String, ControllerEntry>,
+    pub(crate) jobs: BTreeMap<String, Job>,
+    pub(crate) ended: Ended,
+    pub(crate) next_disk: u64,
+}
+
+/// Why a bdev cannot be deleted, resized or taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// A controller serves it.
+    Controller(String),
+    /// Another bdev is stacked on it.
+    Base(String),
+    /// A mirror reads it.
+    MirrorSource(String),
+    /// A mirror writes it.
+    MirrorTarget(String),
+    /// A mirror that has ended still has I/O in flight on it, which the device does not end.
+    Releasing(DiskId),
+}
+
+impl fmt::Display for Use {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Controller(name) => write!(f, "controller '{name}' serves it"),
+            Self::Base(name) => write!(f, "bdev '{name}' is stacked on it"),
+            Self::MirrorSource(job) => write!(f, "it is the source of mirror job '{job}'"),
+            Self::MirrorTarget(job) => write!(f, "it is the target of mirror job '{job}'"),
+            Self::Releasing(_) => f.write_str(
+                "I/O of a job that has ended is still in flight on it; the device does not answer",
+            ),
+        }
+    }
+}
+
+impl Graph {
+    /// The bdev of this name.
+    pub(crate) fn bdev(&self, name: &str) -> Result<&BdevEntry, RpcError> {
+        self.bdevs.get(name).ok_or_else(|| BdevError::NotFound(name.to_owned()).into())
+    }
+
+    /// The live or concluded job of this id.
+    pub(crate) fn job(&self, id: &str) -> Result<&Job, RpcError> {
+        self.jobs.get(id).ok_or_else(|| RpcError::no_job(id))
+    }
+
+    /// The disk over this bdev, if it is in use.
+    pub(crate) fn disk_of(&self, bdev: &str) -> Option<(DiskId, &DiskEntry)> {
+        let found = self.disks.iter().find(|(_, disk)| disk.bdev.name() == bdev);
+        found.map(|(id, disk)| (*id, disk))
+    }
+
+    /// The controllers of a disk.
+    pub(crate) fn controllers_of(&self, disk: DiskId) -> impl Iterator<Item = &ControllerEntry> {
+        self.controllers.values().filter(move |controller| controller.disk == disk)
+    }
+
+    /// The live job on a disk.
+    pub(crate) fn job_on(&self, disk: DiskId) -> Option<&Job> {
+        self.jobs.values().find(|job| job.disk == disk && job.is_live())
+    }
+
+    /// Who uses a bdev.
+    pub(crate) fn uses_of(&self, bdev: &str) -> Vec<Use> {
+        let mut uses = Vec::new();
+        let stacked = self
+            .bdevs
+            .iter()
+            .filter(|(_, entry)| entry.bdev.children().iter().any(|child| child.name() == bdev));
+        uses.extend(stacked.map(|(name, _)| Use::Base(name.clone())));
+        for job in self.jobs.values().filter(|job| job.is_live()) {
+            if job.source.name() == bdev {
+                uses.push(Use::MirrorSource(job.id.clone()));
+            }
+            if job.target.name() == bdev {
+                uses.push(Use::MirrorTarget(job.id.clone()));
+            }
+        }
+        for (id, disk) in &self.disks {
+            if disk.bdev.name() == bdev {
+                uses.extend(self.controllers_of(*id).map(|it| Use::Controller(it.name.clone())));
+            }
+            if disk.releasing.bdevs.contains(bdev) {
+                uses.push(Use::Releasing(*id));
+            }
+        }
+        uses
+    }
+
+    /// Refuses a bdev that anybody uses.
+    pub(crate) fn must_be_unused(&self, bdev: &str) -> Result<(), RpcError> {
+        match self.uses_of(bdev).first() {
+            Some(first) => Err(RpcError::busy(bdev, &first.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a bdev or the bdev that a mirror stands for has this name.
+    pub(crate) fn name_taken(&self, name: &str) -> bool {
+        self.bdevs.contains_key(name)
+            || self.jobs.values().any(|job| job.is_live() && job.mirror == name)
+    }
+
+    /// The bdev that stands for this file.
+    pub(crate) fn bdev_of_file(&self, file: &FileIdentity) -> Option<&Arc<dyn Bdev>> {
+        let mut bdevs = self.bdevs.values().map(|entry| &entry.bdev);
+        bdevs.find(|bdev| bdev.identity().is_some_and(|identity| identity.same_file(file)))
+    }
+}
+
+impl Target {
+    /// A target that serves nothing yet.
+    #[must_use]
+    pub fn new(config: TargetConfig) -> Rc<Self> {
+        Rc::new(Self {
+            vhost_dir: config.vhost_dir,
+            uring: config.uring,
+            reactors: config.reactors,
+            state: config.state,
+            events: EventLog::default(),
+            graph: RefCell::default(),
+            engaged: RefCell::default(),
+        })
+    }
+
+    /// The graph, to look at.
+    pub(crate) fn graph(&self) -> Ref<'_, Graph> {
+        self.graph.borrow()
+    }
+
+    /// The graph, to change.
+    pub(crate) fn graph_mut(&self) -> RefMut<'_, Graph> {
+        self.graph.borrow_mut()
+    }
+
+    /// Keeps a name from all other methods until the guard is dropped.
+    pub(crate) fn engage(self: &Rc<Self>, space: Space, name: &str) -> Result<Engaged, RpcError> {
+        let key = (space, name.to_owned());
+        if !self.engaged.borrow_mut().insert(key.clone()) {
+            return Err(RpcError::new(
+                code::AGAIN,
+                "engaged",
+                format!("{space} '{name}' is being changed by another call; try again"),
+                json!({ "name": name }),
+            ));
+        }
+        Ok(Engaged { target: Rc::clone(self), key })
+    }
+
+    /// Keeps the name of a bdev to be made; refuses one that is taken.
+    pub(crate) fn engage_new_bdev(self: &Rc<Self>, name: &str) -> Result<Engaged, RpcError> {
+        check_name("name", name)?;
+        let engaged = self.engage(Space::Bdev, name)?;
+        if self.graph().name_taken(name) {
+            return Err(BdevError::Exists(name.to_owned()).into());
+        }
+        Ok(engaged)
+    }
+
+    /// The bdev of this name.
+    pub(crate) fn bdev(&self, name: &str) -> Result<Arc<dyn Bdev>, RpcError> {
+        Ok(Arc::clone(&self.graph().bdev(name)?.bdev))
+    }
+}
+
+/// Every file below a bdev: its own, or those of the bdevs it is stacked on.
+pub(crate) fn files_of(bdev: &dyn Bdev) -> Vec<FileIdentity> {
+    match bdev.identity() {
+        Some(identity) => vec![identity],
+        None => bdev.children().iter().flat_map(|child| files_of(child.as_ref())).collect(),
+    }
+}
+
+/// Refuses names that could not be a socket's or a metric label's.
+pub(crate) fn check_name(parameter: &str, name: &str) -> Result<(), RpcError> {
+    let printable = name.chars().all(|c| c.is_ascii_graphic() && c != '/');
+    if printable && !name.is_empty() && name.len() <= NAME_MAX && name != "." && name != ".." {
+        return Ok(());
+    }
+    let expected = format!("1 to {NAME_MAX} printable characters without blanks and '/'");
+    Err(RpcError::parameter(parameter, name, expected))
+}
+
+/// Characters of the longest name.
+pub(crate) const NAME_MAX: usize = 64;
+
+/// A fresh random UUID, from the kernel.
+pub(crate) fn fresh_uuid() -> Value {
+    let uuid = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
+    uuid.trim().into()
+}

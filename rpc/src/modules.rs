@@ -103,6 +103,11 @@ impl Target {
         let file = Arc::clone(&bdev);
         let resized = tokio::task::spawn_blocking(move || file.resize(size)).await;
         resized.map_err(|_| RpcError::gone())??;
+        if let Some(entry) = self.graph_mut().bdevs.get_mut(name)
+            && let Some(blocks) = entry.made_by.params.get_mut("num_blocks")
+        {
+            *blocks = bdev.geometry().num_blocks.into();
+        }
         let Some((disk, handle)) =
             self.graph().disk_of(name).map(|(id, it)| (id, it.handle.clone()))
         else {

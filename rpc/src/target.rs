@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use resilver_bdev::{Bdev, BdevError, FileIdentity};
+use resilver_bdev::{Bdev, BdevError, FileIdentity, JobVerb};
 use serde_json::{Value, json};
 
 use crate::controllers::ControllerEntry;
@@ -242,6 +242,19 @@ impl Target {
             return Err(BdevError::Exists(name.to_owned()).into());
         }
         Ok(engaged)
+    }
+
+    /// Stops serving: gives up jobs and takes disks off their reactors.
+    pub async fn stop(&self) {
+        let jobs: Vec<String> = self.graph().jobs.keys().cloned().collect();
+        for id in jobs {
+            // One that is over, or about to be, refuses: just as well.
+            let _ = self.job_verb(&id, JobVerb::Cancel).await;
+        }
+        let disks: Vec<DiskId> = self.graph().disks.keys().copied().collect();
+        for disk in disks {
+            self.retire_disk(disk).await;
+        }
     }
 
     /// The bdev of this name.

@@ -1,0 +1,267 @@
+//! The promise of the hot path: a warm reactor under load uses no allocator and makes no system call but those its table
+//! allows (none for disks in memory; `io_uring_enter` for a file).
+//!
+//! Each case runs in a process of its own, because the proof is its death: a seccomp filter on the reactor's thread kills
+//! the process at the first call that is not allowed (SIGSYS), the sealed allocator aborts it at the first use (SIGABRT).
+//! Two cases break the promise on purpose, so that a proof that proves nothing would be seen.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use resilver_bdev::malloc::Malloc;
+use resilver_bdev::null::Null;
+use resilver_bdev::uring::{self, Uring, UringConfig};
+use resilver_bdev::{
+    Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, IoKind, IoStats,
+    Port, Tag,
+};
+use resilver_reactor::{Armed, Context, Idle, Reactor, ReactorConfig, Work};
+use resilver_sys::alloc_guard::{self, AllocGuard};
+use resilver_sys::{BufferSlice, Mapping, RegionId, RingMode, WaitSet};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+#[global_allocator]
+static GUARD: AllocGuard = AllocGuard;
+
+/// Requests before the seal, and after.
+const WARM_UP: u64 = 5_000;
+const SEALED: u64 = 20_000;
+/// Requests in flight.
+const DEPTH: u32 = 32;
+/// Bytes of a request, and of the disk.
+const LENGTH: u32 = 4096;
+const DISK: u64 = 16 << 20;
+/// `io_uring_enter` on x86-64 and aarch64 alike.
+const IO_URING_ENTER: i64 = 426;
+
+/// What the load does after it was sealed, beside its requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sin {
+    None,
+    SystemCall,
+    Allocation,
+}
+
+/// A consumer that keeps [`DEPTH`] requests in flight, seals its thread when warm, and counts.
+struct Load {
+    region: RegionId,
+    buffers: Arc<Mapping>,
+    filter: BpfProgram,
+    sin: Sin,
+    free: Vec<u32>,
+    next: u64,
+    completed: u64,
+    failed: u64,
+    sealed: bool,
+    report: Arc<Report>,
+}
+
+#[derive(Default)]
+struct Report {
+    completed: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Load {
+    fn seal(&mut self) {
+        // To abort takes system calls: under the filter an allocation would look like one.
+        if self.sin != Sin::Allocation {
+            seccompiler::apply_filter(&self.filter).unwrap();
+        }
+        std::mem::forget(alloc_guard::seal_or_abort());
+        self.sealed = true;
+    }
+
+    fn next_io(&mut self, slot: u32) -> BdevIo {
+        let block = self.next.wrapping_mul(2_654_435_761) % (DISK / u64::from(LENGTH));
+        let kind = match self.next % 16 {
+            0 => IoKind::Flush,
+            1 => IoKind::Unmap,
+            2 => IoKind::WriteZeroes,
+            3..=8 => IoKind::Read,
+            _ => IoKind::Write,
+        };
+        self.next += 1;
+        let (offset, length) = match kind {
+            IoKind::Flush => (0, 0),
+            _ => (block * u64::from(LENGTH), u64::from(LENGTH)),
+        };
+        BdevIo { tag: Tag(slot), kind, may_unmap: true, offset, length }
+    }
+}
+
+impl Consumer for Load {
+    fn attach(&mut self, cx: &Context<'_>) {
+        self.region = cx.memory.insert(Arc::clone(&self.buffers)).unwrap();
+    }
+
+    fn poll(&mut self, cx: &Context<'_>, port: &mut Port<'_>) -> Work {
+        if !self.sealed && self.completed >= WARM_UP {
+            self.seal();
+        }
+        if self.sealed && self.sin == Sin::SystemCall {
+            std::thread::yield_now();
+        }
+        if self.sealed && self.sin == Sin::Allocation {
+            drop(std::hint::black_box(Box::new(self.next)));
+        }
+        while let Some(slot) = self.free.pop() {
+            let io = self.next_io(slot);
+            if port.free(io.kind) == 0 {
+                self.free.push(slot);
+                break;
+            }
+            let offset = u64::from(slot * LENGTH);
+            let buffer = BufferSlice { region: self.region, length: LENGTH, offset };
+            let payload = if io.kind.has_payload() { &[buffer][..] } else { &[] };
+            port.submit(cx, io, payload);
+        }
+        Work::Busy
+    }
+
+    fn complete(&mut self, cx: &Context<'_>, completion: Completion, stats: &IoStats) {
+        self.free.push(completion.tag.0);
+        self.completed += 1;
+        self.failed += u64::from(completion.result.is_err());
+        stats.record(IoKind::Read, u64::from(LENGTH), cx.now, completion.result.is_ok());
+    }
+
+    fn publish(&mut self, _cx: &Context<'_>) {
+        self.report.failed.store(self.failed, Ordering::Relaxed);
+        self.report.completed.store(self.completed, Ordering::Release);
+    }
+
+    fn in_flight(&self) -> u32 {
+        DEPTH - u32::try_from(self.free.len()).unwrap()
+    }
+
+    fn arm(&mut self, _cx: &Context<'_>, _set: &mut WaitSet) -> Armed {
+        Armed::Ready
+    }
+
+    fn disarm(&mut self, _cx: &Context<'_>) {}
+}
+
+/// A filter that kills the process at any system call but these.
+fn filter(allowed: &[i64]) -> BpfProgram {
+    let rules: BTreeMap<i64, Vec<_>> = allowed.iter().map(|call| (*call, Vec::new())).collect();
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch).unwrap();
+    filter.try_into().unwrap()
+}
+
+/// Runs the load over a disk until enough requests have ended under the seal.
+fn hammer(bdev: &dyn Bdev, allowed: &[i64], sin: Sin) {
+    let config = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
+    let reactor = Reactor::start(config, 0).unwrap();
+    let root = bdev.open_channel(DISK_DEPTH).unwrap();
+    let doorbell = reactor.handle().doorbell();
+    let (disk, handle) = Disk::new(root, Arc::clone(bdev.stats()), doorbell, || {});
+    let report = Arc::new(Report::default());
+    let load = Load {
+        region: RegionId::NONE,
+        buffers: Mapping::anonymous((DEPTH * LENGTH) as usize).unwrap(),
+        filter: filter(allowed),
+        sin,
+        free: (0..DEPTH).collect(),
+        next: 0,
+        completed: 0,
+        failed: 0,
+        sealed: false,
+        report: Arc::clone(&report),
+    };
+    reactor.handle().add(Box::new(disk)).unwrap();
+    let reply = Box::new(|added: Result<(), _>| assert!(added.is_ok()));
+    handle.send(DiskCommand::AddConsumer(ConsumerId(1), Box::new(load), reply)).ok().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while report.completed.load(Ordering::Acquire) < WARM_UP + SEALED {
+        assert!(Instant::now() < deadline, "the load did not get on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(report.failed.load(Ordering::Relaxed), 0, "requests failed");
+    // The reactor's thread is sealed for good; nothing more can be asked of it.
+    std::process::exit(0);
+}
+
+fn memory_blocks() -> u64 {
+    DISK / 512
+}
+
+fn file(direct: bool, folder: &std::path::Path) -> Uring {
+    let path = folder.join(format!("hot-path-{}.raw", std::process::id()));
+    uring::create(&path, DISK).unwrap();
+    let config = UringConfig {
+        name: "disk".to_owned(),
+        path: path.clone(),
+        block_size: None,
+        read_only: false,
+        direct,
+        mode: RingMode::Enter,
+    };
+    let disk = Uring::open(config).unwrap();
+    std::fs::remove_file(path).unwrap();
+    disk
+}
+
+/// The cases, by the name that the parent gives its child.
+fn child(case: &str) {
+    let null = || Null::new("disk", 512, memory_blocks()).unwrap();
+    match case {
+        "null" => hammer(&null(), &[], Sin::None),
+        "malloc" => hammer(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], Sin::None),
+        "uring direct" => hammer(&file(true, &std::env::temp_dir()), &[IO_URING_ENTER], Sin::None),
+        "uring buffered" => {
+            hammer(&file(false, &std::env::temp_dir()), &[IO_URING_ENTER], Sin::None)
+        }
+        "a system call" => hammer(&null(), &[], Sin::SystemCall),
+        "an allocation" => hammer(&null(), &[], Sin::Allocation),
+        other => panic!("there is no case '{other}'"),
+    }
+}
+
+const CHILD: &str = "RESILVER_HOT_PATH_CASE";
+
+/// Runs a case in a process of its own; the signal that ended it, if one did.
+fn run(case: &str) -> Option<i32> {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_case_of_a_child_process", "--test-threads=1", "--nocapture"])
+        .env(CHILD, case)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() || output.status.signal().is_some(), "{case}: {said}");
+    output.status.signal()
+}
+
+/// Not a test of its own: what the others run in their child processes.
+#[test]
+fn the_case_of_a_child_process() {
+    if let Ok(case) = std::env::var(CHILD) {
+        child(&case);
+    }
+}
+
+#[test]
+fn disks_in_memory_make_no_system_call_and_allocate_nothing() {
+    for case in ["null", "malloc"] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_file_costs_only_the_enter_and_allocates_nothing() {
+    for case in ["uring direct", "uring buffered"] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_broken_promise_is_seen() {
+    assert_eq!(run("a system call"), Some(31), "SIGSYS");
+    assert_eq!(run("an allocation"), Some(6), "SIGABRT");
+}

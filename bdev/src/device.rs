@@ -214,9 +214,15 @@ pub trait Bdev: Send + Sync {
     /// Its size now.
     fn geometry(&self) -> Geometry;
 
+    /// The bdev that a stacked one stands on. Most of what is asked of a stacked bdev is its base's to answer, and the
+    /// defaults below ask it.
+    fn base(&self) -> Option<&Arc<dyn Bdev>> {
+        None
+    }
+
     /// Whether it refuses writes.
     fn read_only(&self) -> bool {
-        false
+        self.base().is_some_and(|base| base.read_only())
     }
 
     /// A new channel for up to `depth` I/Os of each kind at once. May be called again while other channels are open.
@@ -226,11 +232,14 @@ pub trait Bdev: Send + Sync {
     fn open_channel(&self, depth: u32) -> Result<Box<dyn IoChannel>, BdevError>;
 
     /// The first extent at or after `offset`, which may be asked from any thread and may block: which parts are holes.
-    /// The default knows of none.
+    /// The default knows of none, unless the base does.
     ///
     /// # Errors
     /// The file system's.
     fn extent(&self, offset: u64) -> io::Result<Extent> {
+        if let Some(base) = self.base() {
+            return base.extent(offset);
+        }
         let size = self.geometry().size();
         Ok(Extent { offset, length: size.saturating_sub(offset), hole: false })
     }
@@ -240,7 +249,9 @@ pub trait Bdev: Send + Sync {
     /// # Errors
     /// The module cannot, or the size is not acceptable.
     fn resize(&self, size: u64) -> Result<(), BdevError> {
-        let _ = size;
+        if let Some(base) = self.base() {
+            return base.resize(size);
+        }
         Err(BdevError::NotSupported {
             name: self.name().to_owned(),
             module: self.module(),
@@ -250,12 +261,12 @@ pub trait Bdev: Send + Sync {
 
     /// The bdevs it is stacked on.
     fn children(&self) -> Vec<Arc<dyn Bdev>> {
-        Vec::new()
+        self.base().cloned().into_iter().collect()
     }
 
     /// The file it stands for, if any.
     fn identity(&self) -> Option<FileIdentity> {
-        None
+        self.base()?.identity()
     }
 
     /// What an operator wants to know about it, in display order.

@@ -14,13 +14,16 @@
 //! * This crate knows no virtio and no JSON.
 
 pub mod channel;
+pub mod delay;
 pub mod device;
 pub mod disk;
+pub mod error;
 pub mod io;
 pub mod job;
 pub mod ledger;
 pub mod malloc;
 pub mod null;
+pub mod passthru;
 pub mod slots;
 pub mod stats;
 pub mod uring;

@@ -6,8 +6,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use resilver_bdev::delay::{Delay, DelayConfig};
+use resilver_bdev::error::ErrorBdev;
 use resilver_bdev::malloc::Malloc;
 use resilver_bdev::null::Null;
+use resilver_bdev::passthru::Passthru;
 use resilver_bdev::uring::{Uring, UringConfig};
 use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
 use resilver_sys::{BufferSlice, RingMode, SubmissionThread};
@@ -66,10 +69,16 @@ fn subjects() -> Vec<Subject> {
     let scratch = std::env::temp_dir();
     let scratch = scratch.to_str().unwrap();
     let null = Arc::new(Null::new("null", BLOCK, SIZE / u64::from(BLOCK)).unwrap());
+    let latency =
+        DelayConfig { avg_read_us: 20, p99_read_us: 90, avg_write_us: 30, p99_write_us: 99 };
+    let delay = Arc::new(Delay::new("delay", malloc(), latency).unwrap());
     let thread = SubmissionThread::start(0).unwrap();
     vec![
         Subject { medium: Medium::Forgets, ..Subject::new("null", null) },
         Subject::new("malloc", malloc()),
+        Subject::new("passthru", Arc::new(Passthru::new("passthru", malloc()))),
+        Subject::new("delay", delay),
+        Subject::new("error", Arc::new(ErrorBdev::new("error", malloc()))),
         Subject::file("uring, direct", scratch, true, RingMode::Enter),
         Subject::file("uring, buffered", scratch, false, RingMode::Enter),
         Subject::file("uring, direct on tmpfs", "/dev/shm", true, RingMode::Enter),

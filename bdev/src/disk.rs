@@ -422,6 +422,15 @@ impl Disk {
         let Gate::Closed { deadline, since, .. } = &self.gate else { return };
         let (length, late) = (*deadline - *since, cx.now >= *deadline);
         let in_flight = root_channel(&mut self.root).map_or(0, |root| root.in_flight());
+        // A job may have changed its mind while the disk drained: what it waited for can have failed.
+        let moot = matches!(
+            (&self.gate, &self.root),
+            (Gate::Closed { hold: Hold::Dissolve, .. }, Root::Job(job)) if job.wants() == JobWants::Nothing
+        );
+        if moot {
+            self.gate = Gate::Open;
+            return;
+        }
         if in_flight > 0 && !late {
             return;
         }

@@ -13,6 +13,7 @@
 //! * The graph changes only when drained; a hold has a deadline.
 //! * This crate knows no virtio and no JSON.
 
+pub mod bitmap;
 pub mod channel;
 pub mod delay;
 pub mod device;
@@ -22,6 +23,7 @@ pub mod io;
 pub mod job;
 pub mod ledger;
 pub mod malloc;
+pub mod mirror;
 pub mod null;
 pub mod passthru;
 pub mod slots;
@@ -36,6 +38,7 @@ pub use disk::{
 };
 pub use io::{BdevIo, Completion, IoError, IoKind, Tag};
 pub use job::{BlockJob, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
+pub use mirror::{Mirror, MirrorChannels, MirrorConfig};
 pub use stats::IoStats;
 
 /// The most buffer slices that one I/O may carry.

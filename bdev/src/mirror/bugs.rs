@@ -1,0 +1,86 @@
+//! Planted bugs: the proof that the tests can fail.
+//!
+//! Each names one decision that the mirror must take rightly and takes wrongly while the bug is planted. Built without the
+//! feature `planted-bugs`, [`planted`] is `false` at compile time and nothing of this remains. With it, a thread plants at
+//! most one bug for itself, so that one build serves all of them and tests beside each other stay apart.
+
+/// A decision taken wrongly, and what breaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Bug {
+    /// A write that only the source gets does not dirty its chunks: the target never hears of it.
+    WriteNotDirtied,
+    /// A target error does not dirty the range of the guest's write: acknowledged, clean and not on the target.
+    TargetErrorForgotten,
+    /// A write to both legs goes from the guest's own buffers: a guest that changes them gives each leg other bytes.
+    NoBounceCopy,
+    /// The copier does not look for guest writes in flight: what it read before lands on the target after them.
+    CopierIgnoresGuestWrites,
+    /// A guest write does not wait for the copy of its chunk: the older bytes land last.
+    GuestIgnoresCopier,
+    /// A write that covers a dirty chunk in part makes it clean: the rest of the chunk is never copied.
+    PartialWriteCleans,
+    /// READY without a flush of the target: what was copied may be lost with the host.
+    ReadyWithoutFlush,
+    /// A failed flush of the target dirties nothing: what it lost is never copied again.
+    FailedFlushForgotten,
+    /// A target write that timed out does not shut its range: it lands on newer bytes, and nobody knows.
+    LateLandingForgotten,
+    /// Overlapping guest writes do not wait for each other: the legs may see them in different orders.
+    OverlapOrderLost,
+    /// Cancel leaves writes in flight waiting for the target: a hung one hangs the guest.
+    CancelKeepsTarget,
+    /// A hole report counts though the guest wrote there since: its data becomes zeroes on the target.
+    StaleHoleBelieved,
+    /// Zero detection looks at all but the last block: a lone block of data at the end becomes zeroes.
+    ZeroDetectionShort,
+    /// A failed copy does not dirty its chunks again: they are never copied.
+    FailedCopyForgotten,
+    /// After the commit record a write that the target lacks is acknowledged: a crash now loses it.
+    AcknowledgedBeforeRetract,
+}
+
+impl Bug {
+    /// All of them, for whoever plants one after the other.
+    pub const ALL: [Self; 15] = [
+        Self::WriteNotDirtied,
+        Self::TargetErrorForgotten,
+        Self::NoBounceCopy,
+        Self::CopierIgnoresGuestWrites,
+        Self::GuestIgnoresCopier,
+        Self::PartialWriteCleans,
+        Self::ReadyWithoutFlush,
+        Self::FailedFlushForgotten,
+        Self::LateLandingForgotten,
+        Self::OverlapOrderLost,
+        Self::CancelKeepsTarget,
+        Self::StaleHoleBelieved,
+        Self::ZeroDetectionShort,
+        Self::FailedCopyForgotten,
+        Self::AcknowledgedBeforeRetract,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Plants a bug for this thread, or takes the last one out again.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+/// Whether this decision is to be taken wrongly.
+#[cfg(feature = "planted-bugs")]
+#[inline]
+pub(crate) fn planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}
+
+/// Whether this decision is to be taken wrongly: never, in this build.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline]
+pub(crate) const fn planted(_bug: Bug) -> bool {
+    false
+}

@@ -1,0 +1,622 @@
+//! The performer: carries out what the core decides, and tells it what came of it.
+//!
+//! It holds the channels and the memory. Reads of the guest go straight to the source and are none of the core's business.
+//! The payload of a write to both legs is copied once into bounce memory, from where both legs take it: a guest may change
+//! its buffer in flight, and two legs that read it at different moments would differ for good.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use resilver_reactor::{Armed, Context, Nanos};
+use resilver_sys::{BadSlice, BufferSlice, Mapping, RegionId, WaitSet, usize_from};
+
+use super::bugs::{Bug, planted};
+use super::copier::ZeroMap;
+use super::core::{
+    Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, OpState, Slot, ZERO_UNITS,
+};
+use super::life::Refused;
+use super::{COPIES, MirrorChannels, MirrorConfig, QUARANTINE, combined_limits, validate};
+use crate::SEGMENTS_MAX;
+use crate::bitmap::Grid;
+use crate::channel::{CompletionBatch, IoChannel, Limits};
+use crate::device::BdevError;
+use crate::disk::DISK_DEPTH;
+use crate::io::{BdevIo, Completion, IoKind, Tag};
+use crate::job::{
+    BlockJob, Dissolved, JobEvent, JobInfo, JobStatus, JobVerb, JobWants, ScanReport, Side,
+    VerbError,
+};
+
+/// Slots for requests: those of the guest, and as many as may have been given up and not ended.
+const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
+/// Units of bounce memory: one for each request of an ordinary size in flight, twice over.
+const UNITS: u32 = 2 * DISK_DEPTH;
+/// Bytes of a copy's buffer, where `buf_size` does not say less.
+const WINDOW: u32 = 1 << 20;
+/// Completions taken from a leg in one turn.
+const BATCH: usize = 256;
+
+/// In a tag: a read of the guest, on the source.
+const READ: u32 = 1 << 16;
+/// In a tag: a write of the copier, on the target.
+const COPY: u32 = 1 << 17;
+/// The tag of a flush.
+const FLUSH: Tag = Tag(1 << 18);
+
+/// What a chunk is, for tests that compare the legs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ChunkState {
+    /// Equal on both legs.
+    Clean,
+    /// To be copied.
+    Dirty,
+    /// A copy of it is in flight.
+    Copying,
+    /// A guest's request is in flight there, or waits.
+    Writing,
+    /// A target I/O that was given up may still land there.
+    Shut,
+}
+
+/// A request's payload as it came, and where it was copied to.
+#[derive(Clone, Copy)]
+struct Held {
+    io: BdevIo,
+    slices: [BufferSlice; SEGMENTS_MAX],
+    len: usize,
+    units: [u16; BOUNCE_UNITS_MAX as usize],
+    units_len: usize,
+}
+
+impl Held {
+    const NONE: Self = Self {
+        io: BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 },
+        slices: [BufferSlice::EMPTY; SEGMENTS_MAX],
+        len: 0,
+        units: [0; BOUNCE_UNITS_MAX as usize],
+        units_len: 0,
+    };
+
+    fn payload(&self) -> &[BufferSlice] {
+        &self.slices[..self.len]
+    }
+}
+
+/// A piece of our own memory, cut into equal parts.
+struct Pool {
+    mapping: Arc<Mapping>,
+    region: RegionId,
+    part: u32,
+}
+
+impl Pool {
+    fn new(parts: u32, part: u32) -> Result<Self, BdevError> {
+        let bytes = u64::from(parts) * u64::from(part);
+        let mapping = Mapping::anonymous(usize_from(bytes)).map_err(|error| {
+            BdevError::Resources { name: "mirror".to_owned(), reason: error.to_string() }
+        })?;
+        Ok(Self { mapping, region: RegionId::NONE, part })
+    }
+
+    /// Bytes of one part.
+    fn slice(&self, index: u16, skip: u32, length: u32) -> BufferSlice {
+        let offset = u64::from(index) * u64::from(self.part) + u64::from(skip);
+        BufferSlice { region: self.region, length, offset }
+    }
+}
+
+/// A live mirror: what a disk polls in place of its source.
+pub struct Mirror {
+    job_id: String,
+    core: Core,
+    limits: Limits,
+    source: Box<dyn IoChannel>,
+    copy_source: Box<dyn IoChannel>,
+    target: Box<dyn IoChannel>,
+    held: Box<[Held]>,
+    reads: Box<[Tag]>,
+    free_reads: Vec<u16>,
+    bounce: Pool,
+    free_units: Vec<u16>,
+    buffers: Pool,
+    zero_unit: u32,
+    /// Answered, and not handed over.
+    answers: VecDeque<Completion>,
+    done: CompletionBatch,
+    /// Something was submitted to a leg since the last commit.
+    uncommitted: bool,
+}
+
+impl Mirror {
+    /// A mirror that is not yet above its disk.
+    ///
+    /// # Errors
+    /// A parameter out of range, a target that does not fit, channels without the depth that is needed, no memory.
+    pub fn new(config: MirrorConfig, channels: MirrorChannels) -> Result<Self, BdevError> {
+        validate(&config, &channels)?;
+        let MirrorChannels { source, copy_source, target } = channels;
+        let limits = combined_limits(source.limits(), target.limits());
+        let core = core_config(&config, &limits, copy_source.limits(), target.limits());
+        let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
+        #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
+        Ok(Self {
+            job_id: config.job_id,
+            held: vec![Held::NONE; usize::from(core.ops)].into_boxed_slice(),
+            core: Core::new(core),
+            limits,
+            source,
+            copy_source,
+            target,
+            reads: vec![Tag(0); DISK_DEPTH as usize].into_boxed_slice(),
+            free_reads: (0..DISK_DEPTH as u16).rev().collect(),
+            bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
+            free_units: (0..UNITS as u16).rev().collect(),
+            buffers: Pool::new(copies, window)?,
+            zero_unit,
+            answers: VecDeque::with_capacity(OPS as usize + DISK_DEPTH as usize),
+            done: CompletionBatch::with_capacity(BATCH),
+            uncommitted: false,
+        })
+    }
+
+    /// Chunks of the disk.
+    #[must_use]
+    pub fn chunks(&self) -> u64 {
+        self.core.grid.chunks()
+    }
+
+    /// Bytes of a chunk.
+    #[must_use]
+    pub fn granularity(&self) -> u64 {
+        self.core.grid.granularity()
+    }
+
+    /// What a chunk is now: for tests, which compare the legs where it is clean.
+    #[must_use]
+    pub fn chunk_state(&self, index: u64) -> ChunkState {
+        let core = &self.core;
+        let meets = |chunks: std::ops::Range<u64>| chunks.contains(&index);
+        let live = |op: &&super::core::Op| {
+            !matches!(op.state, OpState::Free | OpState::Answered) && op.kind.mutates()
+        };
+        if core.shuts(&core.grid.bytes(&(index..index + 1))) {
+            ChunkState::Shut
+        } else if core.copies.iter().any(|copy| {
+            copy.is_at_work() && meets(core.grid.touched(copy.start, copy.end - copy.start))
+        }) {
+            ChunkState::Copying
+        } else if core
+            .ops
+            .iter()
+            .filter(live)
+            .any(|op| meets(core.grid.touched(op.offset, op.length)))
+        {
+            ChunkState::Writing
+        } else if core.maps.dirty.get(index) {
+            ChunkState::Dirty
+        } else {
+            ChunkState::Clean
+        }
+    }
+
+    /// Carries out what the core has decided.
+    fn perform(&mut self, cx: &Context<'_>) {
+        while let Some(action) = self.core.next_action() {
+            match action {
+                Action::Source { op, sent } => self.send_source(cx, op, sent),
+                Action::Both { op, sent, units } => self.send_both(cx, op, sent, units),
+                Action::Answer { tag, result } => {
+                    self.answers.push_back(Completion { tag, result })
+                }
+                Action::Release { op } => {
+                    let held = &mut self.held[usize::from(op)];
+                    self.free_units.extend_from_slice(&held.units[..held.units_len]);
+                    held.units_len = 0;
+                }
+                Action::Flush(side) => {
+                    let io = flush(FLUSH);
+                    self.leg(side).submit(cx, io, &[]);
+                    self.uncommitted = true;
+                }
+                Action::CopyRead { copy, offset, length } => {
+                    let io = transfer(Tag(u32::from(copy)), IoKind::Read, offset, length);
+                    let buffer = self.buffers.slice(copy, 0, length);
+                    self.copy_source.submit(cx, io, &[buffer]);
+                    self.uncommitted = true;
+                }
+                Action::CopyWrite { copy, offset, length, skip } => {
+                    let io = transfer(Tag(COPY | u32::from(copy)), IoKind::Write, offset, length);
+                    let buffer = self.buffers.slice(copy, skip, length);
+                    self.target.submit(cx, io, &[buffer]);
+                    self.uncommitted = true;
+                }
+                Action::CopyZero { copy, offset, length } => {
+                    let (tag, may_unmap) = (Tag(COPY | u32::from(copy)), self.core.config.unmap);
+                    let io = BdevIo { tag, kind: IoKind::WriteZeroes, may_unmap, offset, length };
+                    self.target.submit(cx, io, &[]);
+                    self.uncommitted = true;
+                }
+            }
+        }
+    }
+
+    fn leg(&mut self, side: Side) -> &mut dyn IoChannel {
+        match side {
+            Side::Source => self.source.as_mut(),
+            Side::Target => self.target.as_mut(),
+        }
+    }
+
+    fn send_source(&mut self, cx: &Context<'_>, op: Slot, sent: IoKind) {
+        let held = &self.held[usize::from(op)];
+        let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, ..held.io };
+        self.source.submit(cx, io, held.payload());
+        self.uncommitted = true;
+    }
+
+    /// Sends a request to both legs, its payload from bounce memory.
+    fn send_both(&mut self, cx: &Context<'_>, op: Slot, sent: IoKind, units: u16) {
+        let held = &mut self.held[usize::from(op)];
+        held.units_len = usize::from(units);
+        for unit in &mut held.units[..usize::from(units)] {
+            *unit = self.free_units.pop().expect("the core counts units");
+        }
+        let mut bounced = [BufferSlice::EMPTY; BOUNCE_UNITS_MAX as usize];
+        let mut left = held.io.length;
+        for (slice, unit) in bounced.iter_mut().zip(&held.units[..held.units_len]) {
+            #[allow(clippy::cast_possible_truncation)] // at most a unit
+            let length = left.min(u64::from(BOUNCE_UNIT)) as u32;
+            *slice = self.bounce.slice(*unit, 0, length);
+            left -= u64::from(length);
+        }
+        let bounced = &bounced[..held.units_len];
+        let copied = if planted(Bug::NoBounceCopy) {
+            Ok(())
+        } else {
+            copy_slices(cx, bounced, held.payload())
+        };
+        if copied.is_err() {
+            return self.core.payload_gone(op, cx.now);
+        }
+        let payload = if planted(Bug::NoBounceCopy) { held.payload() } else { bounced };
+        // A discard is sent as zeroes that may be deallocated; to the target only as far as the operator lets it.
+        let may_unmap = held.io.may_unmap || held.io.kind == IoKind::Unmap;
+        let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, may_unmap, ..held.io };
+        self.source.submit(cx, io, payload);
+        let may_unmap = may_unmap && self.core.config.unmap;
+        self.target.submit(cx, BdevIo { may_unmap, ..io }, payload);
+        self.uncommitted = true;
+    }
+
+    /// Takes what the source has completed.
+    fn poll_source(&mut self, cx: &Context<'_>) {
+        self.done.clear();
+        self.source.poll(cx, &mut self.done);
+        let mut at = 0;
+        while let Some(Completion { tag, result }) = self.done.get(at) {
+            at += 1;
+            if tag == FLUSH {
+                self.core.flush_done(Side::Source, result, cx.now);
+            } else if tag.0 & READ != 0 {
+                let slot = slot_of(tag);
+                self.answers.push_back(Completion { tag: self.reads[usize::from(slot)], result });
+                self.free_reads.push(slot);
+            } else {
+                self.core.leg_done(slot_of(tag), Side::Source, result, cx.now);
+            }
+            self.perform(cx);
+        }
+    }
+
+    /// Takes what the copier has read.
+    fn poll_copy_source(&mut self, cx: &Context<'_>) {
+        self.done.clear();
+        self.copy_source.poll(cx, &mut self.done);
+        let mut at = 0;
+        while let Some(Completion { tag, result }) = self.done.get(at) {
+            at += 1;
+            let copy = slot_of(tag);
+            let zeroes = result.map(|()| self.zero_map(cx, copy));
+            self.core.read_done(copy, zeroes, cx.now);
+            self.perform(cx);
+        }
+    }
+
+    /// Takes what the target has completed.
+    fn poll_target(&mut self, cx: &Context<'_>) {
+        self.done.clear();
+        self.target.poll(cx, &mut self.done);
+        let mut at = 0;
+        while let Some(Completion { tag, result }) = self.done.get(at) {
+            at += 1;
+            if tag == FLUSH {
+                self.core.flush_done(Side::Target, result, cx.now);
+            } else if tag.0 & COPY != 0 {
+                self.core.write_done(slot_of(tag), result, cx.now);
+            } else {
+                self.core.leg_done(slot_of(tag), Side::Target, result, cx.now);
+            }
+            self.perform(cx);
+        }
+    }
+
+    /// Looks which units of a window are zero.
+    fn zero_map(&self, cx: &Context<'_>, copy: u16) -> ZeroMap {
+        let mut zeroes = ZeroMap::default();
+        let (_, length) = self.core.copies[usize::from(copy)].window();
+        let mut at = 0;
+        for index in 0..ZERO_UNITS {
+            if at >= length {
+                break;
+            }
+            let mut unit = self.zero_unit.min(length - at);
+            if planted(Bug::ZeroDetectionShort) {
+                unit -= unit.min(512);
+            }
+            if cx.memory.is_zero(self.buffers.slice(copy, at, unit)) == Ok(true) {
+                zeroes[index / 64] |= 1 << (index % 64);
+            }
+            at += self.zero_unit;
+        }
+        zeroes
+    }
+
+    fn guest_busy(&self) -> bool {
+        self.core.guest_live > 0 || self.free_reads.len() < self.reads.len()
+    }
+
+    fn end(self: Box<Self>, side: Side) -> Dissolved {
+        let mirror = *self;
+        let mut info = mirror.core.info();
+        info.status = JobStatus::Concluded;
+        let (survivor, other) = match side {
+            Side::Source => (mirror.source, mirror.target),
+            Side::Target => (mirror.target, mirror.source),
+        };
+        Dissolved {
+            survivor,
+            released: vec![mirror.copy_source, other],
+            regions: vec![mirror.bounce.region, mirror.buffers.region],
+            side,
+            info,
+        }
+    }
+}
+
+/// What the core is made for, from what the operator says and the legs accept.
+fn core_config(
+    config: &MirrorConfig,
+    limits: &Limits,
+    reads: &Limits,
+    target: &Limits,
+) -> CoreConfig {
+    let zero_unit = limits.block_size.max(4096);
+    let most = limits.max_transfer.max(zero_unit).min(reads.max_transfer).min(WINDOW);
+    let buf_size = if config.buf_size == 0 { u64::MAX } else { config.buf_size };
+    let window = u32::try_from(buf_size).unwrap_or(u32::MAX).min(most);
+    // A window is whole units of zero detection, and no more of them than the map of zeroes has.
+    let window = (window / zero_unit).clamp(1, 256) * zero_unit;
+    let copies = (buf_size / u64::from(window)).clamp(1, u64::from(COPIES));
+    #[allow(clippy::cast_possible_truncation)] // small constants, and clamped above
+    CoreConfig {
+        grid: Grid::new(limits.size(), config.granularity),
+        copy_mode: config.copy_mode,
+        on_error: [config.on_source_error, config.on_target_error],
+        target_timeout: config.target_timeout,
+        unmap: config.unmap,
+        target_is_zero: config.target_is_zero,
+        auto_finalize: config.auto_finalize,
+        cancel_on_guest_reset: config.cancel_on_guest_reset,
+        speed: config.speed,
+        zeroes_unmap: limits.zeroes_unmap && config.unmap,
+        ops: OPS as u16,
+        quarantine: u32::from(QUARANTINE),
+        units: UNITS,
+        copies: copies as u16,
+        window,
+        zero_unit,
+        max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
+    }
+}
+
+/// The slot that a tag names, whatever else it says.
+fn slot_of(tag: Tag) -> u16 {
+    #[allow(clippy::cast_possible_truncation)] // the low half is the slot
+    let slot = tag.0 as u16;
+    slot
+}
+
+fn flush(tag: Tag) -> BdevIo {
+    BdevIo { tag, kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 }
+}
+
+fn transfer(tag: Tag, kind: IoKind, offset: u64, length: u32) -> BdevIo {
+    BdevIo { tag, kind, may_unmap: false, offset, length: u64::from(length) }
+}
+
+/// Copies one payload into another of the same length, wherever their slices are cut.
+fn copy_slices(cx: &Context<'_>, to: &[BufferSlice], from: &[BufferSlice]) -> Result<(), BadSlice> {
+    let mut targets = to.iter().copied();
+    let mut room = BufferSlice::EMPTY;
+    for slice in from {
+        let mut at = 0;
+        while at < slice.length {
+            if room.length == 0 {
+                room = targets.next().ok_or(BadSlice::LengthMismatch)?;
+            }
+            let length = room.length.min(slice.length - at);
+            let source = slice.part(at, length).ok_or(BadSlice::OutOfBounds)?;
+            let target = room.part(0, length).ok_or(BadSlice::OutOfBounds)?;
+            cx.memory.copy(target, source)?;
+            room = room.part(length, room.length - length).ok_or(BadSlice::OutOfBounds)?;
+            at += length;
+        }
+    }
+    Ok(())
+}
+
+impl IoChannel for Mirror {
+    fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    fn free(&self, kind: IoKind) -> u32 {
+        if kind == IoKind::Read {
+            let free = u32::try_from(self.free_reads.len()).unwrap_or(u32::MAX);
+            return free.min(self.source.free(kind));
+        }
+        let free = u32::try_from(self.core.free_slots()).unwrap_or(u32::MAX);
+        free.min(DISK_DEPTH.saturating_sub(self.core.guest_live)).min(self.source.free(kind))
+    }
+
+    fn submit(&mut self, cx: &Context<'_>, io: BdevIo, payload: &[BufferSlice]) {
+        if io.kind == IoKind::Read {
+            let slot = self.free_reads.pop().expect("free() was asked before");
+            self.reads[usize::from(slot)] = io.tag;
+            self.source.submit(cx, BdevIo { tag: Tag(READ | u32::from(slot)), ..io }, payload);
+            self.uncommitted = true;
+            return;
+        }
+        let slot = self.core.guest(&io, cx.now);
+        let held = &mut self.held[usize::from(slot)];
+        held.io = io;
+        held.len = payload.len();
+        held.slices[..payload.len()].copy_from_slice(payload);
+        self.perform(cx);
+    }
+
+    fn commit(&mut self, cx: &Context<'_>) {
+        self.source.commit(cx);
+        self.copy_source.commit(cx);
+        self.target.commit(cx);
+        self.uncommitted = false;
+    }
+
+    fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch) {
+        self.poll_source(cx);
+        self.poll_copy_source(cx);
+        self.poll_target(cx);
+        let busy = self.guest_busy();
+        self.core.turn(busy, cx.now);
+        self.perform(cx);
+        while done.room() > 0 {
+            let Some(answer) = self.answers.pop_front() else { break };
+            done.push(answer);
+        }
+    }
+
+    fn in_flight(&self) -> u32 {
+        let reads = self.reads.len() - self.free_reads.len();
+        let more = u32::try_from(reads + self.answers.len()).unwrap_or(u32::MAX);
+        self.core.guest_live + more
+    }
+
+    fn attach(&mut self, cx: &Context<'_>) {
+        self.source.attach(cx);
+        self.copy_source.attach(cx);
+        self.target.attach(cx);
+        for pool in [&mut self.bounce, &mut self.buffers] {
+            match cx.memory.insert(Arc::clone(&pool.mapping)) {
+                Ok(region) => pool.region = region,
+                Err(_) => self.core.no_memory(cx.now),
+            }
+        }
+        self.core.inserted();
+    }
+
+    fn detach(&mut self, cx: &Context<'_>) {
+        for pool in [&mut self.bounce, &mut self.buffers] {
+            cx.memory.remove(pool.region);
+            pool.region = RegionId::NONE;
+        }
+        self.source.detach(cx);
+        self.copy_source.detach(cx);
+        self.target.detach(cx);
+    }
+
+    fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {
+        if self.uncommitted || !self.answers.is_empty() {
+            return Armed::Ready;
+        }
+        let deadline = self.core.deadline(cx.now);
+        if deadline.is_some_and(|deadline| deadline <= cx.now) {
+            return Armed::Ready;
+        }
+        let legs = [&mut self.source, &mut self.copy_source, &mut self.target];
+        legs.into_iter().fold(Armed::Until(deadline), |armed, leg| armed.and(leg.arm(cx, set)))
+    }
+
+    fn disarm(&mut self, cx: &Context<'_>) {
+        self.source.disarm(cx);
+        self.copy_source.disarm(cx);
+        self.target.disarm(cx);
+    }
+}
+
+impl BlockJob for Mirror {
+    fn verb(&mut self, cx: &Context<'_>, verb: JobVerb) -> Result<(), VerbError> {
+        let done = self.core.verb(verb, cx.now);
+        self.perform(cx);
+        done.map_err(|refused| match refused {
+            Refused::State(status) => {
+                VerbError::State { job: self.job_id.clone(), status, verb: verb.name() }
+            }
+            Refused::AlreadyPaused => VerbError::AlreadyPaused,
+            Refused::NotPaused => VerbError::NotPaused,
+        })
+    }
+
+    fn info(&self, _now: Nanos) -> JobInfo {
+        self.core.info()
+    }
+
+    fn take_event(&mut self) -> Option<JobEvent> {
+        self.core.events.pop_front()
+    }
+
+    fn wants(&self) -> JobWants {
+        self.core.wants()
+    }
+
+    fn scanned(&mut self, _cx: &Context<'_>, report: ScanReport) {
+        self.core.scanned(report);
+    }
+
+    fn committed(&mut self, cx: &Context<'_>, written: bool) {
+        self.core.committed(written, cx.now);
+        self.perform(cx);
+    }
+
+    fn retracted(&mut self, cx: &Context<'_>, done: bool) {
+        self.core.retracted(done, cx.now);
+        self.perform(cx);
+    }
+
+    fn hold_failed(&mut self, cx: &Context<'_>, in_flight: u32) {
+        self.core.hold_failed(in_flight, cx.now);
+        self.perform(cx);
+    }
+
+    fn guest_reset(&mut self, cx: &Context<'_>) {
+        self.core.guest_reset(cx.now);
+        self.perform(cx);
+    }
+
+    fn dissolve(self: Box<Self>, _cx: &Context<'_>) -> Dissolved {
+        debug_assert_eq!(self.in_flight(), 0, "a mirror is dissolved under its guest");
+        debug_assert!(self.core.ops.iter().all(|op| op.leg(Side::Source) != Leg::Flying));
+        // Should the disk hold for a reason that has passed, the source is always a safe answer.
+        let side = self.core.survivor().unwrap_or(Side::Source);
+        debug_assert!(side == Side::Source || self.core.in_sync());
+        self.end(side)
+    }
+
+    fn abandon(self: Box<Self>, _cx: &Context<'_>) -> Dissolved {
+        self.end(Side::Source)
+    }
+
+    fn as_channel(&mut self) -> &mut dyn IoChannel {
+        self
+    }
+}

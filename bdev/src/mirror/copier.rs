@@ -1,0 +1,500 @@
+//! The copier: brings over what is dirty, beside the guest.
+//!
+//! A copy takes a run of dirty chunks, clears their bits, and only then reads: what the guest dirties later stays dirty.
+//! It goes through its run window by window, each read whole and written piece by piece: data as data, zeroes as zeroes,
+//! and nothing where the target reads zero already. A run inside a hole is not read at all. If anything fails, all of the
+//! run is dirty again.
+//!
+//! A copy holds its chunks against guest writes for as long as it lasts. The copier looks for chunks where no guest write
+//! is; only if it finds none does a copy get in line behind one, so that a chunk written without pause is copied too.
+
+use std::ops::Range;
+
+use resilver_reactor::Nanos;
+use resilver_sys::usize_from;
+
+use super::bugs::{Bug, planted};
+use super::core::{Action, Core, ZERO_UNITS};
+use super::life::{JobFlush, Stage};
+use super::ranges::Entered;
+use super::tables::Failed;
+use crate::io::{IoError, IoKind};
+use crate::job::WriteCounts;
+
+/// The most bytes of one copy that reads, unless a chunk is larger.
+const RUN: u64 = 1 << 20;
+/// The most bytes of one copy inside a hole.
+const HOLE_RUN: u64 = 16 << 20;
+/// Copies in flight while the guest has requests in flight: the guest comes first.
+const COPIES_BESIDE_GUEST: usize = 4;
+/// Places looked at in one turn: bounded work.
+const LOOKS: usize = 32;
+
+/// Which units of a window are zero, lowest bit first.
+pub(super) type ZeroMap = [u64; ZERO_UNITS / 64];
+
+/// What was done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Counters {
+    /// Bytes copied as data.
+    pub copied: u64,
+    /// Bytes made zero.
+    pub zero: u64,
+    /// Bytes that were zero on both legs.
+    pub skipped: u64,
+    /// Guest writes by what they met.
+    pub writes: WriteCounts,
+}
+
+/// Where a copy is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum CopyState {
+    /// The slot is free.
+    Free,
+    /// In line behind guest writes.
+    Waiting,
+    /// Reads a window.
+    Reading,
+    /// Writes a piece of it.
+    Writing,
+    /// Given up; its read has not ended.
+    LostRead,
+    /// Given up; its write has not ended and may still land.
+    LostWrite,
+}
+
+/// One run of chunks on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Copy {
+    pub state: CopyState,
+    /// First byte and end; whole chunks.
+    pub start: u64,
+    pub end: u64,
+    /// The source is known to read zero there.
+    hole: bool,
+    /// The window that is being worked on.
+    window: u64,
+    window_end: u64,
+    zeroes: ZeroMap,
+    /// The piece of it that is being written.
+    piece: u64,
+    piece_end: u64,
+    piece_zero: bool,
+    /// When the piece was sent.
+    pub since: Nanos,
+}
+
+impl Copy {
+    pub(super) const FREE: Self = Self {
+        state: CopyState::Free,
+        start: 0,
+        end: 0,
+        hole: false,
+        window: 0,
+        window_end: 0,
+        zeroes: [0; ZERO_UNITS / 64],
+        piece: 0,
+        piece_end: 0,
+        piece_zero: false,
+        since: Nanos::ZERO,
+    };
+
+    /// Whether an I/O that was given up may still land there.
+    pub(super) fn is_shut(&self) -> bool {
+        self.state == CopyState::LostWrite
+    }
+
+    /// Whether it has cleared bits and not ended.
+    pub(super) fn is_at_work(&self) -> bool {
+        matches!(self.state, CopyState::Reading | CopyState::Writing)
+    }
+
+    /// The window being read or written: its first byte and its length.
+    pub(super) fn window(&self) -> (u64, u32) {
+        let length = self.window_end - self.window;
+        (self.window, u32::try_from(length).unwrap_or(u32::MAX))
+    }
+
+    /// Bytes still to do.
+    pub(super) fn left(&self) -> u64 {
+        if self.is_at_work() { self.end - self.piece } else { 0 }
+    }
+}
+
+impl Core {
+    /// Whether the copier may begin something, its rests and limits aside.
+    fn copier_runs(&self) -> bool {
+        let stage = match self.stage {
+            Stage::Running | Stage::Ready | Stage::Waiting(_) => true,
+            Stage::Pending(_, step) => step.copies(),
+            Stage::Created | Stage::Paused(_) | Stage::Standby(_) | Stage::Leaving(_) => false,
+        };
+        // While the job's own flush is in flight nothing is begun, or a guest that writes all the time would keep the
+        // job from ever being ready.
+        stage && !matches!(self.job_flush, JobFlush::Asked(_)) && self.maps.dirty.count() > 0
+    }
+
+    /// When the copier will next have something to do that it may not do now.
+    pub(super) fn copier_deadline(&mut self, now: Nanos) -> Option<Nanos> {
+        if !self.copier_runs() {
+            return None;
+        }
+        let limited = now + self.limiter.wait(now);
+        let next = limited.max(self.back_off.until());
+        (next > now).then_some(next)
+    }
+
+    /// Begins copies, as many as may be in flight.
+    pub(super) fn start_copies(&mut self, guest_busy: bool, now: Nanos) {
+        if !self.copier_runs() || now < self.back_off.until() {
+            return;
+        }
+        let most = if guest_busy { COPIES_BESIDE_GUEST } else { usize::MAX };
+        let taken = |copy: &&Copy| copy.state != CopyState::Free;
+        let mut busy = None;
+        for _ in 0..LOOKS {
+            let Some(free) = self.copies.iter().position(|copy| copy.state == CopyState::Free)
+            else {
+                return;
+            };
+            if self.copies.iter().filter(taken).count() >= most
+                || self.limiter.wait(now) > Nanos::ZERO
+            {
+                return;
+            }
+            #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
+            let free = free as u16;
+            match self.look() {
+                Look::Nothing => break,
+                Look::Free { run, hole } => self.begin(free, run, hole, now),
+                Look::Shut => {}
+                Look::Busy(chunk) => busy = busy.or(Some(chunk)),
+            }
+        }
+        // Nothing that is free was found: get in line.
+        if let Some(chunk) = busy.filter(|_| self.copies.iter().all(|copy| !taken(&copy))) {
+            self.reserve(0, chunk);
+        }
+    }
+
+    /// Looks at the next dirty run.
+    fn look(&mut self) -> Look {
+        let limit = self.scanned_upto / self.grid.granularity();
+        let limit = if self.scanned_upto >= self.grid.size() { self.grid.chunks() } else { limit };
+        let dirty = &self.maps.dirty;
+        let next = |from| dirty.next_set(from).filter(|chunk| *chunk < limit);
+        let Some(first) = next(self.cursor).or_else(|| next(0)) else { return Look::Nothing };
+        let hole = self.maps.hole.get(first);
+        let largest = if hole { HOLE_RUN } else { RUN.min(self.limiter.largest()) };
+        let most = (largest / self.grid.granularity()).max(1);
+        let mut end = dirty.next_clear(first, (first + most).min(limit));
+        end = if hole {
+            self.maps.hole.next_clear(first, end)
+        } else {
+            self.maps.hole.next_set(first).map_or(end, |hole| hole.min(end))
+        };
+        let bytes = self.grid.bytes(&(first..end));
+        let free_until = self.ranges.free_until(&bytes);
+        if free_until <= bytes.start {
+            self.cursor = first + 1;
+            return Look::Busy(first);
+        }
+        let run = bytes.start..free_until;
+        self.cursor = self.grid.touched(run.start, run.end - run.start).end;
+        if self.shuts(&run) { Look::Shut } else { Look::Free { run, hole } }
+    }
+
+    /// Gets in line for a chunk where guest writes are.
+    fn reserve(&mut self, copy: u16, chunk: u64) {
+        let bytes = self.grid.bytes(&(chunk..chunk + 1));
+        if self.shuts(&bytes) {
+            return;
+        }
+        let entered = self.ranges.enter_copy(self.holder_of(copy), &bytes);
+        debug_assert_ne!(entered, Entered::Granted, "the chunk was busy");
+        self.copies[usize::from(copy)] =
+            Copy { state: CopyState::Waiting, start: bytes.start, end: bytes.end, ..Copy::FREE };
+    }
+
+    /// A copy that was in line has its chunk.
+    pub(super) fn copy_granted(&mut self, copy: u16, now: Nanos) {
+        let Copy { start, end, .. } = self.copies[usize::from(copy)];
+        let chunks = self.grid.touched(start, end - start);
+        let still_dirty = self.maps.dirty.count_range(&chunks) > 0;
+        if !self.copier_runs() || !still_dirty || self.shuts(&(start..end)) {
+            return self.forget_copy(copy);
+        }
+        let hole = self.maps.hole.get(chunks.start);
+        self.work(copy, hole, now);
+    }
+
+    fn begin(&mut self, copy: u16, run: Range<u64>, hole: bool, now: Nanos) {
+        self.ranges.enter_copy(self.holder_of(copy), &run);
+        let slot = &mut self.copies[usize::from(copy)];
+        *slot = Copy { start: run.start, end: run.end, ..Copy::FREE };
+        self.work(copy, hole, now);
+    }
+
+    /// The copy has its range: clear the bits, then read.
+    fn work(&mut self, copy: u16, hole: bool, now: Nanos) {
+        let slot = &mut self.copies[usize::from(copy)];
+        let (start, end) = (slot.start, slot.end);
+        slot.hole = hole;
+        (slot.window, slot.window_end, slot.piece, slot.piece_end) = (start, start, start, start);
+        slot.state = CopyState::Reading;
+        self.job_flush = JobFlush::Idle;
+        self.maps.dirty.clear_range(&self.grid.touched(start, end - start));
+        self.next_piece(copy, now);
+    }
+
+    /// A window has been read; `zeroes` says what of it is zero.
+    pub(super) fn read_done(&mut self, copy: u16, result: Result<ZeroMap, IoError>, now: Nanos) {
+        let slot = &mut self.copies[usize::from(copy)];
+        match (slot.state, result) {
+            (CopyState::Reading, Ok(zeroes)) => {
+                slot.zeroes = zeroes;
+                self.next_piece(copy, now);
+            }
+            (CopyState::Reading, Err(error)) => {
+                self.copy_failed(copy, Failed::CopyRead, error, now)
+            }
+            (CopyState::LostRead, _) => *slot = Copy::FREE,
+            (
+                CopyState::Free | CopyState::Waiting | CopyState::Writing | CopyState::LostWrite,
+                _,
+            ) => {
+                debug_assert!(false, "copy {copy} reads in state {:?}", slot.state);
+            }
+        }
+        self.pump(now);
+    }
+
+    /// A piece has been written.
+    pub(super) fn write_done(&mut self, copy: u16, result: Result<(), IoError>, now: Nanos) {
+        let slot = &mut self.copies[usize::from(copy)];
+        match (slot.state, result) {
+            (CopyState::Writing, Ok(())) => {
+                let (bytes, zero) = (slot.piece..slot.piece_end, slot.piece_zero);
+                self.piece_landed(&bytes, zero);
+                self.next_piece(copy, now);
+            }
+            (CopyState::Writing, Err(error)) => {
+                self.copy_failed(copy, Failed::CopyWrite, error, now);
+            }
+            (CopyState::LostWrite, _) => {
+                *slot = Copy::FREE;
+                self.lost_copies -= 1;
+            }
+            (
+                CopyState::Free | CopyState::Waiting | CopyState::Reading | CopyState::LostRead,
+                _,
+            ) => {
+                debug_assert!(false, "copy {copy} writes in state {:?}", slot.state);
+            }
+        }
+        self.pump(now);
+    }
+
+    fn piece_landed(&mut self, bytes: &Range<u64>, zero: bool) {
+        let length = bytes.end - bytes.start;
+        let touched = self.grid.touched(bytes.start, length);
+        self.lines[crate::job::Side::Target as usize].wrote(&touched);
+        self.rates.copied(length);
+        if zero {
+            self.counters.zero += length;
+            self.maps.target_zero.set_range(&self.grid.covered(bytes.start, length));
+        } else {
+            self.counters.copied += length;
+        }
+    }
+
+    /// Goes on behind the piece that has been dealt with: the next piece, the next window, or the end.
+    fn next_piece(&mut self, copy: u16, now: Nanos) {
+        loop {
+            let Copy { start, end, hole, window, window_end, zeroes, piece_end, .. } =
+                self.copies[usize::from(copy)];
+            if piece_end == end {
+                return self.copy_succeeded(copy);
+            }
+            if piece_end == window_end {
+                if !hole {
+                    return self.read_window(copy, now);
+                }
+                self.copies[usize::from(copy)].window_end = end;
+                continue;
+            }
+            let piece = if hole {
+                (piece_end..end.min(piece_end.saturating_add(self.config.max_zeroes)), true)
+            } else {
+                self.piece(window, &(piece_end..window_end), &zeroes)
+            };
+            debug_assert!(start <= piece.0.start && piece.0.end <= end && !piece.0.is_empty());
+            if self.skips(&piece) {
+                let length = piece.0.end - piece.0.start;
+                self.counters.skipped += length;
+                self.rates.copied(length);
+                let slot = &mut self.copies[usize::from(copy)];
+                (slot.piece, slot.piece_end) = (piece.0.end, piece.0.end);
+                continue;
+            }
+            return self.write_piece(copy, piece, now);
+        }
+    }
+
+    /// The next piece of a window: as long as the units are alike.
+    fn piece(&self, window: u64, rest: &Range<u64>, zeroes: &ZeroMap) -> (Range<u64>, bool) {
+        let unit = u64::from(self.config.zero_unit);
+        let is_zero = |at: u64| {
+            let index = (at - window) / unit;
+            zeroes[usize_from(index / 64)] & (1 << (index % 64)) != 0
+        };
+        let zero = is_zero(rest.start);
+        let most = if zero { self.config.max_zeroes } else { u64::MAX };
+        let mut end = rest.start;
+        while end < rest.end && is_zero(end) == zero && end - rest.start < most {
+            end += unit;
+        }
+        (rest.start..end.min(rest.end), zero)
+    }
+
+    /// Whether a piece needs no I/O: zeroes where the target reads zero already.
+    fn skips(&mut self, (bytes, zero): &(Range<u64>, bool)) -> bool {
+        let length = bytes.end - bytes.start;
+        let touched = self.grid.touched(bytes.start, length);
+        if *zero {
+            self.limiter.refund(length);
+        }
+        *zero && self.maps.target_zero.count_range(&touched) == touched.end - touched.start
+    }
+
+    fn write_piece(&mut self, copy: u16, (bytes, zero): (Range<u64>, bool), now: Nanos) {
+        let slot = &mut self.copies[usize::from(copy)];
+        slot.state = CopyState::Writing;
+        slot.since = now;
+        (slot.piece, slot.piece_end, slot.piece_zero) = (bytes.start, bytes.end, zero);
+        let (offset, length) = (bytes.start, bytes.end - bytes.start);
+        #[allow(clippy::cast_possible_truncation)] // a window is less than 4 GiB
+        let action = if zero {
+            Action::CopyZero { copy, offset, length }
+        } else {
+            let skip = (offset - slot.window) as u32;
+            Action::CopyWrite { copy, offset, length: length as u32, skip }
+        };
+        if !zero {
+            self.maps.target_zero.clear_range(&self.grid.touched(offset, length));
+        }
+        self.act(action);
+    }
+
+    fn read_window(&mut self, copy: u16, now: Nanos) {
+        let window = u64::from(self.config.window);
+        let slot = &mut self.copies[usize::from(copy)];
+        slot.state = CopyState::Reading;
+        slot.since = now;
+        slot.window = slot.piece_end;
+        slot.piece = slot.piece_end;
+        slot.window_end = slot.end.min(slot.window + window);
+        let (offset, length) = (slot.window, slot.window_end - slot.window);
+        self.limiter.charge(length);
+        #[allow(clippy::cast_possible_truncation)] // at most a window
+        self.act(Action::CopyRead { copy, offset, length: length as u32 });
+    }
+
+    fn copy_succeeded(&mut self, copy: u16) {
+        self.ranges.leave(self.holder_of(copy));
+        self.copies[usize::from(copy)] = Copy::FREE;
+    }
+
+    fn copy_failed(&mut self, copy: u16, failed: Failed, error: IoError, now: Nanos) {
+        let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
+        let kind = if failed == Failed::CopyRead { IoKind::Read } else { IoKind::Write };
+        self.copies[usize::from(copy)] = Copy::FREE;
+        self.redirty_copy(start, end);
+        self.back_off.failed(now);
+        self.failed(failed, kind, &(piece..end), error, now);
+        self.ranges.leave(self.holder_of(copy));
+    }
+
+    /// What a copy did not bring over is dirty, all of its run.
+    fn redirty_copy(&mut self, start: u64, end: u64) {
+        if !planted(Bug::FailedCopyForgotten) {
+            self.dirty(&self.grid.touched(start, end - start));
+        }
+    }
+
+    /// A copy's write timed out: the range is dirty, and shut until it ends.
+    pub(super) fn lose_copy_write(&mut self, copy: u16, now: Nanos) {
+        let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
+        self.copies[usize::from(copy)].state = CopyState::LostWrite;
+        self.lost_copies += 1;
+        self.redirty_copy(start, end);
+        self.back_off.failed(now);
+        self.failed(Failed::CopyWrite, IoKind::Write, &(piece..end), IoError::TIMED_OUT, now);
+        self.ranges.leave(self.holder_of(copy));
+    }
+
+    /// Gives up every copy: those in line go, those at work end unheard.
+    pub(super) fn drop_copies(&mut self) {
+        for copy in 0..self.config.copies {
+            let Copy { state, start, end, .. } = self.copies[usize::from(copy)];
+            let lost = match state {
+                CopyState::Reading => CopyState::LostRead,
+                CopyState::Writing => {
+                    self.lost_copies += 1;
+                    CopyState::LostWrite
+                }
+                CopyState::Waiting => {
+                    self.forget_copy(copy);
+                    continue;
+                }
+                CopyState::Free | CopyState::LostRead | CopyState::LostWrite => continue,
+            };
+            self.copies[usize::from(copy)].state = lost;
+            self.dirty(&self.grid.touched(start, end - start));
+            self.ranges.leave(self.holder_of(copy));
+        }
+    }
+
+    /// Forgets copies that are in line: the job pauses.
+    pub(super) fn forget_waiting_copies(&mut self) {
+        for copy in 0..self.config.copies {
+            if self.copies[usize::from(copy)].state == CopyState::Waiting {
+                self.forget_copy(copy);
+            }
+        }
+    }
+
+    fn forget_copy(&mut self, copy: u16) {
+        self.ranges.leave(self.holder_of(copy));
+        self.copies[usize::from(copy)] = Copy::FREE;
+    }
+
+    /// A hole report: the chunks wholly in it read zero, unless the guest has written there since the mirror was inserted.
+    pub(super) fn hole_reported(&mut self, offset: u64, length: u64) {
+        let chunks = self.grid.covered(offset, length.min(self.grid.size().saturating_sub(offset)));
+        let end = chunks.end.min(self.grid.chunks());
+        let mut at = chunks.start;
+        while at < end {
+            let wrote = self.maps.guest_wrote.next_set(at).map_or(end, |chunk| chunk.min(end));
+            if planted(Bug::StaleHoleBelieved) {
+                self.maps.hole.set_range(&(at..end));
+                return;
+            }
+            self.maps.hole.set_range(&(at..wrote));
+            at = self.maps.guest_wrote.next_clear(wrote, end);
+        }
+    }
+}
+
+/// What the copier finds at its cursor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Look {
+    /// No dirty chunk that it may copy.
+    Nothing,
+    /// A run of them, in bytes, where nobody is.
+    Free { run: Range<u64>, hole: bool },
+    /// An I/O that was given up may still land there.
+    Shut,
+    /// A guest write is there.
+    Busy(u64),
+}

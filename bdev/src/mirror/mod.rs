@@ -1,0 +1,181 @@
+//! The mirror: a block job that brings a disk over to another one while its guest goes on.
+//!
+//! [`Mirror`] is a channel over three others: the source, a second one to the source for the copier's reads, and the
+//! target. What is hard is decided in `core`, a state machine without I/O or clock, by the tables in `tables`; `channel`
+//! performs it. The semantics are QEMU's `blockdev-mirror` (`qapi/block-core.json`, `block/mirror.c`), except that both legs
+//! are written in parallel, that a guest's flush reaches the target, and that nothing waits for a target that hangs.
+//!
+//! Fault model: either leg may fail any request, for good or for once; may be full; may take for ever; may carry out a
+//! write long after it was given up. The guest may change a buffer in flight and overlap its own requests. Control may be
+//! slow. None of it loses an acknowledged write, makes a clean chunk differ, or fails a guest for the target's sake.
+
+pub mod bugs;
+mod channel;
+mod copier;
+mod core;
+mod durable;
+mod life;
+mod ranges;
+mod rate;
+mod tables;
+
+#[cfg(test)]
+mod tests;
+
+use resilver_reactor::Nanos;
+
+pub use self::channel::{ChunkState, Mirror};
+use self::core::{BOUNCE_UNIT, BOUNCE_UNITS_MAX};
+use crate::channel::{IoChannel, Limits};
+use crate::device::BdevError;
+use crate::disk::DISK_DEPTH;
+use crate::io::IoKind;
+use crate::job::{CopyMode, OnError};
+
+/// The smallest granularity, bytes (QEMU `qapi/block-core.json`, granularity).
+pub const GRANULARITY_MIN: u32 = 512;
+/// The largest granularity, bytes.
+pub const GRANULARITY_MAX: u32 = 64 << 20;
+/// The granularity unless the operator says otherwise, bytes.
+pub const GRANULARITY_DEFAULT: u32 = 64 << 10;
+
+/// The most copies in flight.
+const COPIES: u16 = 16;
+/// Target writes that were given up and have not ended, before no more are risked.
+const QUARANTINE: u16 = 64;
+/// What the copier and the quarantine need of the channels, in I/Os of each kind: `copy_source` is opened for so many,
+/// `target` for [`DISK_DEPTH`] more.
+pub const COPY_DEPTH: u32 = QUARANTINE as u32 + COPIES as u32 + 1;
+
+/// How a mirror is to work. The names are those of QEMU's `blockdev-mirror`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MirrorConfig {
+    /// The job's name, for refusals.
+    pub job_id: String,
+    /// How guest writes reach the target.
+    pub copy_mode: CopyMode,
+    /// Bytes of a chunk of the dirty bitmap: a power of two between [`GRANULARITY_MIN`] and [`GRANULARITY_MAX`].
+    pub granularity: u32,
+    /// The most bytes that the copier has in flight; 0 for 16 MiB, which is also the most that is used.
+    pub buf_size: u64,
+    /// Bytes of data that are copied in a second; 0 for no limit.
+    pub speed: u64,
+    /// What is done about errors of the source.
+    pub on_source_error: OnError,
+    /// What is done about errors of the target.
+    pub on_target_error: OnError,
+    /// A target I/O older than this has failed; none waits for ever.
+    pub target_timeout: Option<Nanos>,
+    /// Zeroes may be deallocated on the target.
+    pub unmap: bool,
+    /// The target is known to read zero: what is zero on the source is not written there.
+    pub target_is_zero: bool,
+    /// Switch over as soon as the operator completes; otherwise wait for finalize.
+    pub auto_finalize: bool,
+    /// Cancel when the guest resets its device.
+    pub cancel_on_guest_reset: bool,
+}
+
+impl Default for MirrorConfig {
+    fn default() -> Self {
+        Self {
+            job_id: String::new(),
+            copy_mode: CopyMode::Background,
+            granularity: GRANULARITY_DEFAULT,
+            buf_size: 0,
+            speed: 0,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            target_timeout: None,
+            unmap: true,
+            target_is_zero: false,
+            auto_finalize: true,
+            cancel_on_guest_reset: false,
+        }
+    }
+}
+
+/// What a mirror works on. Nothing is in flight on any of them.
+pub struct MirrorChannels {
+    /// The guest's I/O, opened for [`DISK_DEPTH`].
+    pub source: Box<dyn IoChannel>,
+    /// The copier's reads, a second channel to the same bdev, opened for [`COPY_DEPTH`].
+    pub copy_source: Box<dyn IoChannel>,
+    /// The target, opened for [`DISK_DEPTH`] + [`COPY_DEPTH`].
+    pub target: Box<dyn IoChannel>,
+}
+
+/// Refuses what cannot work, so that it is said in the reply to the operator and not in an event.
+fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), BdevError> {
+    let invalid = |parameter, value: String, expected: &str| {
+        Err(BdevError::Invalid { parameter, value, expected: expected.to_owned() })
+    };
+    let granularity = config.granularity;
+    if !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity) {
+        return invalid(
+            "granularity",
+            granularity.to_string(),
+            "expects a value in range [512B, 64MB]",
+        );
+    }
+    if !granularity.is_power_of_two() {
+        return invalid("granularity", granularity.to_string(), "expects a power of 2");
+    }
+    let (source, target) = (channels.source.limits(), channels.target.limits());
+    if granularity < source.block_size {
+        let expected = format!("expects at least the source's block size, {}", source.block_size);
+        return invalid("granularity", granularity.to_string(), &expected);
+    }
+    if target.block_size > source.block_size {
+        let expected = format!(
+            "expects blocks no larger than the source's, {}; a guest that writes smaller blocks than the target has is \
+             not supported yet",
+            source.block_size
+        );
+        return invalid("target block size", target.block_size.to_string(), &expected);
+    }
+    if !source.block_size.is_multiple_of(target.block_size) {
+        let expected = format!("expects a divisor of the source's, {}", source.block_size);
+        return invalid("target block size", target.block_size.to_string(), &expected);
+    }
+    if target.size() < source.size() {
+        let expected = format!("expects at least the source's size, {} bytes", source.size());
+        return invalid("target size", format!("{} bytes", target.size()), &expected);
+    }
+    if target.read_only {
+        return invalid("target", "read-only".to_owned(), "expects a target that can be written");
+    }
+    check_depth(channels)
+}
+
+/// Capacity is decided when a stack is built: the channels must have what the core will count on.
+fn check_depth(channels: &MirrorChannels) -> Result<(), BdevError> {
+    let needs = [
+        ("source", channels.source.free(IoKind::Read), DISK_DEPTH),
+        ("source", channels.source.free(IoKind::Write), DISK_DEPTH),
+        ("copy source", channels.copy_source.free(IoKind::Read), u32::from(COPIES)),
+        ("target", channels.target.free(IoKind::Write), DISK_DEPTH + COPY_DEPTH),
+    ];
+    for (name, free, needed) in needs {
+        if free < needed {
+            return Err(BdevError::Resources {
+                name: name.to_owned(),
+                reason: format!("its channel has {free} slots where a mirror needs {needed}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What the mirror accepts: the source's geometry, and no request that one of the legs would not take.
+fn combined_limits(source: &Limits, target: &Limits) -> Limits {
+    let segments = source.max_segments.min(target.max_segments);
+    let bounced = BOUNCE_UNIT.saturating_mul(segments.min(BOUNCE_UNITS_MAX));
+    Limits {
+        max_transfer: source.max_transfer.min(target.max_transfer).min(bounced),
+        max_unmap: source.max_unmap.min(target.max_unmap),
+        zeroes_unmap: source.zeroes_unmap && target.zeroes_unmap,
+        optimal_io: source.optimal_io.max(target.optimal_io),
+        ..*source
+    }
+}

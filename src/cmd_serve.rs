@@ -98,7 +98,7 @@ pub(crate) fn run(session: &Session, args: &ServeArgs) -> anyhow::Result<()> {
         config: args.config.clone(),
     };
     let socket = session.rpc_socket.display().to_string();
-    resilver_rpc::serve::run(config, |ready| announce(&socket, ready))?;
+    resilver_rpc::serve::run(config, std::future::pending(), |ready| announce(&socket, ready))?;
     Ok(())
 }
 

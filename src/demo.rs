@@ -1,6 +1,6 @@
 //! `resilver demo`: the whole story on a scratch disk, checked to the last byte.
 //!
-//! A server like any other (`resilver serve`, started as a child) is driven through its JSON-RPC socket, exactly as an
+//! A target as `resilver serve` runs it, on threads of this process, is driven through its JSON-RPC socket exactly as an
 //! operator would: a disk is served, a load runs on it, it is mirrored to another file and switched over under that load.
 //! Then the server is stopped and both files are read: the target must hold what was acknowledged in the end, the source
 //! what was acknowledged at one single instant of the switch-over ([`crate::cut`]).
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use crate::content::{BLOCK, Content};
 use crate::cut::Cut;
 use crate::load::{self, Load, LoadReport, Phase};
+use crate::output;
 
 mod report;
 mod server;
@@ -60,13 +61,11 @@ pub(crate) struct DemoArgs {
     /// Leave the disks where they are.
     #[arg(long)]
     keep: bool,
-    /// Print the results as one JSON object.
-    #[arg(long)]
-    json: bool,
 }
 
 /// Runs the demo. An error is a disk that is not as it must be, or a story that could not be told to the end.
-pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &DemoArgs, json: bool) -> anyhow::Result<()> {
+    let say = if json { |_: &str| () } else { output::say };
     let scratch = Scratch::new(&args.dir, args.keep)?;
     let content = Arc::new(match &args.source {
         Some(image) => Content::of_image(args.seed, image)
@@ -81,7 +80,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
     );
     let (source, target) = (scratch.path("source.raw"), scratch.path("target.raw"));
     content.create(&source).with_context(|| format!("cannot make {}", source.display()))?;
-    say(args, &format!("a disk of {} in {}", ByteSize(content.size()), source.display()))?;
+    say(&format!("a disk of {} in {}", ByteSize(content.size()), source.display()));
 
     let mut server = Server::start(&scratch)?;
     server.call("bdev_uring_create", json!({ "name": "source", "filename": source }))?;
@@ -93,10 +92,10 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
     };
     let (connection, mut queues) = Connection::connect(&server.controller(DISK), config)?;
     let queue = queues.pop().context("the connection has no ring")?;
-    say(args, &format!("served; a guest reads and writes it, {} requests at a time", args.depth))?;
+    say(&format!("served; a guest reads and writes it, {} requests at a time", args.depth));
     let load = Load::start(connection, queue, Arc::clone(&content), args.seed, args.depth)?;
 
-    let story = tell(args, &mut server, &load, &target);
+    let story = tell(say, &mut server, &load, &target);
     let report = load.finish();
     // A load that failed explains a story that broke off.
     let report = report.context("the load failed")?;
@@ -105,12 +104,12 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<()> {
 
     let checked = check(&content, &report, &source, &target)?;
     let summary = Summary::new(&report, &story, &checked, &source, &target)?;
-    summary.print(args.json).context("cannot print the results")
-}
-
-/// Tells a person how far the story is; not with `--json`.
-fn say(args: &DemoArgs, line: &str) -> anyhow::Result<()> {
-    if args.json { Ok(()) } else { report::line(line).context("cannot print") }
+    if json {
+        output::json(&serde_json::to_value(&summary)?);
+    } else {
+        output::say(&summary.to_string());
+    }
+    Ok(())
 }
 
 /// What was seen while the story was told.
@@ -123,7 +122,7 @@ struct Story {
 }
 
 /// From the first request on the source to the last on the target.
-fn tell(args: &DemoArgs, server: &mut Server, load: &Load, target: &Path) -> anyhow::Result<Story> {
+fn tell(say: fn(&str), server: &mut Server, load: &Load, target: &Path) -> anyhow::Result<Story> {
     let mut lengths = [Duration::ZERO; Phase::ALL.len()];
     let mut begun = Instant::now();
     let mut enter = |phase: Phase, lengths: &mut [Duration]| {
@@ -146,7 +145,7 @@ fn tell(args: &DemoArgs, server: &mut Server, load: &Load, target: &Path) -> any
     let ready = wait_for(server, load, "ready", |job| bar.show(job))?;
     bar.finish();
     enter(Phase::InSync, &mut lengths);
-    say(args, &format!("in sync after {:.1?}", lengths[Phase::Copying as usize]))?;
+    say(&format!("in sync after {:.1?}", lengths[Phase::Copying as usize]));
     interlude(load)?;
 
     enter(Phase::Switching, &mut lengths);
@@ -157,7 +156,7 @@ fn tell(args: &DemoArgs, server: &mut Server, load: &Load, target: &Path) -> any
         bail!("the mirror failed: {error}");
     }
     server.call("job_dismiss", json!({ "job_id": DISK }))?;
-    say(args, &format!("switched over in {:.1?}", lengths[Phase::Switching as usize]))?;
+    say(&format!("switched over in {:.1?}", lengths[Phase::Switching as usize]));
     interlude(load)?;
     lengths[Phase::After as usize] = begun.elapsed();
     Ok(Story { lengths, ready, concluded })

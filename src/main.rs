@@ -140,7 +140,7 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => cmd_serve::run(&session, &args),
         Command::Rpc(args) => cmd_rpc::run(&session, &args),
-        Command::Demo(args) => demo::run(&args),
+        Command::Demo(args) => demo::run(&args, session.json),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut command(), "resilver", &mut std::io::stdout());
             Ok(())

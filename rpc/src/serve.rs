@@ -85,18 +85,22 @@ fn io_error(action: &'static str, name: impl ToString) -> impl FnOnce(io::Error)
     move |source| ServeError::Io { action, name, source }
 }
 
-/// Serves until a signal asks to stop. `on_ready` is called when calls are taken.
+/// Serves until a signal asks to stop, or `stop` is done. `on_ready` is called when calls are taken.
 ///
 /// # Errors
 /// It could not be started.
-pub fn run(config: ServeConfig, on_ready: impl FnOnce(&Ready)) -> Result<(), ServeError> {
+pub fn run(
+    config: ServeConfig,
+    stop: impl Future<Output = ()>,
+    on_ready: impl FnOnce(&Ready),
+) -> Result<(), ServeError> {
     // Reactors pin themselves, so their threads are started first: what a pinned thread starts inherits its core.
     let reactors = Reactors::start(config.cores, config.idle)?;
     let runtime = Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(io_error("start", "a runtime"))?;
-    let served = LocalSet::new().block_on(&runtime, serve(config, reactors, on_ready));
+    let served = LocalSet::new().block_on(&runtime, serve(config, reactors, stop, on_ready));
     // A scan of a hung file may still sit on a blocking thread; it is not waited for.
     runtime.shutdown_background();
     served
@@ -105,6 +109,7 @@ pub fn run(config: ServeConfig, on_ready: impl FnOnce(&Ready)) -> Result<(), Ser
 async fn serve(
     config: ServeConfig,
     reactors: Reactors,
+    stop: impl Future<Output = ()>,
     on_ready: impl FnOnce(&Ready),
 ) -> Result<(), ServeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("watch", "SIGTERM"))?;
@@ -139,6 +144,7 @@ async fn serve(
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = stop => {}
     }
     tracing::info!("stopping");
     serving.abort();

@@ -1,7 +1,7 @@
 //! What the demo shows: a progress bar, and in the end what an operator would want to know.
 
 use std::fmt;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
@@ -14,11 +14,6 @@ use serde_json::Value;
 
 use super::{Checked, Story};
 use crate::load::{LoadReport, Phase};
-
-/// Prints a line on standard output.
-pub(super) fn line(text: &str) -> io::Result<()> {
-    writeln!(io::stdout().lock(), "{text}")
-}
 
 /// The progress of the mirror, on standard error where that is a terminal.
 pub(super) struct Bar(ProgressBar);
@@ -159,10 +154,6 @@ impl Summary {
             possible_instants: checked.cut_width,
             phases,
         })
-    }
-
-    pub(super) fn print(&self, as_json: bool) -> io::Result<()> {
-        if as_json { line(&serde_json::to_string_pretty(self)?) } else { line(&self.to_string()) }
     }
 }
 

@@ -1,58 +1,62 @@
-//! The server of the demo: `resilver serve`, as an operator starts it, driven through its JSON-RPC socket.
+//! The target of the demo: what `resilver serve` runs, on a thread of its own, driven through its JSON-RPC socket.
+//!
+//! In process rather than a child, so that nothing is left behind whatever becomes of the demo.
 
-use std::io::Write as _;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::{panic, thread};
 
-use anyhow::{Context as _, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context as _, anyhow};
+use resilver_reactor::Idle;
+use resilver_rpc::serve::{ServeConfig, ServeError};
+use resilver_rpc::{Client, UringDefaults, UringMode, serve};
+use serde_json::Value;
+use tokio::sync::oneshot;
 
 use super::Scratch;
 
-/// How long the server may take to start, to answer and to stop.
+/// How long a call may take.
 const DEADLINE: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(10);
 
-/// A running server, killed with its owner.
+/// A running target.
 pub(super) struct Server {
-    child: Child,
-    socket: UnixStream,
+    client: Client,
     vhost_dir: PathBuf,
-    calls: u64,
+    /// Stops the target when it is dropped.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<Result<(), ServeError>>>,
 }
 
 impl Server {
-    /// Starts a server whose sockets and state are in the scratch directory.
+    /// Starts a target whose sockets and state are in the scratch directory.
     pub(super) fn start(scratch: &Scratch) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("cannot find the resilver binary")?;
-        let (rpc, vhost_dir) = (scratch.path("rpc.sock"), scratch.path("vhost"));
-        std::fs::create_dir(&vhost_dir)?;
-        let mut child = Command::new(program)
-            .arg("serve")
-            .arg("--rpc-socket")
-            .arg(&rpc)
-            .arg("--vhost-dir")
-            .arg(&vhost_dir)
-            .arg("--state-dir")
-            .arg(scratch.path("state"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("cannot start resilver serve")?;
-        let begun = Instant::now();
-        loop {
-            if let Ok(socket) = UnixStream::connect(&rpc) {
-                socket.set_read_timeout(Some(DEADLINE))?;
-                return Ok(Self { child, socket, vhost_dir, calls: 0 });
-            }
-            if let Some(status) = child.try_wait()? {
-                bail!("resilver serve ended at once: {status}");
-            }
-            ensure!(begun.elapsed() < DEADLINE, "resilver serve does not open its socket");
-            std::thread::sleep(LOOK_EVERY);
+        let (rpc_socket, vhost_dir) = (scratch.path("rpc.sock"), scratch.path("vhost"));
+        let config = ServeConfig {
+            rpc_socket: rpc_socket.clone(),
+            vhost_dir: vhost_dir.clone(),
+            cores: None,
+            idle: Idle::Adaptive,
+            uring: UringDefaults { mode: UringMode::Auto, sqpoll_core: None },
+            metrics: None,
+            state_dir: Some(scratch.path("state")),
+            config: None,
+        };
+        let (stop, stopped) = oneshot::channel();
+        let (is_ready, ready) = std::sync::mpsc::channel();
+        let thread = thread::Builder::new().name("control".to_owned()).spawn(move || {
+            let stopped = async move { drop(stopped.await) };
+            serve::run(config, stopped, |_| {
+                let _ = is_ready.send(());
+            })
+        })?;
+        if ready.recv().is_err() {
+            // It has hung up without a word: its result says why.
+            return Err(end(thread).err().unwrap_or_else(|| anyhow!("the target ended at once")));
         }
+        let client = Client::connect(&rpc_socket)?;
+        client.set_timeout(Some(DEADLINE))?;
+        Ok(Self { client, vhost_dir, stop: Some(stop), thread: Some(thread) })
     }
 
     /// The socket of a controller.
@@ -62,46 +66,30 @@ impl Server {
 
     /// Calls a method and waits for its result.
     pub(super) fn call(&mut self, method: &str, params: Value) -> anyhow::Result<Value> {
-        self.calls += 1;
-        let request =
-            json!({ "jsonrpc": "2.0", "id": self.calls, "method": method, "params": params });
-        self.socket
-            .write_all(request.to_string().as_bytes())
-            .with_context(|| format!("cannot call {method}"))?;
-        let mut answers = serde_json::Deserializer::from_reader(&self.socket).into_iter::<Value>();
-        let answer = answers.next().context("the server hung up")?;
-        let mut answer = answer.with_context(|| format!("no answer to {method}"))?;
-        if let Some(error) = answer.get("error") {
-            bail!("{method}: {}", error["message"].as_str().unwrap_or("no reason given"));
-        }
-        Ok(answer["result"].take())
+        let answer = self.client.call(method, params).with_context(|| method.to_owned())?;
+        Ok(answer.result)
     }
 
-    /// Stops the server as an operator does, and sees that it ends well.
+    /// Stops the target and sees that it ends well.
     pub(super) fn stop(mut self) -> anyhow::Result<()> {
-        self.terminate();
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait()? {
-                ensure!(status.success(), "resilver serve ended with {status}");
-                return Ok(());
-            }
-            ensure!(begun.elapsed() < DEADLINE, "resilver serve does not stop");
-            std::thread::sleep(LOOK_EVERY);
-        }
-    }
-
-    fn terminate(&self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        drop(self.stop.take());
+        self.thread.take().map_or(Ok(()), end)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // Whatever it says, something worse has been said already.
+            let _ = thread.join();
         }
+    }
+}
+
+fn end(thread: JoinHandle<Result<(), ServeError>>) -> anyhow::Result<()> {
+    match thread.join() {
+        Ok(result) => result.context("the target failed"),
+        Err(panicked) => panic::resume_unwind(panicked),
     }
 }

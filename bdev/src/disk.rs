@@ -269,6 +269,12 @@ impl DiskHandle {
         self.commands.send(command).map_err(|full| Box::new(full.0))
     }
 
+    /// What wakes the disk's reactor, for mailboxes of consumers.
+    #[must_use]
+    pub fn doorbell(&self) -> Arc<Doorbell> {
+        self.commands.doorbell()
+    }
+
     /// The oldest event that control has not seen.
     #[must_use]
     pub fn next_event(&self) -> Option<DiskEvent> {

@@ -44,6 +44,12 @@ pub fn mailbox<T>(capacity: usize, doorbell: Arc<Doorbell>) -> (Sender<T>, Recei
 
 #[cfg(not(loom))]
 impl<T> Sender<T> {
+    /// What wakes the receiver's reactor, for another mailbox of the same owner.
+    #[must_use]
+    pub fn doorbell(&self) -> Arc<Doorbell> {
+        Arc::clone(&self.doorbell)
+    }
+
     /// Sends a message and wakes the reactor if it sleeps.
     ///
     /// # Errors

@@ -9,9 +9,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::EventfdFlags;
 
+/// What a write to an event descriptor may do to its caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writing {
+    /// It returns at once.
+    Immediate,
+    /// It waits while the counter is full, so it is asked first whether it has room.
+    MayWait,
+}
+
 /// An event counter that wakes a sleeper.
 #[derive(Debug)]
-pub struct EventFd(OwnedFd);
+pub struct EventFd {
+    fd: OwnedFd,
+    writing: Writing,
+}
 
 impl EventFd {
     /// A fresh non-blocking counter at zero.
@@ -20,39 +32,50 @@ impl EventFd {
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        Ok(Self(rustix::event::eventfd(0, flags)?))
+        Ok(Self { fd: rustix::event::eventfd(0, flags)?, writing: Writing::Immediate })
     }
 
     /// Takes a descriptor that a peer sent. Nothing is assumed of it: a write or read that fails or would block is nothing.
+    /// Its `O_NONBLOCK` is left as it is, because the flag is the peer's too and the peer may rely on a blocking read.
     #[must_use]
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Self(fd)
+        let immediate = rustix::fs::fcntl_getfl(&fd)
+            .is_ok_and(|flags| flags.contains(rustix::fs::OFlags::NONBLOCK));
+        Self { fd, writing: if immediate { Writing::Immediate } else { Writing::MayWait } }
     }
 
     /// Adds one, waking whoever waits. A full counter is as good as a signal, so errors are dropped.
+    ///
+    /// One system call, two for a peer's blocking descriptor. Such a peer could still stop its caller by filling the counter
+    /// between the two: it is the virtual machine monitor itself, never its guest, that could do so.
     #[inline]
     pub fn signal(&self) {
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        if self.writing == Writing::Immediate || self.has_room() {
+            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        }
     }
 
-    /// Takes the count, so that the descriptor is no longer readable. Only for descriptors known not to block.
+    fn has_room(&self) -> bool {
+        let mut fds = [rustix::event::PollFd::new(&self.fd, rustix::event::PollFlags::OUT)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Takes the count, so that the descriptor is no longer readable; says whether there was one. Never waits, whatever the
+    /// descriptor's flags say.
     #[inline]
-    pub fn drain(&self) {
+    pub fn drain(&self) -> bool {
+        const CURRENT_POSITION: u64 = u64::MAX;
         let mut count = [0; 8];
-        let _ = rustix::io::read(&self.0, &mut count);
-    }
-
-    /// Whether reads and writes of the descriptor return at once (`O_NONBLOCK`).
-    #[must_use]
-    pub fn is_nonblocking(&self) -> bool {
-        rustix::fs::fcntl_getfl(&self.0)
-            .is_ok_and(|flags| flags.contains(rustix::fs::OFlags::NONBLOCK))
+        let mut into = [io::IoSliceMut::new(&mut count)];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        rustix::io::preadv2(&self.fd, &mut into, CURRENT_POSITION, flags).is_ok()
     }
 }
 
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -110,7 +133,6 @@ mod tests {
     #[test]
     fn a_signalled_event_ends_the_sleep() {
         let event = EventFd::new().unwrap();
-        assert!(event.is_nonblocking());
         let mut set = WaitSet::with_capacity(1);
         set.add(&event);
         let start = Instant::now();
@@ -118,6 +140,22 @@ mod tests {
         assert!(start.elapsed() >= Duration::from_millis(20));
         event.signal();
         set.sleep(None);
-        event.drain();
+        assert!(event.drain());
+        assert!(!event.drain());
+    }
+
+    #[test]
+    fn a_peers_blocking_descriptor_is_neither_waited_for_nor_made_non_blocking() {
+        let fd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let peer = fd.try_clone().unwrap();
+        let event = EventFd::from_fd(fd);
+        assert!(!event.drain());
+        rustix::io::write(&peer, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        event.signal();
+        assert!(event.drain());
+        event.signal();
+        assert!(event.drain());
+        let flags = rustix::fs::fcntl_getfl(&peer).unwrap();
+        assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
     }
 }

@@ -1,0 +1,330 @@
+//! Descriptor chains as two byte streams: what the device may read, then what it may write.
+//!
+//! A device must not rely on how a driver cuts its buffers into descriptors (virtio 2.7.4.1, "Message Framing"), so a
+//! chain is gathered once into slices and consumed by bytes: a header may span descriptors, and header and data may share
+//! one. Buffers that adjoin in memory become one slice.
+//!
+//! **Trust.** Each descriptor is fetched once. A chain that cannot be followed to its end is a [`ChainFault`] and breaks the
+//! ring, because nobody knows where its status byte would be. A chain that ends as it should but names memory that is not
+//! the guest's, or is cut into too many pieces, is a bad request: it keeps its status byte and the ring goes on.
+
+use resilver_bdev::SEGMENTS_MAX;
+use resilver_reactor::Context;
+use resilver_sys::BufferSlice;
+
+use crate::memory::{GuestMemory, read_guest};
+use crate::protocol::descriptor_flags;
+use crate::split::{ChainFault, DESCRIPTOR_BYTES, Descriptor, SplitRing};
+
+/// The most slices of one chain: the data of the largest I/O, its header and its status.
+pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
+/// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
+pub const INDIRECT_ENTRIES_MAX: u32 = 1024;
+/// Descriptors of an indirect table that are fetched at a time: all of a usual request.
+const WINDOW: usize = 8;
+
+/// Whether indirect tables were negotiated (VIRTIO_F_RING_INDIRECT_DESC).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Indirect {
+    /// A table in a chain is a fault.
+    Refused,
+    /// A chain may end in a table.
+    Allowed,
+}
+
+/// Whether all of a chain's buffers could be gathered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Buffers {
+    /// They could.
+    Gathered,
+    /// One is not in guest memory.
+    Wild,
+    /// There are more than [`CHAIN_SLICES_MAX`].
+    TooMany,
+}
+
+/// One chain, gathered. Reused for every request, so that nothing is allocated.
+#[derive(Debug)]
+pub struct Chain {
+    slices: Box<[BufferSlice; CHAIN_SLICES_MAX]>,
+    /// Slices in use.
+    len: usize,
+    /// The first slice that has not been consumed; readable ones come first.
+    first: usize,
+    /// How many slices are readable.
+    readable: usize,
+    readable_bytes: u64,
+    writable_bytes: u64,
+    buffers: Buffers,
+    status: BufferSlice,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self {
+            slices: Box::new([BufferSlice::EMPTY; CHAIN_SLICES_MAX]),
+            len: 0,
+            first: 0,
+            readable: 0,
+            readable_bytes: 0,
+            writable_bytes: 0,
+            buffers: Buffers::Gathered,
+            status: BufferSlice::EMPTY,
+        }
+    }
+}
+
+/// Where descriptors are fetched from.
+enum Table {
+    Ring,
+    Indirect { address: u64, entries: u32, window: [u8; WINDOW * DESCRIPTOR_BYTES], at: u32 },
+}
+
+impl Chain {
+    /// Gathers the chain at `head`. Its last writable byte is set aside for the status.
+    ///
+    /// # Errors
+    /// The chain cannot be followed, or has no room for a status.
+    pub fn gather(
+        &mut self,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        ring: &SplitRing,
+        head: u16,
+        indirect: Indirect,
+    ) -> Result<(), ChainFault> {
+        (self.len, self.first, self.readable) = (0, 0, 0);
+        (self.readable_bytes, self.writable_bytes) = (0, 0);
+        self.buffers = Buffers::Gathered;
+        let last_writable = self.walk(cx, memory, ring, head, indirect)?;
+        // The last byte of the last writable buffer, wherever the rest of the chain points.
+        let status = last_writable.and_then(|last| {
+            let address = last.address.checked_add(u64::from(last.length) - 1)?;
+            memory.translate(address, 1)
+        });
+        self.status = status.ok_or(ChainFault::NoStatus)?;
+        self.writable_bytes -= 1;
+        if self.buffers == Buffers::Gathered
+            && let Some(last) = self.slices.get_mut(self.len.wrapping_sub(1))
+        {
+            last.length -= 1;
+            if last.length == 0 {
+                self.len -= 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows the descriptors; answers the last one that the device may write to.
+    fn walk(
+        &mut self,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        ring: &SplitRing,
+        head: u16,
+        indirect: Indirect,
+    ) -> Result<Option<Descriptor>, ChainFault> {
+        let (mut table, mut index) = (Table::Ring, head);
+        let mut left = u32::from(ring.size());
+        let mut last_writable = None;
+        loop {
+            left = left.checked_sub(1).ok_or(ChainFault::Loop)?;
+            let descriptor = table.fetch(cx, memory, ring, index)?;
+            if descriptor.has(descriptor_flags::INDIRECT) {
+                (table, left) = table.enter(&descriptor, indirect)?;
+                index = 0;
+                continue;
+            }
+            if descriptor.length > 0 {
+                if descriptor.is_writable() {
+                    last_writable = Some(descriptor);
+                } else if last_writable.is_some() {
+                    return Err(ChainFault::Order);
+                }
+                self.add(memory, &descriptor);
+            }
+            if !descriptor.has(descriptor_flags::NEXT) {
+                return Ok(last_writable);
+            }
+            index = descriptor.next;
+        }
+    }
+
+    /// Adds one buffer, as the slices that its regions make of it.
+    #[inline]
+    fn add(&mut self, memory: &GuestMemory, descriptor: &Descriptor) {
+        let total = if descriptor.is_writable() {
+            &mut self.writable_bytes
+        } else {
+            &mut self.readable_bytes
+        };
+        *total += u64::from(descriptor.length);
+        let (mut address, mut left) = (descriptor.address, descriptor.length);
+        while left > 0 && self.buffers == Buffers::Gathered {
+            let Some(slice) = memory.translate(address, left) else {
+                self.buffers = Buffers::Wild;
+                return;
+            };
+            self.push(slice, descriptor.is_writable());
+            left -= slice.length;
+            let (next, wrapped) = address.overflowing_add(u64::from(slice.length));
+            if wrapped && left > 0 {
+                self.buffers = Buffers::Wild;
+            }
+            address = next;
+        }
+    }
+
+    #[inline]
+    fn push(&mut self, slice: BufferSlice, writable: bool) {
+        let first_of_its_kind = if writable { self.readable } else { 0 };
+        if self.len > first_of_its_kind
+            && let Some(previous) = self.slices.get_mut(self.len - 1)
+            && previous.region == slice.region
+            && previous.offset + u64::from(previous.length) == slice.offset
+            && let Some(length) = previous.length.checked_add(slice.length)
+        {
+            previous.length = length;
+        } else if let Some(free) = self.slices.get_mut(self.len) {
+            *free = slice;
+            self.len += 1;
+        } else {
+            self.buffers = Buffers::TooMany;
+        }
+        if !writable {
+            self.readable = self.len;
+        }
+    }
+
+    /// Whether the buffers could be gathered. Where they could not, only [`Chain::status`] is of use.
+    #[must_use]
+    pub fn buffers(&self) -> Buffers {
+        self.buffers
+    }
+
+    /// Where the status byte goes.
+    #[must_use]
+    pub fn status(&self) -> BufferSlice {
+        self.status
+    }
+
+    /// Readable bytes not yet consumed.
+    #[must_use]
+    pub fn readable_bytes(&self) -> u64 {
+        self.readable_bytes
+    }
+
+    /// Writable bytes, the status not counted.
+    #[must_use]
+    pub fn writable_bytes(&self) -> u64 {
+        self.writable_bytes
+    }
+
+    /// The readable slices not yet consumed.
+    #[must_use]
+    pub fn readable(&self) -> &[BufferSlice] {
+        self.slices.get(self.first..self.readable).unwrap_or_default()
+    }
+
+    /// The writable slices, the status byte not among them.
+    #[must_use]
+    pub fn writable(&self) -> &[BufferSlice] {
+        self.slices.get(self.readable..self.len).unwrap_or_default()
+    }
+
+    /// Consumes readable bytes; none where there are fewer than `into` wants.
+    #[inline]
+    pub fn read(&mut self, cx: &Context<'_>, into: &mut [u8]) -> Option<()> {
+        let mut rest = into;
+        while !rest.is_empty() {
+            if self.first >= self.readable {
+                return None;
+            }
+            let slice = self.slices.get_mut(self.first)?;
+            let wanted = u32::try_from(rest.len()).unwrap_or(u32::MAX);
+            let length = slice.length.min(wanted);
+            let (now, later) = rest.split_at_mut_checked(length as usize)?;
+            cx.memory.read(BufferSlice { length, ..*slice }, now).ok()?;
+            slice.offset += u64::from(length);
+            slice.length -= length;
+            if slice.length == 0 {
+                self.first += 1;
+            }
+            self.readable_bytes -= u64::from(length);
+            rest = later;
+        }
+        Some(())
+    }
+
+    /// Writes to the beginning of the writable bytes, as many as fit; answers how many. None where the memory is gone.
+    #[inline]
+    pub fn write(&self, cx: &Context<'_>, from: &[u8]) -> Option<u32> {
+        let (mut rest, mut written) = (from, 0);
+        for slice in self.writable() {
+            let wanted = u32::try_from(rest.len()).unwrap_or(u32::MAX);
+            let length = slice.length.min(wanted);
+            let (now, later) = rest.split_at_checked(length as usize)?;
+            cx.memory.write(BufferSlice { length, ..*slice }, now).ok()?;
+            (rest, written) = (later, written + length);
+        }
+        Some(written)
+    }
+}
+
+impl Table {
+    /// Fetches one descriptor.
+    #[inline]
+    fn fetch(
+        &mut self,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        ring: &SplitRing,
+        index: u16,
+    ) -> Result<Descriptor, ChainFault> {
+        match self {
+            Self::Ring => ring.descriptor(index).ok_or(ChainFault::NextOutside),
+            Self::Indirect { address, entries, window, at } => {
+                let index = u32::from(index);
+                if index >= *entries {
+                    return Err(ChainFault::NextOutside);
+                }
+                let mut inside = index.wrapping_sub(*at) as usize;
+                if inside >= WINDOW {
+                    let count = ((*entries - index) as usize).min(WINDOW);
+                    let bytes =
+                        window.get_mut(..count * DESCRIPTOR_BYTES).ok_or(ChainFault::Indirect)?;
+                    let from = address
+                        .checked_add(u64::from(index) * DESCRIPTOR_BYTES as u64)
+                        .ok_or(ChainFault::Indirect)?;
+                    read_guest(memory, cx.memory, from, bytes).ok_or(ChainFault::Indirect)?;
+                    (*at, inside) = (index, 0);
+                }
+                let (descriptors, _) = window.as_chunks::<DESCRIPTOR_BYTES>();
+                let bytes = descriptors.get(inside).ok_or(ChainFault::NextOutside)?;
+                Ok(Descriptor::from_bytes(bytes))
+            }
+        }
+    }
+
+    /// The indirect table that `descriptor` names, and how many descriptors a chain in it may have.
+    fn enter(
+        &self,
+        descriptor: &Descriptor,
+        indirect: Indirect,
+    ) -> Result<(Self, u32), ChainFault> {
+        const ENTRY: u32 = 16;
+        const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
+        let entries = descriptor.length / ENTRY;
+        let valid = indirect == Indirect::Allowed
+            && matches!(self, Self::Ring)
+            && !descriptor.has(descriptor_flags::NEXT)
+            && descriptor.length.is_multiple_of(ENTRY)
+            && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
+        if !valid {
+            return Err(ChainFault::Indirect);
+        }
+        let window = [0; WINDOW * DESCRIPTOR_BYTES];
+        let table = Self::Indirect { address: descriptor.address, entries, window, at: u32::MAX };
+        Ok((table, entries))
+    }
+}

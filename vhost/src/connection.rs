@@ -1,0 +1,305 @@
+//! One connection of a front end: receives messages, has the session judge them, and carries out what follows.
+//!
+//! Messages are handled one at a time and in order. Whatever takes time is waited for before the message is answered, so an
+//! answer means that it has happened; while the disk holds a request that a message waits for, a front end that goes away
+//! is noticed all the same.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use resilver_bdev::Reply as Answer;
+use resilver_reactor::Sender;
+use resilver_sys::{EventFd, TableFull};
+use tokio::sync::oneshot;
+use tracing::{debug, warn};
+
+use crate::blk_session::{Command, Notifier};
+use crate::memory::{GuestMemory, GuestRegion, MemoryError};
+use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
+use crate::protocol::protocol_features;
+use crate::queue::LiveQueue;
+use crate::server::{BackChannel, SessionInfo, Status};
+use crate::session::{Action, Session, SessionError, has_reply};
+use crate::socket::{Received, Socket, SocketError};
+use crate::split::{RingAreas, RingSetupError, SplitRing};
+
+/// How often a front end is looked at while a message of its waits for the disk.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why a connection ended, or why a message was refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConnectionError {
+    /// Nothing could be received or sent.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// It is not a message.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// The message may not be sent now, or asks for what is not there.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// Its memory cannot be used.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Its ring cannot be used.
+    #[error(transparent)]
+    Ring(#[from] RingSetupError),
+    /// The reactor has no room for more regions.
+    #[error("{0}; attach fewer guests with many memory slots to one reactor")]
+    TableFull(#[from] TableFull),
+    /// A descriptor is missing.
+    #[error("a file descriptor is missing")]
+    MissingDescriptor,
+    /// The back channel's descriptor is not a socket.
+    #[error("the back channel is not a usable socket: {0}")]
+    BackChannel(std::io::Error),
+    /// The front end went away while its message waited for the disk.
+    #[error("the front end went away while a message waited for requests in flight")]
+    WentAway,
+    /// The data side is not there any more.
+    #[error("the disk is being closed")]
+    DiskGone,
+}
+
+/// One connection.
+pub(crate) struct Connection {
+    socket: Socket,
+    session: Session,
+    data: Sender<Command>,
+    status: Rc<Status>,
+    /// As the data side has it.
+    memory: GuestMemory,
+    kicks: Vec<Option<Arc<EventFd>>>,
+    calls: Vec<Option<Arc<EventFd>>>,
+}
+
+impl Connection {
+    pub(crate) fn new(
+        socket: Socket,
+        session: Session,
+        num_queues: u16,
+        data: Sender<Command>,
+        status: Rc<Status>,
+    ) -> Self {
+        let none = vec![None; usize::from(num_queues)];
+        let memory = GuestMemory::default();
+        Self { socket, session, data, status, memory, kicks: none.clone(), calls: none }
+    }
+
+    /// Serves the front end until it closes the connection, which is no error, or breaks the protocol.
+    pub(crate) async fn serve(&mut self) -> Result<(), ConnectionError> {
+        while let Some(received) = self.socket.receive().await? {
+            self.take(received).await?;
+            self.status.set_session(Some(SessionInfo {
+                features: self.session.features(),
+                queues: self.session.running().collect(),
+                memory_regions: self.memory.len(),
+            }));
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, received: Received) -> Result<(), ConnectionError> {
+        let Received { header, body, fds } = received;
+        let message = decode(header.request, &body, fds.len())?;
+        debug!(?message, "from the front end");
+        self.session.resize(self.status.limits());
+        let outcome = self.carry_out(&message, fds).await;
+        let acknowledges = header.needs_reply()
+            && self.session.has_protocol_feature(protocol_features::REPLY_ACK)
+            && !has_reply(header.request);
+        let reply = match outcome {
+            Ok(Some(reply)) => reply,
+            Ok(None) if acknowledges => Reply::U64(0),
+            Ok(None) => return Ok(()),
+            Err(error) if acknowledges && error.may_be_answered() => {
+                warn!(controller = self.status.name(), "message {}: {error}", header.request);
+                Reply::U64(1)
+            }
+            Err(error) => return Err(error),
+        };
+        self.socket.send(&reply.encode(header.request)).await.map_err(SocketError::from)?;
+        Ok(())
+    }
+
+    async fn carry_out(
+        &mut self,
+        message: &Message,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<Reply>, ConnectionError> {
+        let mut fds = fds.into_iter();
+        let mut answer = None;
+        for action in self.session.handle(message)? {
+            if let Some(reply) = self.act(action, &mut fds).await? {
+                answer = Some(reply);
+            }
+        }
+        Ok(answer)
+    }
+
+    async fn act(
+        &mut self,
+        action: Action,
+        fds: &mut (impl Iterator<Item = OwnedFd> + ?Sized),
+    ) -> Result<Option<Reply>, ConnectionError> {
+        match action {
+            Action::SetMemory(regions) => {
+                let regions: Result<Vec<_>, _> =
+                    regions.iter().map(|region| map(region, fds.next())).collect();
+                self.set_memory(GuestMemory::new(regions?)?).await?;
+            }
+            Action::AddRegion(region) => {
+                let mut memory = self.memory.clone();
+                memory.add(map(&region, fds.next())?)?;
+                self.set_memory(memory).await?;
+            }
+            Action::RemoveRegion(region) => {
+                let mut memory = self.memory.clone();
+                memory.remove(&region)?;
+                self.set_memory(memory).await?;
+            }
+            Action::Start(queue) => self.start(queue).await?,
+            Action::Move(queue) => {
+                if let Some(areas) = self.areas(queue, &self.memory)? {
+                    self.ask(|reply| Command::MoveRing { queue, areas, reply }).await?;
+                }
+            }
+            Action::Stop(queue) => {
+                if let Some(live) = self.ask(|reply| Command::Stop { queue, reply }).await? {
+                    self.session.stopped(queue, live.next_available());
+                }
+            }
+            Action::SetNotifier(queue, which, fd) => {
+                self.set_notifier(queue, which, fd, fds.next()).await?;
+            }
+            Action::Enable(queue, enabled) => {
+                self.ask(|reply| Command::Enable { queue, enabled, reply }).await?;
+            }
+            Action::SetCache(cache) => self.ask(|reply| Command::SetCache(cache, reply)).await?,
+            Action::GuestReset => self.ask(Command::GuestReset).await?,
+            Action::SetBackChannel => {
+                let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                let channel = BackChannel::new(fd).map_err(ConnectionError::BackChannel)?;
+                self.status.set_back_channel(Some(channel));
+            }
+            Action::Reply(reply) => return Ok(Some(reply)),
+            Action::ReplyBase(queue) => {
+                let base = u32::from(self.session.base(queue));
+                return Ok(Some(Reply::Vring { index: u32::from(queue), base }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Where a ring is in `memory`; none if its addresses are not known.
+    fn areas(&self, queue: u16, memory: &GuestMemory) -> Result<Option<RingAreas>, RingSetupError> {
+        let Some(ring) = self.session.ring(queue) else { return Ok(None) };
+        RingAreas::resolve(memory, ring.size, &ring.addresses).map(Some)
+    }
+
+    /// Changes the memory map of the data side, and where it has the rings.
+    async fn set_memory(&mut self, memory: GuestMemory) -> Result<(), ConnectionError> {
+        let mut rings = Vec::new();
+        for queue in self.session.running() {
+            if let Some(areas) = self.areas(queue, &memory)? {
+                rings.push((queue, areas));
+            }
+        }
+        let new = Box::new(memory.clone());
+        let changed = self.ask(|reply| Command::SetMemory { memory: new, rings, reply }).await?;
+        // Either way what comes back is unmapped here and not on the reactor.
+        let _old = changed.map_err(|(full, _new)| full)?;
+        self.memory = memory;
+        Ok(())
+    }
+
+    async fn start(&mut self, queue: u16) -> Result<(), ConnectionError> {
+        let Some(ring) = self.session.ring(queue) else { return Ok(()) };
+        let areas = RingAreas::resolve(&self.memory, ring.size, &ring.addresses)?;
+        let index = usize::from(queue);
+        let (kick, call) = (self.kicks.get(index), self.calls.get(index));
+        let live = Box::new(LiveQueue::new(
+            SplitRing::new(areas, ring.size, ring.base, ring.events),
+            ring.indirect,
+            kick.cloned().flatten(),
+            call.cloned().flatten(),
+        ));
+        let enabled = ring.enabled;
+        let started = self.ask(|reply| Command::Start { queue, live, enabled, reply }).await?;
+        started.map_err(|_| ConnectionError::DiskGone)
+    }
+
+    async fn set_notifier(
+        &mut self,
+        queue: u16,
+        which: Notifier,
+        presence: FdPresence,
+        fd: Option<OwnedFd>,
+    ) -> Result<(), ConnectionError> {
+        let event = match presence {
+            FdPresence::Absent => None,
+            FdPresence::Attached => {
+                let fd = fd.ok_or(ConnectionError::MissingDescriptor)?;
+                Some(Arc::new(EventFd::from_fd(fd)))
+            }
+        };
+        let kept = match which {
+            Notifier::Kick => &mut self.kicks,
+            Notifier::Call => &mut self.calls,
+        };
+        if let Some(kept) = kept.get_mut(usize::from(queue)) {
+            kept.clone_from(&event);
+        }
+        self.ask(|reply| Command::SetNotifier { queue, which, event, reply }).await?;
+        Ok(())
+    }
+
+    /// Has the data side do something and waits until it is done, or until the front end has gone.
+    async fn ask<T: Send + 'static>(
+        &self,
+        command: impl FnOnce(Answer<T>) -> Command,
+    ) -> Result<T, ConnectionError> {
+        let mut answer = send(&self.data, command)?;
+        loop {
+            match tokio::time::timeout(LOOK, &mut answer).await {
+                Ok(answer) => return answer.map_err(|_| ConnectionError::DiskGone),
+                Err(_) if self.socket.is_closed() => return Err(ConnectionError::WentAway),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+/// Sends a command to the data side; what comes back is its answer.
+pub(crate) fn send<T: Send + 'static>(
+    data: &Sender<Command>,
+    command: impl FnOnce(Answer<T>) -> Command,
+) -> Result<oneshot::Receiver<T>, ConnectionError> {
+    let (sender, receiver) = oneshot::channel();
+    let reply = Box::new(move |value| drop(sender.send(value)));
+    data.send(command(reply)).map_err(|_| ConnectionError::DiskGone)?;
+    Ok(receiver)
+}
+
+fn map(region: &RegionDescription, fd: Option<OwnedFd>) -> Result<GuestRegion, ConnectionError> {
+    let fd = fd.ok_or(ConnectionError::MissingDescriptor)?;
+    Ok(GuestRegion::map(region, fd.as_fd())?)
+}
+
+impl ConnectionError {
+    /// Whether the front end can be told that its message failed, and go on. The others leave nobody to tell, or nothing
+    /// that could go on.
+    fn may_be_answered(&self) -> bool {
+        match self {
+            Self::Session(_)
+            | Self::Memory(_)
+            | Self::Ring(_)
+            | Self::TableFull(_)
+            | Self::MissingDescriptor
+            | Self::BackChannel(_) => true,
+            Self::Socket(_) | Self::Decode(_) | Self::WentAway | Self::DiskGone => false,
+        }
+    }
+}

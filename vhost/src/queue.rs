@@ -1,0 +1,409 @@
+//! One virtqueue at work: its ring, its requests in flight, and those that wait for room on the disk.
+//!
+//! Slots are preallocated, one for each ring entry up to [`SLOTS_MAX`]; a head is only taken from the ring while a slot is
+//! free, and what the disk has no room for waits in a list by kind, so that stuck writes do not keep reads back.
+
+use std::sync::Arc;
+
+use resilver_bdev::{IoKind, IoStats, Port, SEGMENTS_MAX, Tag};
+use resilver_reactor::{Armed, Context};
+use resilver_sys::{BufferSlice, EventFd, WaitSet};
+
+use crate::blk::{Ask, CacheMode, RequestError, parse};
+use crate::chain::{Chain, Indirect};
+use crate::memory::GuestMemory;
+use crate::protocol::{SERIAL_BYTES, blk_status};
+use crate::request::{NO_SLOT, Request, Rest};
+use crate::split::{Notify, RingAreas, RingFault, SplitRing};
+use crate::stats::VhostStats;
+
+/// The most requests of one queue that are in flight at a time.
+pub const SLOTS_MAX: u16 = 1024;
+/// The most heads taken from one ring in a turn: the bound on a turn's work.
+const HEADS_PER_TURN: usize = 64;
+/// Where the queue's index begins in a tag.
+pub(crate) const QUEUE_SHIFT: u32 = 16;
+
+/// What all queues of a session share on the reactor.
+pub(crate) struct Shared {
+    pub(crate) memory: Box<GuestMemory>,
+    /// Counts the memory maps; a request remembers under which it was translated.
+    pub(crate) epoch: u32,
+    /// Requests in flight that were translated under an earlier map.
+    pub(crate) stale: u32,
+    pub(crate) cache: CacheMode,
+    pub(crate) read_only: bool,
+    pub(crate) serial: [u8; SERIAL_BYTES],
+    pub(crate) stats: Arc<VhostStats>,
+    pub(crate) chain: Chain,
+    pub(crate) scratch: Box<[BufferSlice; SEGMENTS_MAX]>,
+}
+
+/// Slots in the order in which they came.
+#[derive(Debug, Clone, Copy)]
+struct List {
+    head: u16,
+    tail: u16,
+}
+
+impl List {
+    const EMPTY: Self = Self { head: NO_SLOT, tail: NO_SLOT };
+}
+
+/// Whether the guest has been asked for kicks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kicks {
+    Suppressed,
+    Wanted,
+}
+
+/// A started virtqueue. Built on the control side, lives on the reactor, comes back when it is stopped.
+#[derive(Debug)]
+pub struct LiveQueue {
+    ring: SplitRing,
+    indirect: Indirect,
+    slots: Box<[Request]>,
+    free: u16,
+    in_use: u16,
+    waiting: [List; IoKind::ALL.len()],
+    kick: Option<Arc<EventFd>>,
+    call: Option<Arc<EventFd>>,
+    kicks: Kicks,
+}
+
+impl LiveQueue {
+    /// A queue over `ring` that is kicked and notified by these descriptors. Without a kick descriptor it is polled for good;
+    /// without a call descriptor the guest polls.
+    #[must_use]
+    pub fn new(
+        ring: SplitRing,
+        indirect: Indirect,
+        kick: Option<Arc<EventFd>>,
+        call: Option<Arc<EventFd>>,
+    ) -> Self {
+        let count = ring.size().min(SLOTS_MAX);
+        let next = |slot: u16| if slot + 1 < count { slot + 1 } else { NO_SLOT };
+        Self {
+            ring,
+            indirect,
+            slots: (0..count).map(|slot| Request::free(next(slot))).collect(),
+            free: 0,
+            in_use: 0,
+            waiting: [List::EMPTY; IoKind::ALL.len()],
+            kick,
+            call,
+            kicks: Kicks::Suppressed,
+        }
+    }
+
+    /// Where the ring stands.
+    #[must_use]
+    pub fn next_available(&self) -> u16 {
+        self.ring.next_available()
+    }
+
+    /// Requests taken from the ring and not finished.
+    #[must_use]
+    pub(crate) fn in_use(&self) -> u16 {
+        self.in_use
+    }
+
+    /// Parts that the disk has.
+    pub(crate) fn outstanding(&self) -> u32 {
+        if self.in_use == 0 { 0 } else { self.slots.iter().map(|slot| slot.outstanding).sum() }
+    }
+
+    /// Goes on with the ring at other addresses.
+    pub(crate) fn move_to(&mut self, areas: RingAreas) {
+        self.ring.move_to(areas);
+    }
+
+    /// Changes the kick descriptor; answers the old one.
+    pub(crate) fn set_kick(&mut self, kick: Option<Arc<EventFd>>) -> Option<Arc<EventFd>> {
+        std::mem::replace(&mut self.kick, kick)
+    }
+
+    /// Changes the call descriptor; answers the old one. The new one is signalled at once, since an interrupt may have gone
+    /// to the old one that nobody listened to any more.
+    pub(crate) fn set_call(&mut self, call: Option<Arc<EventFd>>) -> Option<Arc<EventFd>> {
+        let old = std::mem::replace(&mut self.call, call);
+        self.interrupt();
+        old
+    }
+
+    /// Interrupts the guest, wanted or not. Also said when a ring starts: the last interrupt before a reconnect may be lost.
+    pub(crate) fn interrupt(&self) {
+        if let Some(call) = &self.call {
+            call.signal();
+        }
+    }
+
+    /// Submits what waits, as far as the disk has room. Answers how many requests moved.
+    pub(crate) fn pump(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+    ) -> usize {
+        let mut moved = 0;
+        for kind in IoKind::ALL {
+            while let Some(waiting) = self.waiting.get(kind as usize)
+                && let Some(request) = self.slots.get(usize::from(waiting.head))
+            {
+                if request.result.is_ok() && port.free(kind) == 0 {
+                    break;
+                }
+                let slot = waiting.head;
+                self.submit_parts(cx, shared, port, queue, slot);
+                let Some(request) = self.slots.get_mut(usize::from(slot)) else { break };
+                if request.rest != Rest::Nothing {
+                    break;
+                }
+                let next = request.next;
+                if let Some(waiting) = self.waiting.get_mut(kind as usize) {
+                    waiting.head = next;
+                }
+                moved += 1;
+                self.settle(cx, shared, slot);
+            }
+        }
+        moved
+    }
+
+    /// Takes requests from the ring and submits them. Answers how many; at most [`HEADS_PER_TURN`].
+    ///
+    /// # Errors
+    /// The driver broke the ring.
+    #[inline]
+    pub(crate) fn fetch(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+    ) -> Result<usize, RingFault> {
+        let mut count = 0;
+        while count < HEADS_PER_TURN && self.free != NO_SLOT {
+            let Some(head) = self.ring.pop()? else { break };
+            shared
+                .chain
+                .gather(cx, &shared.memory, &self.ring, head, self.indirect)
+                .map_err(|what| RingFault::BadChain { head, what })?;
+            self.begin(cx, shared, port, queue, head);
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Begins the request that was gathered last.
+    #[inline]
+    fn begin(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+        head: u16,
+    ) {
+        let slot = self.free;
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        self.free = request.next;
+        self.in_use += 1;
+        request.head = head;
+        request.started = cx.now;
+        request.status = shared.chain.status();
+        request.epoch = shared.epoch;
+        request.result = Ok(());
+        request.next = NO_SLOT;
+        let limits = port.limits();
+        let read_only = shared.read_only || limits.read_only;
+        match parse(cx, &mut shared.chain, limits, read_only, request.ranges_mut()) {
+            Ok(ask) => {
+                request.fill(ask, &shared.chain, shared.cache);
+                if ask == Ask::Identify {
+                    match shared.chain.write(cx, &shared.serial) {
+                        Some(written) => request.written = written,
+                        None => request.fail(RequestError::WildBuffer),
+                    }
+                    return self.finish(cx, shared, slot);
+                }
+            }
+            Err(error) => {
+                request.fail(error);
+                return self.finish(cx, shared, slot);
+            }
+        }
+        let kind = request.next_kind();
+        let idle = self.waiting.get(kind as usize).is_none_or(|list| list.head == NO_SLOT);
+        if idle {
+            self.submit_parts(cx, shared, port, queue, slot);
+        }
+        self.settle(cx, shared, slot);
+    }
+
+    /// Submits parts of one request while there are parts and room.
+    #[inline]
+    fn submit_parts(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+        slot: u16,
+    ) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        if request.result.is_err() {
+            request.rest = Rest::Nothing;
+        }
+        let (kind, tag) = (request.next_kind(), Tag(queue << QUEUE_SHIFT | u32::from(slot)));
+        while request.rest != Rest::Nothing && port.free(kind) > 0 {
+            request.submit_part(cx, port, tag, &mut shared.scratch);
+        }
+    }
+
+    /// Finishes a request that has ended, and lets one wait that has more to submit. Not for one that waits already.
+    #[inline]
+    fn settle(&mut self, cx: &Context<'_>, shared: &mut Shared, slot: u16) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        if request.has_ended() {
+            self.finish(cx, shared, slot);
+        } else if request.rest != Rest::Nothing {
+            self.wait(slot);
+        }
+    }
+
+    /// Appends a request to those that wait for room of its next part's kind.
+    fn wait(&mut self, slot: u16) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        request.next = NO_SLOT;
+        let kind = request.next_kind();
+        let Some(list) = self.waiting.get_mut(kind as usize) else { return };
+        let tail = std::mem::replace(&mut list.tail, slot);
+        if list.head == NO_SLOT {
+            list.head = slot;
+        } else if let Some(last) = self.slots.get_mut(usize::from(tail)) {
+            last.next = slot;
+        }
+    }
+
+    /// One part has ended.
+    #[inline]
+    pub(crate) fn complete(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        slot: u16,
+        result: Result<(), RequestError>,
+        stats: &IoStats,
+    ) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        request.outstanding = request.outstanding.saturating_sub(1);
+        let (waits, failed) = (request.rest != Rest::Nothing, request.result.is_err());
+        if !failed {
+            // After an error nothing more is submitted; a request that waits leaves its list when its turn comes.
+            request.result = result;
+        }
+        let ends = if waits { result.is_err() && !failed } else { request.has_ended() };
+        if ends {
+            let latency = cx.now - request.started;
+            stats.record(request.kind, request.length, latency, request.result.is_ok());
+        }
+        match (waits, ends) {
+            (false, true) => self.finish(cx, shared, slot),
+            (false, false) if request.rest != Rest::Nothing => self.wait(slot),
+            (false | true, _) => {}
+        }
+    }
+
+    /// Writes the status, stores the used element and frees the slot.
+    #[inline]
+    fn finish(&mut self, cx: &Context<'_>, shared: &mut Shared, slot: u16) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        let (status, written) = match request.result {
+            Ok(()) => (blk_status::OK, request.written.saturating_add(1)),
+            Err(error) => (error.status(), 1),
+        };
+        // A status byte whose memory has gone meanwhile has nobody to read it.
+        let _ = cx.memory.write(request.status, &[status]);
+        self.ring.push_used(request.head, written);
+        shared.stats.requests.add(1);
+        self.release(shared, slot);
+    }
+
+    /// Frees a slot.
+    #[inline]
+    fn release(&mut self, shared: &mut Shared, slot: u16) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        if request.epoch != shared.epoch {
+            shared.stale = shared.stale.saturating_sub(1);
+        }
+        request.next = self.free;
+        request.rest = Rest::Nothing;
+        self.free = slot;
+        self.in_use -= 1;
+    }
+
+    /// Makes finished requests visible and interrupts the guest if it wants that: once a turn.
+    #[inline]
+    pub(crate) fn publish(&mut self, stats: &VhostStats) {
+        if self.ring.publish() == Notify::Yes
+            && let Some(call) = &self.call
+        {
+            call.signal();
+            stats.interrupts.add(1);
+        }
+    }
+
+    /// The reactor is about to sleep.
+    pub(crate) fn arm(&mut self, set: &mut WaitSet) -> Armed {
+        if self.free == NO_SLOT {
+            // Nothing could be taken from the ring: the completions to come will wake us.
+            return Armed::Until(None);
+        }
+        let Some(kick) = &self.kick else { return Armed::Ready };
+        self.kicks = Kicks::Wanted;
+        if !self.ring.arm() {
+            return Armed::Ready;
+        }
+        set.add(kick.as_ref());
+        Armed::Until(None)
+    }
+
+    /// The sleep is over.
+    pub(crate) fn disarm(&mut self, stats: &VhostStats) {
+        if self.kicks == Kicks::Suppressed {
+            return;
+        }
+        self.kicks = Kicks::Suppressed;
+        self.ring.disarm();
+        if self.kick.as_ref().is_some_and(|kick| kick.drain()) {
+            stats.kicks.add(1);
+        }
+    }
+
+    /// The guest is gone: requests that the disk does not have are dropped, nothing is written to guest memory any more.
+    pub(crate) fn abandon(&mut self, shared: &mut Shared) {
+        for kind in IoKind::ALL {
+            let Some(list) = self.waiting.get_mut(kind as usize) else { continue };
+            let mut slot = std::mem::replace(list, List::EMPTY).head;
+            while let Some(request) = self.slots.get_mut(usize::from(slot)) {
+                let next = request.next;
+                request.rest = Rest::Nothing;
+                if request.outstanding == 0 {
+                    self.release(shared, slot);
+                }
+                slot = next;
+            }
+        }
+    }
+
+    /// One part of an abandoned queue has ended.
+    pub(crate) fn complete_abandoned(&mut self, shared: &mut Shared, slot: u16) {
+        let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
+        request.outstanding = request.outstanding.saturating_sub(1);
+        if request.outstanding == 0 {
+            self.release(shared, slot);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! The session's table and its rules, message by message.
+
+use super::*;
+
+fn session() -> Session {
+    let limits = Limits {
+        block_size: 512,
+        num_blocks: 2048,
+        max_transfer: 1 << 20,
+        max_segments: 128,
+        max_unmap: 1 << 30,
+        unmap: true,
+        zeroes_unmap: true,
+        optimal_io: 4096,
+        read_only: false,
+    };
+    Session::new(BlkDevice { limits, read_only: false, num_queues: 2 })
+}
+
+const ADDRESSES: RingAddresses =
+    RingAddresses { flags: 0, descriptors: 0x1000, used: 0x2000, available: 0x3000, log: 0 };
+
+fn negotiated(extra: u64) -> Session {
+    let mut session = session();
+    let wanted = features::VERSION_1 | features::PROTOCOL_FEATURES | extra;
+    session.handle(&Message::SetFeatures(wanted)).unwrap();
+    session
+}
+
+/// The messages that describe ring 0, but for its kick.
+fn describe(session: &mut Session) {
+    for message in [
+        Message::SetVringNum { index: 0, num: 128 },
+        Message::SetVringBase { index: 0, base: 7 },
+        Message::SetVringAddr { index: 0, addresses: ADDRESSES },
+    ] {
+        assert_eq!(session.handle(&message).unwrap(), []);
+    }
+}
+
+const KICK: Message = Message::SetVringKick { index: 0, fd: FdPresence::Attached };
+const KICKED: Action = Action::SetNotifier(0, Notifier::Kick, FdPresence::Attached);
+
+#[test]
+fn every_state_and_event_has_its_row() {
+    use RingEvent::*;
+    use RingState::*;
+    let rows = [
+        (Stopped, Size, Some((Stopped, Step::Nothing)), Some((Stopped, Step::Nothing))),
+        (Stopped, Addresses, Some((Stopped, Step::Nothing)), Some((Stopped, Step::Nothing))),
+        (Stopped, Base, Some((Stopped, Step::Nothing)), Some((Stopped, Step::Nothing))),
+        (Stopped, Kick, Some((Kicked, Step::Nothing)), Some((Running, Step::Start))),
+        (Stopped, Stop, Some((Stopped, Step::Nothing)), Some((Stopped, Step::Nothing))),
+        (Kicked, Size, Some((Kicked, Step::Nothing)), Some((Running, Step::Start))),
+        (Kicked, Addresses, Some((Kicked, Step::Nothing)), Some((Running, Step::Start))),
+        (Kicked, Base, Some((Kicked, Step::Nothing)), Some((Running, Step::Start))),
+        (Kicked, Kick, Some((Kicked, Step::Nothing)), Some((Running, Step::Start))),
+        (Kicked, Stop, Some((Stopped, Step::Nothing)), Some((Stopped, Step::Nothing))),
+        (Running, Size, None, None),
+        (Running, Addresses, Some((Running, Step::Move)), Some((Running, Step::Move))),
+        (Running, Base, None, None),
+        (Running, Kick, Some((Running, Step::Nothing)), Some((Running, Step::Nothing))),
+        (Running, Stop, Some((Stopped, Step::Stop)), Some((Stopped, Step::Stop))),
+    ];
+    for (state, event, incomplete, complete) in rows {
+        assert_eq!(transition(state, event, Readiness::Incomplete), incomplete);
+        assert_eq!(transition(state, event, Readiness::Complete), complete);
+    }
+}
+
+#[test]
+fn a_ring_starts_with_its_kick_and_stops_with_the_question_where_it_stands() {
+    let mut session = negotiated(features::RING_EVENT_IDX);
+    describe(&mut session);
+    assert_eq!(session.handle(&KICK).unwrap(), [KICKED, Action::Start(0)]);
+    let setup = session.ring(0).unwrap();
+    assert_eq!((setup.size, setup.base, setup.enabled), (128, 7, Enabled::No));
+    assert_eq!((setup.events, setup.indirect), (EventMode::Index, Indirect::Refused));
+    let enable = Message::SetVringEnable { index: 0, enable: 1 };
+    assert_eq!(session.handle(&enable).unwrap(), [Action::Enable(0, Enabled::Yes)]);
+    let stop = Message::GetVringBase { index: 0 };
+    assert_eq!(session.handle(&stop).unwrap(), [Action::Stop(0), Action::ReplyBase(0)]);
+    session.stopped(0, 99);
+    assert_eq!(session.handle(&stop).unwrap(), [Action::ReplyBase(0)]);
+    assert_eq!(session.base(0), 99);
+    assert_eq!(session.ring(0).unwrap().enabled, Enabled::Yes, "enable survives a stop");
+}
+
+#[test]
+fn a_ring_that_was_kicked_too_soon_starts_when_all_is_known() {
+    let mut session = negotiated(0);
+    assert_eq!(session.handle(&KICK).unwrap(), [KICKED]);
+    let size = Message::SetVringNum { index: 0, num: 256 };
+    assert_eq!(session.handle(&size).unwrap(), []);
+    let addresses = Message::SetVringAddr { index: 0, addresses: ADDRESSES };
+    assert_eq!(session.handle(&addresses).unwrap(), [Action::Start(0)]);
+    assert_eq!(session.handle(&addresses).unwrap(), [Action::Move(0)]);
+    assert!(session.handle(&size).is_err());
+    assert_eq!(session.ring(0).unwrap().size, 256);
+}
+
+#[test]
+fn without_protocol_features_rings_are_enabled_from_the_start() {
+    let mut session = session();
+    session.handle(&Message::SetFeatures(features::VERSION_1)).unwrap();
+    describe(&mut session);
+    session.handle(&KICK).unwrap();
+    assert_eq!(session.ring(0).unwrap().enabled, Enabled::Yes);
+}
+
+#[test]
+fn what_was_not_offered_is_refused() {
+    let mut session = session();
+    let unknown = 1 << 34; // packed rings
+    assert_eq!(
+        session.handle(&Message::SetFeatures(unknown)),
+        Err(SessionError::Features { unknown })
+    );
+    let unknown = protocol_features::MQ << 2;
+    assert_eq!(
+        session.handle(&Message::SetProtocolFeatures(unknown)),
+        Err(SessionError::Features { unknown })
+    );
+    assert_eq!(session.features(), 0);
+}
+
+#[test]
+fn ring_features_stay_while_a_ring_runs_and_the_same_again_is_no_change() {
+    let mut session = negotiated(features::FLUSH);
+    describe(&mut session);
+    session.handle(&KICK).unwrap();
+    let same = session.features();
+    assert_eq!(session.handle(&Message::SetFeatures(same)).unwrap(), []);
+    let changed = features::RING_EVENT_IDX;
+    assert_eq!(
+        session.handle(&Message::SetFeatures(same | changed)),
+        Err(SessionError::FeaturesInUse { changed })
+    );
+}
+
+#[test]
+fn rings_that_are_not_there_and_sizes_that_are_none_are_refused() {
+    let mut session = negotiated(0);
+    let no_ring = Err(SessionError::NoRing { index: 2, num_queues: 2 });
+    assert_eq!(session.handle(&Message::GetVringBase { index: 2 }), no_ring);
+    let fd = FdPresence::Absent;
+    assert_eq!(session.handle(&Message::SetVringErr { index: 2, fd }), no_ring);
+    for num in [0, 3, 129, 65536, u32::MAX] {
+        let size = Message::SetVringNum { index: 0, num };
+        assert_eq!(session.handle(&size), Err(SessionError::RingSize(num)));
+    }
+    assert!(session.handle(&Message::SetVringBase { index: 0, base: 65536 }).is_err());
+    assert!(session.handle(&Message::SetVringEnable { index: 0, enable: 2 }).is_err());
+    assert!(session.handle(&Message::SetStatus(256)).is_err());
+}
+
+#[test]
+fn the_configuration_space_is_read_in_any_piece_that_exists() {
+    let mut session = negotiated(0);
+    let get = |offset, length| {
+        Message::GetConfig(ConfigPiece { offset, flags: 0, bytes: vec![0; length] })
+    };
+    for (offset, length) in [(0, 60), (0, 256), (20, 4), (255, 1)] {
+        let answer = session.handle(&get(offset, length)).unwrap();
+        let [Action::Reply(Reply::Config(piece))] = answer.as_slice() else {
+            panic!("{answer:?}");
+        };
+        assert_eq!((piece.offset, piece.bytes.len()), (offset, length));
+    }
+    for (offset, length) in [(0, 0), (256, 1), (200, 57), (u32::MAX, 2)] {
+        let answer = session.handle(&get(offset, length)).unwrap();
+        assert_eq!(answer, [Action::Reply(Reply::Empty)]);
+    }
+}
+
+#[test]
+fn only_writeback_can_be_written_and_only_where_it_was_negotiated() {
+    let set = |offset, flags, bytes: &[u8]| {
+        Message::SetConfig(ConfigPiece { offset, flags, bytes: bytes.to_vec() })
+    };
+    let mut plain = negotiated(features::FLUSH);
+    assert!(plain.handle(&set(32, config_flags::WRITABLE, &[0])).is_err());
+    let mut session = negotiated(features::FLUSH | features::CONFIG_WCE);
+    for refused in [
+        set(0, config_flags::WRITABLE, &[0]),
+        set(31, config_flags::WRITABLE, &[0, 0]),
+        set(32, config_flags::WRITABLE, &[]),
+        set(32, 2, &[0]),
+    ] {
+        assert!(session.handle(&refused).is_err(), "{refused:?}");
+    }
+    let off = session.handle(&set(32, config_flags::WRITABLE, &[0])).unwrap();
+    assert_eq!(off, [Action::SetCache(CacheMode::WriteThrough)]);
+    let restored = session.handle(&set(0, config_flags::LIVE_MIGRATION, &[1; 60])).unwrap();
+    assert_eq!(restored, [Action::SetCache(CacheMode::WriteBack)]);
+}
+
+#[test]
+fn a_reset_stops_what_runs_and_forgets_the_rings() {
+    let back = Action::SetCache(CacheMode::WriteBack);
+    let mut session = negotiated(features::FLUSH);
+    assert_eq!(session.handle(&Message::SetStatus(0)).unwrap(), [], "nothing to reset yet");
+    session.handle(&Message::SetStatus(15)).unwrap();
+    describe(&mut session);
+    session.handle(&KICK).unwrap();
+    session.handle(&Message::SetVringEnable { index: 0, enable: 1 }).unwrap();
+    assert_eq!(
+        session.handle(&Message::SetStatus(0)).unwrap(),
+        [Action::Stop(0), back.clone(), Action::GuestReset]
+    );
+    assert_eq!(session.ring(0), None);
+    assert_eq!(session.running().count(), 0);
+    assert_eq!(session.handle(&Message::ResetDevice).unwrap(), [back, Action::GuestReset]);
+    assert_eq!(session.handle(&Message::GetStatus).unwrap(), number(0));
+}

@@ -1,0 +1,16 @@
+//! What a controller counts.
+
+use resilver_reactor::stats::Cell;
+
+/// Counters of one controller, over all its sessions. Written by the disk's reactor, but for [`VhostStats::sessions`].
+#[derive(Debug, Default)]
+pub struct VhostStats {
+    /// Requests finished, failed ones included.
+    pub requests: Cell,
+    /// Kicks that ended a sleep of the reactor. While it polls, guests are asked not to kick.
+    pub kicks: Cell,
+    /// Interrupts sent: at most one a turn and queue.
+    pub interrupts: Cell,
+    /// Front ends that have connected. Written by the control thread.
+    pub sessions: Cell,
+}

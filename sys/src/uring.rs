@@ -353,6 +353,9 @@ impl Drop for Ring {
         if self.in_flight > 0 {
             return; // leaked, see the head of this file
         }
+        // A closed ring is taken apart later, by a kernel worker, and its file would keep its lock until then: whoever opens
+        // it next would find it locked by nobody. Unregistering lets go of it now.
+        let _ = self.ring.submitter().unregister_files();
         // SAFETY: each is dropped here once and never used again; nothing is in flight, so the kernel uses none of them. The
         // ring goes before the file it has registered.
         unsafe {
@@ -565,6 +568,22 @@ mod tests {
         while bytes != 7u64.to_ne_bytes() {
             std::thread::yield_now();
             table.read(BufferSlice { region, length: 8, offset: 0 }, &mut bytes).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_dropped_ring_lets_go_of_its_file_and_lock_at_once() {
+        use crate::file::{Lock, try_lock};
+        let thread = SubmissionThread::start(0).unwrap();
+        let scratch = tempfile::NamedTempFile::new().unwrap();
+        for mode in [RingMode::Enter, RingMode::SubmissionThread(thread)] {
+            for _ in 0..20 {
+                let file = Arc::new(OwnedFd::from(scratch.reopen().unwrap()));
+                try_lock(file.as_fd(), Lock::Exclusive).unwrap();
+                let mut ring = Ring::new(&file, 4, mode.clone()).unwrap();
+                ring.push_sync(0);
+                finish(&mut ring, &RegionTable::with_capacity(1));
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! What the tests of several packages share: the simulator, and skipping aloud.
 
 pub mod driver;
+pub mod mounts;
 pub mod sim;
 
 use std::fs::OpenOptions;

@@ -59,7 +59,7 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
     };
     let canonical = path.canonicalize().map_err(|error| failed("opening", error))?;
     // Looked at before it is opened: opening a pipe or a terminal would wait.
-    let kind = kind_of(path).map_err(|error| failed("opening", error))?.ok_or_else(|| {
+    let kind = kind_of(&canonical).map_err(|error| failed("opening", error))?.ok_or_else(|| {
         BdevError::Invalid {
             parameter: "filename",
             value: format!("'{}'", path.display()),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use resilver_bdev::uring::{self, Uring, UringConfig};
 use resilver_bdev::{Bdev, BdevError, Detail, Extent, IoError, IoKind};
-use resilver_sys::RingMode;
+use resilver_sys::{RingMode, SubmissionThread};
 use resilver_tests::driver::{Driver, pattern};
 use resilver_tests::mounts::{self, LoopDevice, Mount};
 
@@ -99,14 +99,21 @@ fn a_second_opener_is_refused_and_told_who_has_the_file() {
 }
 
 #[test]
-fn the_lock_lives_as_long_as_a_channel_does() {
-    let (_directory, path) = scratch(MIB);
-    let bdev = Uring::open(config(&path)).unwrap();
-    let driver = Driver::new(&bdev, 4);
-    drop(bdev);
-    assert!(matches!(Uring::open(config(&path)), Err(BdevError::Locked { .. })));
-    drop(driver);
-    Uring::open(config(&path)).unwrap();
+fn the_lock_lives_as_long_as_a_channel_does_and_no_longer() {
+    let thread = SubmissionThread::start(0).unwrap();
+    for mode in [RingMode::Enter, RingMode::SubmissionThread(thread)] {
+        let (_directory, path) = scratch(MIB);
+        let config = UringConfig { mode, ..config(&path) };
+        let bdev = Uring::open(config.clone()).unwrap();
+        let mut driver = Driver::new(&bdev, 4);
+        drop(bdev);
+        assert!(matches!(Uring::open(config.clone()), Err(BdevError::Locked { .. })));
+        let payload = [driver.slice(0, 4096)];
+        assert_eq!(driver.write(0, &payload), Ok(()));
+        assert_eq!(driver.run(IoKind::Flush, 0, 0, &[]), Ok(()));
+        drop(driver);
+        Uring::open(config).unwrap();
+    }
 }
 
 #[test]

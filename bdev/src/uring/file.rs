@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use resilver_sys::PAGE_SIZE;
 use resilver_sys::file::{Lock, try_lock};
@@ -16,6 +17,12 @@ use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::device::{BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, BdevError, FileIdentity};
+
+/// How long a lock is waited for. A submission thread lets go of the file of a closed ring a few milliseconds later, so a
+/// bdev that is deleted and made again would otherwise find its own lock; whoever really has the file keeps it longer.
+const LOCK_GRACE: Duration = Duration::from_millis(200);
+/// Between two tries.
+const LOCK_STEP: Duration = Duration::from_millis(5);
 
 /// What kind of file it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +85,7 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
         .map_err(|error| failed("opening", error))?;
 
     let lock = if read_only { Lock::Shared } else { Lock::Exclusive };
-    try_lock(file.as_fd(), lock).map_err(|error| match error.kind() {
+    lock_soon(file.as_fd(), lock).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => {
             BdevError::Locked { path: path.to_owned(), holder: super::holder::describe(&file) }
         }
@@ -95,6 +102,21 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
     let identity = identity(&file, canonical).map_err(|error| failed("examining", error))?;
     let deallocates = !read_only && deallocates(&file, kind, size);
     Ok(OpenFile { fd: Arc::new(file.into()), kind, size, alignment, deallocates, lock, identity })
+}
+
+/// Takes the lock, now or within [`LOCK_GRACE`].
+fn lock_soon(fd: BorrowedFd<'_>, lock: Lock) -> io::Result<()> {
+    let start = Instant::now();
+    loop {
+        match try_lock(fd, lock) {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < LOCK_GRACE =>
+            {
+                std::thread::sleep(LOCK_STEP);
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Makes a new sparse file of `size` bytes, durably: after a crash it is there, whole, or not at all.

@@ -4,7 +4,7 @@
 //! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
 //! what it believes durable after a flush must not hang on ours.
 //!
-//! Locks are tried once. A target that was killed may have left requests in the kernel that hold its lock for a while;
+//! A lock is waited for only as long as our own closed rings take to let go. A target that was killed may have left requests in the kernel that hold its lock for a while;
 //! whoever opens again after [`BdevError::Locked`] decides how long to go on trying.
 
 mod bounce;

@@ -1,7 +1,7 @@
 //! `null`: a bdev without a medium. Writes vanish and reads leave the buffers as they are, as SPDK's null bdev does.
 //!
 //! Why: it measures everything above the medium, and it is the module to copy for a new leaf. A leaf is two types: the
-//! control side ([`Null`], a [`Bdev`]), which knows name and size and opens channels, and the data side ([`NullChannel`], an
+//! control side ([`Null`], a [`Bdev`]), which knows name and size and opens channels, and the data side (`NullChannel`, an
 //! [`IoChannel`]), which a reactor polls. All bookkeeping of the data side is in [`Ledger`].
 //!
 //! Fault model: no I/O fails, except one that does not fit the device. Nothing is zeroed on a read: what a guest sees is

@@ -115,3 +115,24 @@ impl Drop for Mount {
         let _ = Command::new("umount").arg("-l").arg(self.directory.path()).status();
     }
 }
+
+/// A file system whose writes hang until this is dropped: a hung disk as real as they come.
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// Freezes the file system at `place`. Drop it before the mount.
+    ///
+    /// # Panics
+    /// If fsfreeze fails.
+    #[must_use]
+    pub fn new(place: &Path) -> Self {
+        run("fsfreeze", &["-f", place.to_str().expect("a path in UTF-8")]);
+        Self(place.to_owned())
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(&self.0).status();
+    }
+}

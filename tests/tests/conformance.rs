@@ -4,6 +4,7 @@
 //! files alone can do wrong (full, shortened, locked, misaligned) is in `uring_files.rs`.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use resilver_bdev::delay::{Delay, DelayConfig};
@@ -13,8 +14,9 @@ use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::uring::{Uring, UringConfig};
 use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
-use resilver_sys::{BufferSlice, RingMode, SubmissionThread};
+use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread};
 use resilver_tests::driver::{Driver, pattern};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of every subject.
@@ -425,5 +427,29 @@ fn submitting_without_a_free_slot_is_a_bug_that_shows() {
     let mut driver = Driver::new(&*bdev, 1);
     for _ in 0..2 {
         driver.submit(IoKind::Flush, 0, 0, &[]);
+    }
+}
+
+#[test]
+fn memory_that_a_guest_takes_away_costs_only_its_own_request() {
+    for subject in media() {
+        let mut driver = Driver::new(&*subject.bdev, 4);
+        let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, 65536).unwrap();
+        let guest = Mapping::shared(fd.as_fd(), 0, 65536).unwrap();
+        let region = driver.channel().1.memory.insert(Arc::clone(&guest)).unwrap();
+        let good = [driver.slice(0, 4096)];
+        driver.fill(&good, 41);
+        assert_eq!(driver.write(0, &good), Ok(()));
+        ftruncate(&fd, 0).unwrap();
+        for kind in [IoKind::Write, IoKind::Read] {
+            let gone = [BufferSlice { region, length: 4096, offset: 8192 }];
+            let result = driver.run(kind, 65536, 4096, &gone);
+            // The kernel says so; our own copy goes on with zeroes, and the mapping says so.
+            let noticed = result == Err(IoError::FAULT) || (result.is_ok() && guest.poisoned());
+            assert!(noticed, "{}: {result:?}", subject.name);
+        }
+        assert_eq!(driver.read(0, &good), Ok(()), "{}", subject.name);
+        assert_eq!(driver.bytes(&good), pattern(41, 4096), "{}", subject.name);
     }
 }

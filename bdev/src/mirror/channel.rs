@@ -414,6 +414,7 @@ fn core_config(
         quarantine: u32::from(QUARANTINE),
         units: UNITS,
         copies: copies as u16,
+        run: u64::from(window),
         window,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),

@@ -21,8 +21,6 @@ use super::tables::Failed;
 use crate::io::{IoError, IoKind};
 use crate::job::WriteCounts;
 
-/// The most bytes of one copy that reads, unless a chunk is larger.
-const RUN: u64 = 1 << 20;
 /// The most bytes of one copy inside a hole.
 const HOLE_RUN: u64 = 16 << 20;
 /// Copies in flight while the guest has requests in flight: the guest comes first.
@@ -185,7 +183,7 @@ impl Core {
         let next = |from| dirty.next_set(from).filter(|chunk| *chunk < limit);
         let Some(first) = next(self.cursor).or_else(|| next(0)) else { return Look::Nothing };
         let hole = self.maps.hole.get(first);
-        let largest = if hole { HOLE_RUN } else { RUN.min(self.limiter.largest()) };
+        let largest = if hole { HOLE_RUN } else { self.config.run.min(self.limiter.largest()) };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
         end = if hole {

@@ -62,6 +62,8 @@ pub(super) struct CoreConfig {
     pub units: u32,
     /// Copies in flight.
     pub copies: u16,
+    /// The most bytes of one copy that reads, unless a chunk is larger.
+    pub run: u64,
     /// Bytes that the copier reads at once.
     pub window: u32,
     /// Bytes that zero detection looks at as one.
@@ -159,7 +161,7 @@ pub(super) struct Op {
     pub error: Option<IoError>,
     /// What its row says of the bits.
     pub bits: Bits,
-    /// A flush failed meanwhile: its success makes nothing clean.
+    /// A flush failed meanwhile: what a leg has taken may be lost there.
     pub tainted: bool,
     pub units: u16,
     /// When the target leg was sent.
@@ -540,13 +542,13 @@ impl Core {
             return self.answer(slot, Err(error));
         }
         let dropped = op.legs == [Leg::Unused; 2];
-        let on_target = op.leg(Side::Target) == Leg::Ok || dropped;
+        let on_target = op.leg(Side::Target) == Leg::Ok && !op.tainted || dropped;
         if !on_target && self.record.may_exist() && !planted(Bug::AcknowledgedBeforeRetract) {
             self.op(slot).state = OpState::Parked;
             // Where a failure has brought this about, the undoing has begun already; this is for writes that came since.
             return self.undo_for_parked(now);
         }
-        if op.bits == Bits::Clean && op.leg(Side::Target) == Leg::Ok && !op.tainted {
+        if op.bits == Bits::Clean && on_target {
             let clean = if planted(Bug::PartialWriteCleans) {
                 self.grid.touched(op.offset, op.length)
             } else {

@@ -177,7 +177,8 @@ impl Core {
         }
         for slot in 0..self.ops.len() {
             let op = &mut self.ops[slot];
-            if op.kind != IoKind::Flush && op.leg(side) == Leg::Flying {
+            let unanswered = op.state == OpState::Flying && op.kind != IoKind::Flush;
+            if unanswered && matches!(op.leg(side), Leg::Flying | Leg::Ok) {
                 op.tainted = true;
                 let touched = self.grid.touched(op.offset, op.length);
                 self.dirty(&touched);

@@ -556,6 +556,23 @@ impl Core {
     /// something, reads included.
     pub(super) fn turn(&mut self, guest_busy: bool, now: Nanos) {
         self.check_timeouts(now);
+        loop {
+            let before = self.stage;
+            self.advance(now);
+            if self.stage == before {
+                break;
+            }
+        }
+        self.start_copies(guest_busy, now);
+        self.rates.tick(now);
+        if let Some(event) = self.errors.tick(now) {
+            self.tell(event);
+        }
+        self.pump(now);
+    }
+
+    /// Takes the step that the stage allows now, if any.
+    fn advance(&mut self, now: Nanos) {
         let stage = self.stage;
         match stage {
             Stage::Running if self.flushed_in_sync(now) => self.enter(Stage::Ready),
@@ -571,12 +588,6 @@ impl Core {
             Stage::Pending(_, Step::Undoing(_)) => self.retract_again(now),
             _ => {}
         }
-        self.start_copies(guest_busy, now);
-        self.rates.tick(now);
-        if let Some(event) = self.errors.tick(now) {
-            self.tell(event);
-        }
-        self.pump(now);
     }
 
     fn retract_again(&mut self, now: Nanos) {

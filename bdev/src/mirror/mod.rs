@@ -20,6 +20,8 @@ mod rate;
 mod tables;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
 
 use resilver_reactor::Nanos;

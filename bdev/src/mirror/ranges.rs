@@ -18,8 +18,8 @@ use crate::bitmap::Grid;
 
 /// Bytes of a bucket's unit, as a power of two.
 const UNIT_SHIFT: u32 = 12;
-/// Buckets; a power of two.
-const BUCKETS: u64 = 4096;
+/// Buckets for each operation there is room for: few requests share one by chance.
+const BUCKETS_EACH: usize = 8;
 /// A request over more units than these is wide.
 const UNITS_MAX: u64 = 64;
 
@@ -78,7 +78,7 @@ impl Ranges {
             grid,
             entries: vec![None; holders].into_boxed_slice(),
             live: Vec::with_capacity(holders),
-            buckets: vec![0; usize_from(BUCKETS)].into_boxed_slice(),
+            buckets: vec![0; holders.next_power_of_two() * BUCKETS_EACH].into_boxed_slice(),
             wide: 0,
             copies: 0,
             waiting: 0,
@@ -216,8 +216,13 @@ impl Ranges {
         self.grid.bytes(&self.grid.touched(entry.start, entry.end - entry.start))
     }
 
+    /// Neighbouring units fall into neighbouring buckets: requests of one stream never share one by chance.
+    fn bucket(&self, unit: u64) -> usize {
+        usize_from(unit) & (self.buckets.len() - 1)
+    }
+
     fn bucket_taken(&self, bytes: &Range<u64>) -> bool {
-        units(bytes).is_none_or(|mut units| units.any(|unit| self.buckets[bucket(unit)] > 0))
+        units(bytes).is_none_or(|mut units| units.any(|unit| self.buckets[self.bucket(unit)] > 0))
     }
 
     /// Adds `sign` to the buckets of a guest write, or to the count of wide ones.
@@ -225,12 +230,26 @@ impl Ranges {
         match units(bytes) {
             Some(units) => {
                 for unit in units {
-                    let taken = &mut self.buckets[bucket(unit)];
+                    let bucket = self.bucket(unit);
+                    let taken = &mut self.buckets[bucket];
                     *taken = taken.wrapping_add_signed(sign);
                 }
             }
             None => self.wide = self.wide.wrapping_add_signed(sign.into()),
         }
+    }
+
+    /// The state as far as it decides what happens next: holders, oldest first, and what they wait for.
+    #[cfg(test)]
+    pub(super) fn fingerprint(&self, hasher: &mut impl std::hash::Hasher) {
+        use std::hash::Hash;
+        let mut order = self.live.clone();
+        order.sort_unstable_by_key(|holder| self.entries[usize::from(*holder)].map(|e| e.age));
+        for holder in order {
+            let entry = self.entries[usize::from(holder)].expect("a live holder has an entry");
+            (holder, entry.class, entry.start, entry.end, entry.blockers).hash(hasher);
+        }
+        self.granted.hash(hasher);
     }
 }
 
@@ -241,11 +260,6 @@ fn units(bytes: &Range<u64>) -> Option<Range<u64>> {
     }
     let units = bytes.start >> UNIT_SHIFT..((bytes.end - 1) >> UNIT_SHIFT) + 1;
     (units.end - units.start <= UNITS_MAX).then_some(units)
-}
-
-/// Neighbouring units fall into neighbouring buckets: requests of one stream never share one by chance.
-fn bucket(unit: u64) -> usize {
-    usize_from(unit % BUCKETS)
 }
 
 #[cfg(test)]

@@ -180,7 +180,7 @@ impl Rates {
 }
 
 /// Ever longer rests of the copier while errors keep coming.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub(super) struct BackOff {
     rest: Nanos,
     until: Nanos,

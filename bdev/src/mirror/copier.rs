@@ -137,6 +137,9 @@ impl Core {
         if !self.copier_runs() {
             return None;
         }
+        if self.looks_left == 0 {
+            return Some(now);
+        }
         let limited = now + self.limiter.wait(now);
         let next = limited.max(self.back_off.until());
         (next > now).then_some(next)
@@ -144,13 +147,14 @@ impl Core {
 
     /// Begins copies, as many as may be in flight.
     pub(super) fn start_copies(&mut self, guest_busy: bool, now: Nanos) {
+        self.looks_left = LOOKS;
         if !self.copier_runs() || now < self.back_off.until() {
             return;
         }
         let most = if guest_busy { COPIES_BESIDE_GUEST } else { usize::MAX };
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let mut busy = None;
-        for _ in 0..LOOKS {
+        while self.looks_left > 0 {
             let Some(free) = self.copies.iter().position(|copy| copy.state == CopyState::Free)
             else {
                 return;
@@ -162,8 +166,13 @@ impl Core {
             }
             #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
             let free = free as u16;
-            match self.look() {
-                Look::Nothing => break,
+            let look = self.look();
+            if look == Look::Nothing {
+                break;
+            }
+            self.looks_left -= 1;
+            match look {
+                Look::Nothing => {}
                 Look::Free { run, hole } => self.begin(free, run, hole, now),
                 Look::Shut => {}
                 Look::Busy(chunk) => busy = busy.or(Some(chunk)),
@@ -300,7 +309,11 @@ impl Core {
         self.rates.copied(length);
         if zero {
             self.counters.zero += length;
-            self.maps.target_zero.set_range(&self.grid.covered(bytes.start, length));
+            let covered = self.grid.covered(bytes.start, length);
+            // Dirty again means that a flush failed meanwhile: the zeroes may be lost.
+            if self.maps.dirty.count_range(&covered) == 0 {
+                self.maps.target_zero.set_range(&covered);
+            }
         } else {
             self.counters.copied += length;
         }
@@ -406,6 +419,8 @@ impl Core {
     fn copy_failed(&mut self, copy: u16, failed: Failed, error: IoError, now: Nanos) {
         let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
         let kind = if failed == Failed::CopyRead { IoKind::Read } else { IoKind::Write };
+        // What a failed zeroing left behind is not known.
+        self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
         self.copies[usize::from(copy)] = Copy::FREE;
         self.redirty_copy(start, end);
         self.back_off.failed(now);
@@ -425,6 +440,7 @@ impl Core {
         let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
         self.copies[usize::from(copy)].state = CopyState::LostWrite;
         self.lost_copies += 1;
+        self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
         self.redirty_copy(start, end);
         self.back_off.failed(now);
         self.failed(Failed::CopyWrite, IoKind::Write, &(piece..end), IoError::TIMED_OUT, now);

@@ -226,6 +226,8 @@ pub(super) struct Core {
     /// Target I/O given up and not ended: of guest requests, and of copies.
     pub lost_ops: u32,
     pub lost_copies: u32,
+    /// Bounce memory that the former hold.
+    lost_units: u32,
     /// Guest requests not answered.
     pub guest_live: u32,
     /// Guest requests whose target leg flies.
@@ -236,6 +238,8 @@ pub(super) struct Core {
     pub wish: Wish,
     pub failure: Option<JobFailure>,
     pub io_status: IoStatus,
+    /// What the copier's last turn had left to look at: if nothing, it has not seen everything.
+    pub looks_left: usize,
     /// Where the copier looks next, a chunk.
     pub cursor: u64,
     /// The copier may go so far, bytes.
@@ -274,6 +278,7 @@ impl Core {
             pooling: VecDeque::with_capacity(ops),
             lost_ops: 0,
             lost_copies: 0,
+            lost_units: 0,
             guest_live: 0,
             both_flying: 0,
             stage: Stage::Created,
@@ -282,6 +287,7 @@ impl Core {
             wish: Wish::None,
             failure: None,
             io_status: IoStatus::Ok,
+            looks_left: 1,
             cursor: 0,
             scanned_upto: 0,
             limiter: Limiter::new(config.speed, Nanos::ZERO),
@@ -368,6 +374,7 @@ impl Core {
                 // A late landing: the range has been dirty all the while, and shut.
                 self.ops[usize::from(slot)].legs[side as usize] = Leg::Failed;
                 self.lost_ops -= 1;
+                self.lost_units -= u32::from(self.ops[usize::from(slot)].units);
                 self.free_if_done(slot);
             }
             Leg::Unused | Leg::Ok | Leg::Failed => {
@@ -392,11 +399,19 @@ impl Core {
         match result {
             Ok(()) => self.lines[side as usize].wrote(&touched),
             Err(error) => {
+                let op = self.op(slot);
+                let (kind, guests_fault) = (op.kind, error == IoError::FAULT && op.units == 0);
                 if side == Side::Source {
-                    self.op(slot).error = Some(error);
+                    op.error = Some(error);
+                } else {
+                    self.maps.target_zero.clear_range(&touched);
                 }
-                let kind = self.op(slot).kind;
-                self.failed(Failed::GuestWrite(side), kind, bytes, error, now);
+                if guests_fault {
+                    // The guest's memory is gone: its error, not the disk's.
+                    self.dirty(&touched);
+                } else {
+                    self.failed(Failed::GuestWrite(side), kind, bytes, error, now);
+                }
             }
         }
         self.settle(slot, now);
@@ -464,8 +479,10 @@ impl Core {
             dirty_whole: dirty_whole > 0,
             dirty_part: dirty > dirty_whole,
         };
-        let shut =
-            self.lost_ops >= self.config.quarantine || self.shuts(&self.grid.bytes(&touched));
+        // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
+        let full =
+            self.lost_ops >= self.config.quarantine || self.lost_units > self.config.units / 2;
+        let shut = full || self.shuts(&self.grid.bytes(&touched));
         let hindrance = if shut { TargetHindrance::Shut } else { TargetHindrance::None };
         on_write(op.kind, self.mirroring(), span, hindrance, self.config.zeroes_unmap)
     }
@@ -600,7 +617,9 @@ impl Core {
         let op = self.op(slot);
         debug_assert_eq!(op.leg(Side::Target), Leg::Flying);
         op.legs[Side::Target as usize] = Leg::Lost;
+        let units = op.units;
         self.lost_ops += 1;
+        self.lost_units += u32::from(units);
         self.both_flying -= 1;
     }
 }

@@ -601,7 +601,7 @@ const WHOLE: &[Ask] = &[Ask(IoKind::Write, 0, 2), Ask(IoKind::Write, 1, 2)];
 const NEIGHBOURS: &[Ask] = &[Ask(IoKind::Write, 0, 1), Ask(IoKind::Write, 1, 2)];
 const LATER: &[Ask] = &[Ask(IoKind::Write, 2, 3), Ask(IoKind::Write, 2, 4)];
 const FLUSHED: &[Ask] = &[Ask(IoKind::Write, 1, 2), Ask(IoKind::Flush, 0, 0)];
-const ZEROED: &[Ask] = &[Ask(IoKind::WriteZeroes, 0, 2), Ask(IoKind::Write, 1, 3)];
+const ZEROED: &[Ask] = &[Ask(IoKind::WriteZeroes, 2, 4), Ask(IoKind::Write, 1, 3)];
 const DISCARDED: &[Ask] = &[Ask(IoKind::Unmap, 0, 4), Ask(IoKind::Write, 1, 2)];
 
 const SCRIPTS: [&[Ask]; 7] = [PARTS, WHOLE, NEIGHBOURS, LATER, FLUSHED, ZEROED, DISCARDED];
@@ -612,6 +612,7 @@ const COMPLETED: &[JobVerb] = &[JobVerb::Complete];
 const FINISHED: &[JobVerb] = &[JobVerb::Finish];
 const CHANGED: &[JobVerb] =
     &[JobVerb::Change(CopyMode::WriteBlocking), JobVerb::Change(CopyMode::Background)];
+const STOOD_BY: &[JobVerb] = &[JobVerb::Pause, JobVerb::Complete, JobVerb::Resume];
 const GIVEN_UP: &[JobVerb] = &[JobVerb::Complete, JobVerb::Cancel];
 
 /// The worlds that are explored: each guest script alone against each fault, and against the verbs.
@@ -642,6 +643,10 @@ fn scenarios() -> Vec<Scenario> {
             all.push(Scenario { verbs: CHANGED, ..base });
             all.push(Scenario { verbs: GIVEN_UP, ..base });
             all.push(Scenario { verbs: COMPLETED, fault: Fault::TimesOut, ..base });
+            all.push(Scenario { verbs: COMPLETED, fault: Fault::Fails(Side::Source), ..base });
+            all.push(Scenario { verbs: GIVEN_UP, fault: Fault::Hangs, ..base });
+            all.push(Scenario { verbs: STOOD_BY, ..failing });
+            all.push(Scenario { hole: true, ..failing });
         }
     }
     all

@@ -296,6 +296,38 @@ impl Message {
         }
     }
 
+    /// What the vhost-user document calls it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::GetFeatures => "GET_FEATURES",
+            Self::SetFeatures(_) => "SET_FEATURES",
+            Self::SetOwner => "SET_OWNER",
+            Self::ResetOwner => "RESET_OWNER",
+            Self::SetMemTable(_) => "SET_MEM_TABLE",
+            Self::SetVringNum { .. } => "SET_VRING_NUM",
+            Self::SetVringAddr { .. } => "SET_VRING_ADDR",
+            Self::SetVringBase { .. } => "SET_VRING_BASE",
+            Self::GetVringBase { .. } => "GET_VRING_BASE",
+            Self::SetVringKick { .. } => "SET_VRING_KICK",
+            Self::SetVringCall { .. } => "SET_VRING_CALL",
+            Self::SetVringErr { .. } => "SET_VRING_ERR",
+            Self::GetProtocolFeatures => "GET_PROTOCOL_FEATURES",
+            Self::SetProtocolFeatures(_) => "SET_PROTOCOL_FEATURES",
+            Self::GetQueueNum => "GET_QUEUE_NUM",
+            Self::SetVringEnable { .. } => "SET_VRING_ENABLE",
+            Self::SetBackendReqFd => "SET_BACKEND_REQ_FD",
+            Self::GetConfig(_) => "GET_CONFIG",
+            Self::SetConfig(_) => "SET_CONFIG",
+            Self::ResetDevice => "RESET_DEVICE",
+            Self::GetMaxMemSlots => "GET_MAX_MEM_SLOTS",
+            Self::AddMemReg(_) => "ADD_MEM_REG",
+            Self::RemMemReg(_) => "REM_MEM_REG",
+            Self::SetStatus(_) => "SET_STATUS",
+            Self::GetStatus => "GET_STATUS",
+        }
+    }
+
     /// How many descriptors belong to it.
     #[must_use]
     pub fn descriptors(&self) -> usize {

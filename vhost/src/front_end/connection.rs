@@ -2,27 +2,19 @@
 //!
 //! Calls block, each until the connection's deadline at most: a back end that does not answer is an error, not a wait.
 
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::time::Duration;
 
 use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::RecvFlags;
 
+use super::link::Link;
 use super::memory::SharedMemory;
 use super::queue::{self, DriverQueue};
-use super::wire::{self, Message};
-
-/// Bytes of virtio-blk's configuration space up to and including write-zeroes (virtio 1.2 §5.2.4).
-const CONFIG_BYTES: u32 = 60;
-/// The largest reply a front end has to expect.
-const REPLY_MAX: u32 = 4096;
-/// How long a socket that refuses is left alone before the next try.
-const CONNECT_AGAIN: Duration = Duration::from_millis(20);
+use crate::protocol::{RING_SIZE_MAX, features};
 
 /// How a front end connects.
 #[derive(Debug, Clone)]
@@ -56,9 +48,9 @@ impl Default for ConnectionConfig {
 
 impl ConnectionConfig {
     /// [`ConnectionConfig::accept`] without the event index.
-    pub const WITHOUT_EVENT_INDEX: u64 = !wire::F_EVENT_INDEX;
+    pub const WITHOUT_EVENT_INDEX: u64 = !features::RING_EVENT_IDX;
     /// [`ConnectionConfig::accept`] without indirect descriptors.
-    pub const WITHOUT_INDIRECT: u64 = !wire::F_INDIRECT;
+    pub const WITHOUT_INDIRECT: u64 = !features::RING_INDIRECT_DESC;
 }
 
 /// Why a front end and its back end do not come together.
@@ -130,9 +122,9 @@ pub enum FrontEndError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Negotiated {
     /// All virtio features.
-    features: u64,
+    pub(super) features: u64,
     /// All protocol features.
-    protocol: u64,
+    pub(super) protocol: u64,
     /// Indirect descriptors.
     pub(super) indirect: bool,
     /// The event index.
@@ -180,7 +172,7 @@ impl Connection {
         path: &Path,
         config: ConnectionConfig,
     ) -> Result<(Self, Vec<DriverQueue>), FrontEndError> {
-        if !config.queue_size.is_power_of_two() || config.queue_size > 1 << 15 {
+        if !config.queue_size.is_power_of_two() || config.queue_size > RING_SIZE_MAX {
             return Err(FrontEndError::Config(
                 "a ring has a power of two of entries, at most 32768",
             ));
@@ -190,7 +182,7 @@ impl Connection {
                 "a front end has at least one ring and one buffer to a request",
             ));
         }
-        let mut link = Link { socket: open(path, config.deadline)?, deadline: config.deadline };
+        let mut link = Link::open(path, config.deadline)?;
         let negotiated = link.negotiate(config.accept)?;
         let device = link.read_config(&negotiated)?;
         if config.queues > device.queues {
@@ -235,7 +227,7 @@ impl Connection {
         // The old end goes first: a back end that serves one front end at a time waits for that.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let deadline = self.config.deadline;
-        let mut link = Link { socket: open(&self.path, deadline)?, deadline };
+        let mut link = Link::open(&self.path, deadline)?;
         let negotiated = link.negotiate(self.negotiated.features)?;
         if negotiated != self.negotiated {
             return Err(FrontEndError::Missing("a feature that it offered before"));
@@ -286,12 +278,7 @@ impl Connection {
     /// # Errors
     /// The connection is lost, or the back end does not stop in time.
     pub fn stop(&mut self, queue: &DriverQueue) -> Result<u16, FrontEndError> {
-        let reply =
-            self.link()?.query(Message::GetVringBase, &wire::vring_state(queue.index(), 0), 8)?;
-        u16::try_from(wire::u32_at(&reply, 4)).map_err(|_| FrontEndError::Malformed {
-            message: Message::GetVringBase.name(),
-            what: "the index has more than 16 bits",
-        })
+        self.link()?.stop(queue.index())
     }
 
     fn link(&self) -> Result<Link, FrontEndError> {
@@ -300,223 +287,5 @@ impl Connection {
             .try_clone()
             .map_err(|source| FrontEndError::Os { what: "duplicate the socket", source })?;
         Ok(Link { socket, deadline: self.config.deadline })
-    }
-}
-
-/// Connects, trying again until the deadline: a back end that restarts takes a moment.
-fn open(path: &Path, deadline: Duration) -> Result<UnixStream, FrontEndError> {
-    let start = Instant::now();
-    loop {
-        match UnixStream::connect(path) {
-            Ok(socket) => {
-                let limit = |set: fn(&UnixStream, Option<Duration>) -> io::Result<()>| {
-                    set(&socket, Some(deadline)).map_err(|source| FrontEndError::Os {
-                        what: "set a socket's deadline",
-                        source,
-                    })
-                };
-                limit(UnixStream::set_read_timeout)?;
-                limit(UnixStream::set_write_timeout)?;
-                return Ok(socket);
-            }
-            Err(source) if start.elapsed() >= deadline => {
-                return Err(FrontEndError::Connect { path: path.to_owned(), source });
-            }
-            Err(_) => thread::sleep(CONNECT_AGAIN),
-        }
-    }
-}
-
-/// The socket with its deadline.
-struct Link {
-    socket: UnixStream,
-    deadline: Duration,
-}
-
-impl Link {
-    fn negotiate(&mut self, accept: u64) -> Result<Negotiated, FrontEndError> {
-        const KNOWN: u64 = wire::F_VERSION_1
-            | wire::F_PROTOCOL
-            | wire::F_EVENT_INDEX
-            | wire::F_INDIRECT
-            | wire::F_SEG_MAX
-            | wire::F_RO
-            | wire::F_BLK_SIZE
-            | wire::F_FLUSH
-            | wire::F_MQ
-            | wire::F_DISCARD
-            | wire::F_WRITE_ZEROES;
-        const PROTOCOL: u64 = wire::PROTOCOL_MQ | wire::PROTOCOL_REPLY_ACK | wire::PROTOCOL_CONFIG;
-        let offered = self.query_word(Message::GetFeatures)?;
-        for (bit, name) in
-            [(wire::F_VERSION_1, "VERSION_1"), (wire::F_PROTOCOL, "PROTOCOL_FEATURES")]
-        {
-            if offered & bit == 0 {
-                return Err(FrontEndError::Missing(name));
-            }
-        }
-        let features = offered & KNOWN & (accept | wire::F_VERSION_1 | wire::F_PROTOCOL);
-        let protocol = self.query_word(Message::GetProtocolFeatures)? & PROTOCOL;
-        if protocol & wire::PROTOCOL_CONFIG == 0 {
-            return Err(FrontEndError::Missing("CONFIG"));
-        }
-        self.tell(Message::SetProtocolFeatures, protocol, &wire::words(&[protocol]), &[])?;
-        self.tell(Message::SetOwner, protocol, &[], &[])?;
-        self.tell(Message::SetFeatures, protocol, &wire::words(&[features]), &[])?;
-        Ok(Negotiated {
-            features,
-            protocol,
-            indirect: features & wire::F_INDIRECT != 0,
-            event_index: features & wire::F_EVENT_INDEX != 0,
-        })
-    }
-
-    fn read_config(&mut self, negotiated: &Negotiated) -> Result<BlkConfig, FrontEndError> {
-        const PAYLOAD_AT: usize = 12;
-        let mut ask = Vec::new();
-        for field in [0, CONFIG_BYTES, 0] {
-            ask.extend_from_slice(&u32::to_ne_bytes(field));
-        }
-        ask.resize(PAYLOAD_AT + CONFIG_BYTES as usize, 0);
-        let reply = self.query(Message::GetConfig, &ask, ask.len())?;
-        let space = reply.get(PAYLOAD_AT..).unwrap_or_default();
-        let has = |bit: u64| negotiated.features & bit != 0;
-        let sectors = |at: usize| u64::from(wire::u32_at(space, at)).saturating_mul(512);
-        let queues = if negotiated.protocol & wire::PROTOCOL_MQ != 0 {
-            u16::try_from(self.query_word(Message::GetQueueNum)?).unwrap_or(u16::MAX)
-        } else {
-            1
-        };
-        Ok(BlkConfig {
-            capacity: wire::u64_at(space, 0).saturating_mul(512),
-            block_size: if has(wire::F_BLK_SIZE) { wire::u32_at(space, 20) } else { 512 },
-            segments_max: has(wire::F_SEG_MAX).then(|| wire::u32_at(space, 12)),
-            queues,
-            read_only: has(wire::F_RO),
-            flush: has(wire::F_FLUSH),
-            discard_max: has(wire::F_DISCARD).then(|| sectors(36)),
-            write_zeroes_max: has(wire::F_WRITE_ZEROES).then(|| sectors(48)),
-        })
-    }
-
-    fn set_up(
-        &mut self,
-        negotiated: &Negotiated,
-        memory: &SharedMemory,
-        queues: &[DriverQueue],
-    ) -> Result<(), FrontEndError> {
-        let protocol = negotiated.protocol;
-        // One region: the count and padding, then the region itself.
-        let mut table = wire::words(&[1]);
-        table.extend(wire::words(&memory.region()));
-        self.tell(Message::SetMemTable, protocol, &table, &[memory.fd()])?;
-        for queue in queues {
-            let index = queue.index();
-            let state = |value| wire::vring_state(index, value);
-            self.tell(Message::SetVringNum, protocol, &state(u32::from(queue.size())), &[])?;
-            self.tell(Message::SetVringBase, protocol, &state(0), &[])?;
-            let [descriptors, used, available] = queue.ring_addresses();
-            let mut address = state(0);
-            address.extend(wire::words(&[descriptors, used, available, 0]));
-            self.tell(Message::SetVringAddr, protocol, &address, &[])?;
-            let number = wire::words(&[u64::from(index)]);
-            self.tell(Message::SetVringCall, protocol, &number, &[queue.call_fd()])?;
-            self.tell(Message::SetVringKick, protocol, &number, &[queue.kick_fd()])?;
-            self.tell(Message::SetVringEnable, protocol, &state(1), &[])?;
-            queue.kick();
-        }
-        Ok(())
-    }
-
-    /// Sends what has no answer of its own, and waits for the acknowledgement where there is one.
-    fn tell(
-        &mut self,
-        message: Message,
-        protocol: u64,
-        payload: &[u8],
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), FrontEndError> {
-        // REPLY_ACK holds from the message after the one that agrees on it.
-        let acknowledged =
-            protocol & wire::PROTOCOL_REPLY_ACK != 0 && message != Message::SetProtocolFeatures;
-        self.send(message, if acknowledged { wire::NEED_REPLY } else { 0 }, payload, fds)?;
-        if !acknowledged {
-            return Ok(());
-        }
-        match wire::u64_at(&self.receive(message, 8)?, 0) {
-            0 => Ok(()),
-            code => Err(FrontEndError::Refused { message: message.name(), code }),
-        }
-    }
-
-    fn query_word(&mut self, message: Message) -> Result<u64, FrontEndError> {
-        Ok(wire::u64_at(&self.query(message, &[], 8)?, 0))
-    }
-
-    /// Sends a question and takes its answer of `expected` bytes.
-    fn query(
-        &mut self,
-        message: Message,
-        payload: &[u8],
-        expected: usize,
-    ) -> Result<Vec<u8>, FrontEndError> {
-        self.send(message, 0, payload, &[])?;
-        self.receive(message, expected)
-    }
-
-    fn send(
-        &mut self,
-        message: Message,
-        flags: u32,
-        payload: &[u8],
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), FrontEndError> {
-        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        let mut bytes = wire::header(message, flags, length).to_vec();
-        bytes.extend_from_slice(payload);
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut rights = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            rights.push(SendAncillaryMessage::ScmRights(fds));
-        }
-        let sent = rustix::net::sendmsg(
-            self.socket.as_fd(),
-            &[IoSlice::new(&bytes)],
-            &mut rights,
-            SendFlags::NOSIGNAL,
-        );
-        match sent {
-            Ok(count) if count == bytes.len() => Ok(()),
-            Ok(_) => Err(self.lost(message, io::ErrorKind::WriteZero.into())),
-            Err(error) => Err(self.lost(message, error.into())),
-        }
-    }
-
-    fn receive(&mut self, message: Message, expected: usize) -> Result<Vec<u8>, FrontEndError> {
-        let mut header = [0; wire::HEADER];
-        self.socket.read_exact(&mut header).map_err(|source| self.lost(message, source))?;
-        let malformed = |what| Err(FrontEndError::Malformed { message: message.name(), what });
-        let [code, flags, length] = [0, 4, 8].map(|at| wire::u32_at(&header, at));
-        if code != message as u32 {
-            return malformed("it answers another message");
-        }
-        if flags & (wire::REPLY | wire::VERSION_MASK) != wire::REPLY | wire::VERSION {
-            return malformed("its flags are not those of a reply");
-        }
-        if length > REPLY_MAX || length as usize != expected {
-            return malformed("its length is wrong");
-        }
-        let mut payload = vec![0; expected];
-        self.socket.read_exact(&mut payload).map_err(|source| self.lost(message, source))?;
-        Ok(payload)
-    }
-
-    fn lost(&self, message: Message, source: io::Error) -> FrontEndError {
-        match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                FrontEndError::Deadline { message: message.name(), deadline: self.deadline }
-            }
-            _ => FrontEndError::Lost { message: message.name(), source },
-        }
     }
 }

@@ -10,6 +10,7 @@ use resilver_sys::{Area, Mapping, PAGE_SIZE, usize_from};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::connection::FrontEndError;
+use crate::message::RegionDescription;
 
 /// Guest-physical address of the first byte.
 const GUEST_BASE: u64 = 1 << 30;
@@ -105,9 +106,14 @@ impl SharedMemory {
         GUEST_BASE
     }
 
-    /// The one region that SET_MEM_TABLE describes: guest address, size, user address, offset in the descriptor.
-    pub(super) fn region(&self) -> [u64; 4] {
-        [GUEST_BASE, self.mapping.len() as u64, USER_BASE, 0]
+    /// The one region of the memory table.
+    pub(super) fn region(&self) -> RegionDescription {
+        RegionDescription {
+            guest_address: GUEST_BASE,
+            size: self.mapping.len() as u64,
+            user_address: USER_BASE,
+            file_offset: 0,
+        }
     }
 
     /// The descriptor to send along.

@@ -16,9 +16,9 @@
 //! [`Connection::reconnect`] submits them again, oldest first, to whoever answers on the socket next.
 
 mod connection;
+mod link;
 mod memory;
 mod queue;
-mod wire;
 
 pub use connection::{BlkConfig, Connection, ConnectionConfig, FrontEndError};
 pub use memory::{DataBuffer, SharedMemory};

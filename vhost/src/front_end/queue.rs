@@ -11,9 +11,9 @@ use resilver_sys::EventFd;
 
 use super::memory::{Carved, DataBuffer, SharedMemory};
 use super::{FrontEndError, connection::Negotiated};
+use crate::message::RingAddresses;
+use crate::protocol::{SECTOR, blk_status, blk_type, descriptor_flags};
 
-/// Bytes of a sector, the unit of virtio-blk whatever the block size is.
-const SECTOR: u64 = 512;
 /// Bytes of a descriptor.
 const DESCRIPTOR: usize = 16;
 /// Bytes kept for the header, the range and the status of one request.
@@ -27,20 +27,8 @@ const NO_STATUS: u8 = 0xff;
 /// Parts of a request that are not data: header and status.
 const ENVELOPE: usize = 2;
 
-/// Descriptor flags (virtio 1.2 §2.7.5).
-const NEXT: u16 = 1;
-const DEVICE_WRITES: u16 = 2;
-const INDIRECT: u16 = 4;
 /// Ring flag: the other side wants no notification (§2.7.6, §2.7.8).
 const NO_NOTIFICATION: u16 = 1;
-
-/// Request types (virtio 1.2 §5.2.6).
-const T_IN: u32 = 0;
-const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
-const T_GET_ID: u32 = 8;
-const T_DISCARD: u32 = 11;
-const T_WRITE_ZEROES: u32 = 13;
 
 /// What is asked of the disk. Offsets and lengths are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -380,9 +368,9 @@ impl DriverQueue {
         self.release(head, request.descriptors);
         let status = usize::from(head) * HEADER_STRIDE + STATUS_AT;
         let result = match self.headers.area.load_u8(status, Ordering::Relaxed) {
-            0 => Ok(()),
-            1 => Err(RequestError::Io),
-            2 => Err(RequestError::Unsupported),
+            blk_status::OK => Ok(()),
+            blk_status::IOERR => Err(RequestError::Io),
+            blk_status::UNSUPP => Err(RequestError::Unsupported),
             NO_STATUS => Err(RequestError::NoStatus),
             other => Err(RequestError::UnknownStatus(other)),
         };
@@ -421,9 +409,15 @@ impl DriverQueue {
         self.kick.as_fd()
     }
 
-    /// User addresses of descriptors, used ring and available ring, as SET_VRING_ADDR wants them.
-    pub(super) fn ring_addresses(&self) -> [u64; 3] {
-        [self.descriptors.user_address(), self.used.user_address(), self.available.user_address()]
+    /// Where the ring's parts are, as SET_VRING_ADDR says it.
+    pub(super) fn ring_addresses(&self) -> RingAddresses {
+        RingAddresses {
+            flags: 0,
+            descriptors: self.descriptors.user_address(),
+            used: self.used.user_address(),
+            available: self.available.user_address(),
+            log: 0,
+        }
     }
 
     /// Makes the ring new for another back end and offers it again what is in flight, oldest first. The caller vouches that
@@ -485,7 +479,7 @@ impl DriverQueue {
         area.store_u8(at + STATUS_AT, NO_STATUS, Ordering::Relaxed);
     }
 
-    /// The parts of a request in order: (address, length, flags without [`NEXT`]).
+    /// The parts of a request in order: (address, length, flags without [`descriptor_flags::NEXT`]).
     fn parts<'a>(
         &self,
         head: u16,
@@ -496,7 +490,7 @@ impl DriverQueue {
         let range = encoded.range.map(|_| (header + RANGE_AT as u64, 16, 0));
         let (base, flags) = (self.data_address, encoded.data_flags);
         let data = data.iter().map(move |buffer| (base + buffer.offset, buffer.length, flags));
-        let status = (header + STATUS_AT as u64, 1, DEVICE_WRITES);
+        let status = (header + STATUS_AT as u64, 1, descriptor_flags::WRITE);
         let first = std::iter::once((header, 16, 0));
         first.chain(range).chain(data).chain(std::iter::once(status))
     }
@@ -507,7 +501,7 @@ impl DriverQueue {
         while let Some((address, length, flags)) = parts.next() {
             let after = if parts.peek().is_some() { self.free.pop() } else { None };
             let next = after.unwrap_or(0);
-            let flags = flags | if after.is_some() { NEXT } else { 0 };
+            let flags = flags | if after.is_some() { descriptor_flags::NEXT } else { 0 };
             let at = usize::from(entry) * DESCRIPTOR;
             write_descriptor(&self.descriptors, at, address, length, flags, next);
             self.entries[usize::from(entry)].next = next;
@@ -528,7 +522,7 @@ impl DriverQueue {
         let mut parts = self.parts(head, encoded, data).zip(1u16..).peekable();
         let mut at = table;
         while let Some(((address, length, flags), next)) = parts.next() {
-            let flags = flags | if parts.peek().is_some() { NEXT } else { 0 };
+            let flags = flags | if parts.peek().is_some() { descriptor_flags::NEXT } else { 0 };
             write_descriptor(tables, at, address, length, flags, next);
             at += DESCRIPTOR;
         }
@@ -540,7 +534,7 @@ impl DriverQueue {
             usize::from(head) * DESCRIPTOR,
             address,
             length,
-            INDIRECT,
+            descriptor_flags::INDIRECT,
             0,
         );
     }
@@ -568,13 +562,15 @@ impl Request {
             })
         };
         match self {
-            Self::Read { offset } => Some(plain(T_IN, sector(offset)?, DEVICE_WRITES)),
-            Self::Write { offset } => Some(plain(T_OUT, sector(offset)?, 0)),
-            Self::Flush => Some(plain(T_FLUSH, 0, 0)),
-            Self::GetId => Some(plain(T_GET_ID, 0, DEVICE_WRITES)),
-            Self::Discard { offset, length } => ranged(T_DISCARD, offset, length, 0),
+            Self::Read { offset } => {
+                Some(plain(blk_type::IN, sector(offset)?, descriptor_flags::WRITE))
+            }
+            Self::Write { offset } => Some(plain(blk_type::OUT, sector(offset)?, 0)),
+            Self::Flush => Some(plain(blk_type::FLUSH, 0, 0)),
+            Self::GetId => Some(plain(blk_type::GET_ID, 0, descriptor_flags::WRITE)),
+            Self::Discard { offset, length } => ranged(blk_type::DISCARD, offset, length, 0),
             Self::WriteZeroes { offset, length, may_unmap } => {
-                ranged(T_WRITE_ZEROES, offset, length, u32::from(may_unmap))
+                ranged(blk_type::WRITE_ZEROES, offset, length, u32::from(may_unmap))
             }
         }
     }

@@ -1,0 +1,247 @@
+//! The conversation of a front end with its back end: messages out, replies in, each within a deadline.
+
+use std::io::{IoSlice, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::connection::{BlkConfig, FrontEndError, Negotiated};
+use super::memory::SharedMemory;
+use super::queue::DriverQueue;
+use crate::message::{ConfigPiece, FdPresence, Header, Message, Reply};
+use crate::protocol::{HEADER_BYTES, SECTOR, features, flags, protocol_features};
+
+/// Bytes of virtio-blk's configuration space up to and including write-zeroes (virtio 5.2.4).
+const CONFIG_BYTES: usize = 60;
+/// How long a socket that refuses is left alone before the next try.
+const CONNECT_AGAIN: Duration = Duration::from_millis(20);
+/// The virtio features that this driver can use.
+const KNOWN: u64 = features::VERSION_1
+    | features::PROTOCOL_FEATURES
+    | features::RING_EVENT_IDX
+    | features::RING_INDIRECT_DESC
+    | features::SEG_MAX
+    | features::RO
+    | features::BLK_SIZE
+    | features::FLUSH
+    | features::MQ
+    | features::DISCARD
+    | features::WRITE_ZEROES;
+/// The features without which it cannot work.
+const NEEDED: [(u64, &str); 2] = [
+    (features::VERSION_1, "VIRTIO_F_VERSION_1"),
+    (features::PROTOCOL_FEATURES, "VHOST_USER_F_PROTOCOL_FEATURES"),
+];
+/// The protocol features that it can use.
+const PROTOCOL: u64 =
+    protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIG;
+
+/// The socket with its deadline.
+pub(super) struct Link {
+    pub(super) socket: UnixStream,
+    pub(super) deadline: Duration,
+}
+
+impl Link {
+    /// Connects, trying again until the deadline: a back end that restarts takes a moment.
+    pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, FrontEndError> {
+        let start = Instant::now();
+        let socket = loop {
+            match UnixStream::connect(path) {
+                Ok(socket) => break socket,
+                Err(source) if start.elapsed() >= deadline => {
+                    return Err(FrontEndError::Connect { path: path.to_owned(), source });
+                }
+                Err(_) => thread::sleep(CONNECT_AGAIN),
+            }
+        };
+        let limited = socket
+            .set_read_timeout(Some(deadline))
+            .and_then(|()| socket.set_write_timeout(Some(deadline)));
+        limited.map_err(|source| FrontEndError::Os { what: "set a socket's deadline", source })?;
+        Ok(Self { socket, deadline })
+    }
+
+    /// Agrees on features: of what is offered, what this driver knows and the caller accepts.
+    pub(super) fn negotiate(&mut self, accept: u64) -> Result<Negotiated, FrontEndError> {
+        let offered = self.query_u64(&Message::GetFeatures)?;
+        let missing = NEEDED.iter().find(|(bit, _)| offered & bit == 0);
+        if let Some((_, name)) = missing {
+            return Err(FrontEndError::Missing(name));
+        }
+        let needed = NEEDED.iter().fold(0, |bits, (bit, _)| bits | bit);
+        let features = offered & KNOWN & (accept | needed);
+        let protocol = self.query_u64(&Message::GetProtocolFeatures)? & PROTOCOL;
+        if protocol & protocol_features::CONFIG == 0 {
+            return Err(FrontEndError::Missing("VHOST_USER_PROTOCOL_F_CONFIG"));
+        }
+        let negotiated = Negotiated {
+            features,
+            protocol,
+            indirect: features & features::RING_INDIRECT_DESC != 0,
+            event_index: features & features::RING_EVENT_IDX != 0,
+        };
+        // REPLY_ACK holds from the message after the one that agrees on it.
+        self.send(&Message::SetProtocolFeatures(protocol), 0, &[])?;
+        self.tell(&negotiated, &Message::SetOwner, &[])?;
+        self.tell(&negotiated, &Message::SetFeatures(features), &[])?;
+        Ok(negotiated)
+    }
+
+    /// Has the device describe itself.
+    pub(super) fn read_config(
+        &mut self,
+        negotiated: &Negotiated,
+    ) -> Result<BlkConfig, FrontEndError> {
+        let whole = ConfigPiece { offset: 0, flags: 0, bytes: vec![0; CONFIG_BYTES] };
+        let message = Message::GetConfig(whole);
+        let space = match self.query(&message)? {
+            Reply::Config(piece) if piece.bytes.len() == CONFIG_BYTES => piece.bytes,
+            _ => {
+                return Err(malformed(
+                    &message,
+                    "the configuration space is not what was asked for",
+                ));
+            }
+        };
+        let u32_at = |at: usize| {
+            let field = space.get(at..).and_then(|rest| rest.first_chunk());
+            field.map_or(0, |field| u32::from_le_bytes(*field))
+        };
+        let capacity = u64::from(u32_at(0)) | u64::from(u32_at(4)) << 32;
+        let has = |bit: u64| negotiated.features & bit != 0;
+        let sectors = |at: usize| u64::from(u32_at(at)).saturating_mul(SECTOR);
+        let queues = if negotiated.protocol & protocol_features::MQ != 0 {
+            u16::try_from(self.query_u64(&Message::GetQueueNum)?).unwrap_or(u16::MAX)
+        } else {
+            1
+        };
+        Ok(BlkConfig {
+            capacity: capacity.saturating_mul(SECTOR),
+            block_size: if has(features::BLK_SIZE) { u32_at(20) } else { 512 },
+            segments_max: has(features::SEG_MAX).then(|| u32_at(12)),
+            queues,
+            read_only: has(features::RO),
+            flush: has(features::FLUSH),
+            discard_max: has(features::DISCARD).then(|| sectors(36)),
+            write_zeroes_max: has(features::WRITE_ZEROES).then(|| sectors(48)),
+        })
+    }
+
+    /// Shares the memory, and describes and starts the rings.
+    pub(super) fn set_up(
+        &mut self,
+        negotiated: &Negotiated,
+        memory: &SharedMemory,
+        queues: &[DriverQueue],
+    ) -> Result<(), FrontEndError> {
+        let mut tell =
+            |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
+        tell(Message::SetMemTable(vec![memory.region()]), &[memory.fd()])?;
+        for queue in queues {
+            let (index, fd) = (u32::from(queue.index()), FdPresence::Attached);
+            tell(Message::SetVringNum { index, num: u32::from(queue.size()) }, &[])?;
+            tell(Message::SetVringBase { index, base: 0 }, &[])?;
+            tell(Message::SetVringAddr { index, addresses: queue.ring_addresses() }, &[])?;
+            tell(Message::SetVringCall { index, fd }, &[queue.call_fd()])?;
+            tell(Message::SetVringKick { index, fd }, &[queue.kick_fd()])?;
+            tell(Message::SetVringEnable { index, enable: 1 }, &[])?;
+            queue.kick();
+        }
+        Ok(())
+    }
+
+    /// Stops a ring; says how far the back end has taken it.
+    pub(super) fn stop(&mut self, ring: u16) -> Result<u16, FrontEndError> {
+        let message = Message::GetVringBase { index: u32::from(ring) };
+        match self.query(&message)? {
+            Reply::Vring { base, .. } => u16::try_from(base)
+                .map_err(|_| malformed(&message, "an index has no more than 16 bits")),
+            _ => Err(malformed(&message, "it is not a ring's state")),
+        }
+    }
+
+    /// Sends what has no answer of its own, and waits for the acknowledgement where one was agreed on.
+    fn tell(
+        &mut self,
+        negotiated: &Negotiated,
+        message: &Message,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontEndError> {
+        if negotiated.protocol & protocol_features::REPLY_ACK == 0 {
+            return self.send(message, 0, fds);
+        }
+        self.send(message, flags::NEED_REPLY, fds)?;
+        match self.receive(message)? {
+            Reply::U64(0) => Ok(()),
+            Reply::U64(code) => Err(FrontEndError::Refused { message: message.name(), code }),
+            _ => Err(malformed(message, "it is not an acknowledgement")),
+        }
+    }
+
+    fn query_u64(&mut self, message: &Message) -> Result<u64, FrontEndError> {
+        match self.query(message)? {
+            Reply::U64(value) => Ok(value),
+            _ => Err(malformed(message, "it is not a number")),
+        }
+    }
+
+    fn query(&mut self, message: &Message) -> Result<Reply, FrontEndError> {
+        self.send(message, 0, &[])?;
+        self.receive(message)
+    }
+
+    fn send(
+        &mut self,
+        message: &Message,
+        flags: u32,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), FrontEndError> {
+        let bytes = message.encode(flags);
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(FrontEndError::Config("a message of the front end carries one descriptor"));
+        }
+        let parts = [IoSlice::new(&bytes)];
+        match rustix::net::sendmsg(self.socket.as_fd(), &parts, &mut rights, SendFlags::NOSIGNAL) {
+            Ok(count) if count == bytes.len() => Ok(()),
+            Ok(_) => Err(self.lost(message, io::ErrorKind::WriteZero.into())),
+            Err(error) => Err(self.lost(message, error.into())),
+        }
+    }
+
+    fn receive(&mut self, message: &Message) -> Result<Reply, FrontEndError> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.socket.read_exact(&mut bytes).map_err(|source| self.lost(message, source))?;
+        let header = Header::decode(&bytes).map_err(|_| {
+            malformed(message, "its header is of another version, or its body too long")
+        })?;
+        if header.request != message.request() || !header.is_reply() {
+            return Err(malformed(message, "it is not the reply to it"));
+        }
+        let mut body = vec![0; header.size as usize];
+        self.socket.read_exact(&mut body).map_err(|source| self.lost(message, source))?;
+        // With NEED_REPLY every message has a number for an answer; the codec knows those that have something else.
+        Reply::decode(header.request, &body)
+            .map_err(|_| malformed(message, "its length does not fit the message"))
+    }
+
+    fn lost(&self, message: &Message, source: io::Error) -> FrontEndError {
+        let message = message.name();
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                FrontEndError::Deadline { message, deadline: self.deadline }
+            }
+            _ => FrontEndError::Lost { message, source },
+        }
+    }
+}
+
+fn malformed(message: &Message, what: &'static str) -> FrontEndError {
+    FrontEndError::Malformed { message: message.name(), what }
+}

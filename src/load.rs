@@ -544,18 +544,17 @@ impl Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use resilver_tests::skip;
+    use resilver_tests::e2e::StorageDaemon;
     use resilver_vhost::front_end::ConnectionConfig;
     use std::fs::File;
     use std::os::unix::fs::FileExt as _;
-    use std::process::{Child, Command};
 
     const DEPTH: u16 = 16;
     const BLOCKS: u64 = 1024;
 
     /// A disk served by QEMU's storage daemon, which knows nothing of us.
     struct Served {
-        daemon: Child,
+        daemon: Option<StorageDaemon>,
         directory: tempfile::TempDir,
         content: Arc<Content>,
     }
@@ -566,22 +565,9 @@ mod tests {
             let content = Arc::new(Content::generate(3, BLOCKS));
             let path = directory.path();
             content.create(&path.join("disk")).unwrap();
-            let blockdev = format!("driver=file,node-name=f,filename={}/disk", path.display());
-            let export = format!(
-                "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={}/sock,writable=on",
-                path.display()
-            );
-            let daemon = Command::new("qemu-storage-daemon")
-                .args(["--blockdev", &blockdev, "--export", &export])
-                .spawn();
-            match daemon {
-                Ok(daemon) => Some(Self { daemon, directory, content }),
-                Err(error) => {
-                    let reason = format!("qemu-storage-daemon does not start: {error}");
-                    skip("load", &reason, "apt-get install qemu-utils");
-                    None
-                }
-            }
+            let (disk, socket) = (path.join("disk"), path.join("sock"));
+            let daemon = StorageDaemon::serve("load", &disk, &socket, "")?;
+            Some(Self { daemon: Some(daemon), directory, content })
         }
 
         fn load(&self) -> Load {
@@ -595,13 +581,6 @@ mod tests {
 
         fn disk(&self) -> File {
             File::options().read(true).write(true).open(self.directory.path().join("disk")).unwrap()
-        }
-    }
-
-    impl Drop for Served {
-        fn drop(&mut self) {
-            let _ = self.daemon.kill();
-            let _ = self.daemon.wait();
         }
     }
 
@@ -664,7 +643,7 @@ mod tests {
         let Some(mut served) = Served::new() else { return };
         let load = served.load();
         run_until(&load, 1000);
-        served.daemon.kill().unwrap();
+        drop(served.daemon.take());
         for _ in 0..10_000 {
             if load.has_ended() {
                 break;

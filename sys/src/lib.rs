@@ -15,6 +15,7 @@
 pub mod alloc_guard;
 pub mod area;
 pub mod file;
+pub mod foreign;
 pub mod mapping;
 pub mod region;
 pub mod sigbus;

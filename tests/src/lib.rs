@@ -1,6 +1,7 @@
-//! What the tests of several packages share: the simulator, and skipping aloud.
+//! What the tests of several packages share: the simulator, end-to-end support, and skipping aloud.
 
 pub mod driver;
+pub mod e2e;
 pub mod mounts;
 pub mod sim;
 

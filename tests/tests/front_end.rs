@@ -7,11 +7,10 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use resilver_sys::{BufferSlice, RegionId, RegionTable, WaitSet};
-use resilver_tests::skip;
+use resilver_tests::e2e::StorageDaemon;
 use resilver_vhost::front_end::{
     Connection, ConnectionConfig, DataBuffer, DriverQueue, Finished, FrontEndError, Request,
     RequestError, SubmitError,
@@ -19,16 +18,6 @@ use resilver_vhost::front_end::{
 
 const DISK: u64 = 8 << 20;
 const BLOCK: u32 = 4096;
-
-/// A storage daemon that dies with the test.
-struct Daemon(Child);
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A disk image, and where its socket is.
 struct Scratch {
@@ -46,26 +35,8 @@ impl Scratch {
         Self { _directory: directory, image, socket }
     }
 
-    /// Starts a daemon; none, said aloud, where it is not installed.
-    fn serve(&self, export: &str) -> Option<Daemon> {
-        let blockdev =
-            format!("driver=file,node-name=f,discard=unmap,filename={}", self.image.display());
-        let export = format!(
-            "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on{export}",
-            self.socket.display()
-        );
-        let spawned = Command::new("qemu-storage-daemon")
-            .args(["--blockdev", &blockdev, "--export", &export])
-            .stdin(Stdio::null())
-            .spawn();
-        match spawned {
-            Ok(child) => Some(Daemon(child)),
-            Err(error) => {
-                let reason = format!("qemu-storage-daemon does not start: {error}");
-                skip("front_end", &reason, "apt-get install qemu-utils");
-                None
-            }
-        }
+    fn serve(&self, export: &str) -> Option<StorageDaemon> {
+        StorageDaemon::serve("front_end", &self.image, &self.socket, export)
     }
 
     fn bytes(&self, offset: u64, length: usize) -> Vec<u8> {
@@ -239,8 +210,7 @@ fn requests_in_flight_survive_a_back_end_that_is_killed_and_started_again() {
     assert!(!driver.connection.is_closed());
 
     // Stopped, so that what is submitted is surely in flight when it dies.
-    let pid = rustix::process::Pid::from_child(&daemon.0);
-    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    rustix::process::kill_process(daemon.process(), rustix::process::Signal::STOP).unwrap();
     for block in 0..16u64 {
         let buffer = driver.put(block * 4096, &pattern(block as u8, BLOCK as usize));
         driver.queues[0].submit(Request::Write { offset: block * 4096 }, &[buffer], block).unwrap();

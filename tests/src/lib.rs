@@ -3,6 +3,7 @@
 pub mod driver;
 pub mod e2e;
 pub mod mounts;
+pub mod served;
 pub mod sim;
 
 use std::fs::OpenOptions;

@@ -77,7 +77,14 @@ impl Default for Chain {
 /// Where descriptors are fetched from.
 enum Table {
     Ring,
-    Indirect { address: u64, entries: u32, window: [u8; WINDOW * DESCRIPTOR_BYTES], at: u32 },
+    Indirect {
+        address: u64,
+        entries: u32,
+        /// Descriptors `at` and up, `count` of them.
+        window: [u8; WINDOW * DESCRIPTOR_BYTES],
+        at: u32,
+        count: usize,
+    },
 }
 
 impl Chain {
@@ -283,20 +290,22 @@ impl Table {
     ) -> Result<Descriptor, ChainFault> {
         match self {
             Self::Ring => ring.descriptor(index).ok_or(ChainFault::NextOutside),
-            Self::Indirect { address, entries, window, at } => {
+            Self::Indirect { address, entries, window, at, count } => {
                 let index = u32::from(index);
                 if index >= *entries {
                     return Err(ChainFault::NextOutside);
                 }
                 let mut inside = index.wrapping_sub(*at) as usize;
-                if inside >= WINDOW {
-                    let count = ((*entries - index) as usize).min(WINDOW);
-                    let bytes =
-                        window.get_mut(..count * DESCRIPTOR_BYTES).ok_or(ChainFault::Indirect)?;
-                    let from = address
-                        .checked_add(u64::from(index) * DESCRIPTOR_BYTES as u64)
+                if inside >= *count {
+                    *count = ((*entries - index) as usize).min(WINDOW);
+                    let bytes = window.get_mut(..*count * DESCRIPTOR_BYTES);
+                    let from = u64::from(index)
+                        .checked_mul(DESCRIPTOR_BYTES as u64)
+                        .and_then(|skip| address.checked_add(skip));
+                    bytes
+                        .zip(from)
+                        .and_then(|(bytes, from)| read_guest(memory, cx.memory, from, bytes))
                         .ok_or(ChainFault::Indirect)?;
-                    read_guest(memory, cx.memory, from, bytes).ok_or(ChainFault::Indirect)?;
                     (*at, inside) = (index, 0);
                 }
                 let (descriptors, _) = window.as_chunks::<DESCRIPTOR_BYTES>();
@@ -324,7 +333,8 @@ impl Table {
             return Err(ChainFault::Indirect);
         }
         let window = [0; WINDOW * DESCRIPTOR_BYTES];
-        let table = Self::Indirect { address: descriptor.address, entries, window, at: u32::MAX };
+        let (address, at, count) = (descriptor.address, 0, 0);
+        let table = Self::Indirect { address, entries, window, at, count };
         Ok((table, entries))
     }
 }

@@ -417,31 +417,31 @@ impl Core {
     }
 
     fn copy_failed(&mut self, copy: u16, failed: Failed, error: IoError, now: Nanos) {
-        let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
+        let Copy { end, piece, .. } = self.copies[usize::from(copy)];
         let kind = if failed == Failed::CopyRead { IoKind::Read } else { IoKind::Write };
         // What a failed zeroing left behind is not known.
         self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
         self.copies[usize::from(copy)] = Copy::FREE;
-        self.redirty_copy(start, end);
+        self.redirty_copy(piece, end);
         self.back_off.failed(now);
         self.failed(failed, kind, &(piece..end), error, now);
         self.ranges.leave(self.holder_of(copy));
     }
 
-    /// What a copy did not bring over is dirty, all of its run.
-    fn redirty_copy(&mut self, start: u64, end: u64) {
+    /// What a copy did not bring over is dirty: the piece that failed and all behind it. The pieces before it have landed.
+    fn redirty_copy(&mut self, piece: u64, end: u64) {
         if !planted(Bug::FailedCopyForgotten) {
-            self.dirty(&self.grid.touched(start, end - start));
+            self.dirty(&self.grid.touched(piece, end - piece));
         }
     }
 
     /// A copy's write timed out: the range is dirty, and shut until it ends.
     pub(super) fn lose_copy_write(&mut self, copy: u16, now: Nanos) {
-        let Copy { start, end, piece, .. } = self.copies[usize::from(copy)];
+        let Copy { end, piece, .. } = self.copies[usize::from(copy)];
         self.copies[usize::from(copy)].state = CopyState::LostWrite;
         self.lost_copies += 1;
         self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
-        self.redirty_copy(start, end);
+        self.redirty_copy(piece, end);
         self.back_off.failed(now);
         self.failed(Failed::CopyWrite, IoKind::Write, &(piece..end), IoError::TIMED_OUT, now);
         self.ranges.leave(self.holder_of(copy));

@@ -559,7 +559,9 @@ impl Core {
             return self.answer(slot, Err(error));
         }
         let dropped = op.legs == [Leg::Unused; 2];
-        let on_target = op.leg(Side::Target) == Leg::Ok && !op.tainted || dropped;
+        // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing.
+        let promised = op.kind != IoKind::Flush || !self.undoing();
+        let on_target = op.leg(Side::Target) == Leg::Ok && !op.tainted && promised || dropped;
         if !on_target && self.record.may_exist() && !planted(Bug::AcknowledgedBeforeRetract) {
             self.op(slot).state = OpState::Parked;
             // Where a failure has brought this about, the undoing has begun already; this is for writes that came since.

@@ -197,6 +197,11 @@ impl Core {
         }
     }
 
+    /// Whether a switch-over whose record may exist is being taken back.
+    pub(super) fn undoing(&self) -> bool {
+        matches!(self.stage, Stage::Pending(_, Step::Undoing(_)))
+    }
+
     /// Whether nothing is dirty, in flight in the copier, or given up and not ended.
     pub(super) fn in_sync(&self) -> bool {
         self.maps.dirty.count() == 0

@@ -50,6 +50,16 @@ pub enum Sampling {
     Torn,
 }
 
+/// What a flush that fails does to what it was to make durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailedFlush {
+    /// The next one can still make it durable.
+    Keeps,
+    /// Some of it never becomes durable unless it is written again: Linux reports a lost page once and calls it clean. A
+    /// mirror must live with that on its target; a guest whose own disk does it is told by the failure.
+    Loses,
+}
+
 /// How a disk is, for its whole life.
 #[derive(Debug, Clone, Copy)]
 pub struct DiskOptions {
@@ -147,6 +157,7 @@ struct Medium {
     name: String,
     options: DiskOptions,
     faults: Faults,
+    failed_flush: FailedFlush,
     plans: Vec<Plan>,
     cells: Vec<Cell>,
     ops: Vec<Op>,
@@ -199,6 +210,7 @@ impl SimDisk {
             name: name.to_owned(),
             options,
             faults: Faults::default(),
+            failed_flush: FailedFlush::Keeps,
             plans: Vec::new(),
             cells: (0..sectors).map(cell).collect(),
             ops: Vec::new(),
@@ -216,16 +228,16 @@ impl SimDisk {
         }
     }
 
+    /// What its channels accept.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
     /// Its sectors.
     #[must_use]
     pub fn sectors(&self) -> usize {
         self.limits.size() as usize / SECTOR
-    }
-
-    /// Its options.
-    #[must_use]
-    pub fn options(&self) -> DiskOptions {
-        lock(&self.medium).options
     }
 
     /// Gives a sector its first content: a hole where there is none.
@@ -313,6 +325,11 @@ impl SimDisk {
     /// Changes what is wrong with the disk.
     pub fn change_faults(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut lock(&self.medium).faults);
+    }
+
+    /// What failed flushes do from now on.
+    pub fn set_failed_flush(&self, failed_flush: FailedFlush) {
+        lock(&self.medium).failed_flush = failed_flush;
     }
 
     /// Does this to the next I/O of this kind that begins.
@@ -431,6 +448,8 @@ impl Medium {
             IoKind::Flush => {
                 if op.result.is_ok() {
                     self.make_durable(op.flush_upto);
+                } else if self.failed_flush == FailedFlush::Loses {
+                    self.lose(op.flush_upto);
                 }
             }
             IoKind::Write | IoKind::Unmap | IoKind::WriteZeroes => self.land_change(op, memory),
@@ -506,9 +525,19 @@ impl Medium {
 
     fn make_durable(&mut self, upto: u64) {
         for cell in &mut self.cells {
-            let kept = cell.unflushed.partition_point(|(number, _)| *number <= upto);
-            if let Some((_, content)) = cell.unflushed.drain(..kept).next_back() {
+            let covered = cell.unflushed.partition_point(|(number, _)| *number <= upto);
+            if let Some((_, content)) = cell.unflushed.drain(..covered).next_back() {
                 cell.durable = content;
+            }
+        }
+    }
+
+    /// A flush has failed, and taken some of what it was to write with it.
+    fn lose(&mut self, upto: u64) {
+        for cell in &mut self.cells {
+            let covered = cell.unflushed.partition_point(|(number, _)| *number <= upto);
+            if self.rng.chance(500) {
+                cell.unflushed.drain(..covered);
             }
         }
     }

@@ -82,6 +82,32 @@ pub struct Failure {
     pub error: IoError,
 }
 
+/// How requests reach the disk.
+trait Way {
+    /// What may be asked.
+    fn limits(&self) -> Limits;
+
+    /// Whether another request of this kind may be sent now.
+    fn has_room(&self, kind: IoKind) -> bool;
+
+    /// Sends a request whose tag is its slot.
+    fn send(&mut self, cx: &Context<'_>, io: BdevIo, slices: &[BufferSlice]);
+}
+
+impl Way for Port<'_> {
+    fn limits(&self) -> Limits {
+        *Port::limits(self)
+    }
+
+    fn has_room(&self, kind: IoKind) -> bool {
+        self.free(kind) > 0
+    }
+
+    fn send(&mut self, cx: &Context<'_>, io: BdevIo, slices: &[BufferSlice]) {
+        self.submit(cx, io, slices);
+    }
+}
+
 #[derive(Debug)]
 struct Request {
     io: BdevIo,
@@ -258,7 +284,7 @@ impl State {
     fn submit(
         &mut self,
         cx: &Context<'_>,
-        port: &mut Port<'_>,
+        way: &mut dyn Way,
         slot: usize,
         ask: Ask,
         number: Option<usize>,
@@ -271,7 +297,7 @@ impl State {
         let may_unmap = kind == IoKind::WriteZeroes && self.rng.chance(500);
         let io = BdevIo { tag: Tag(slot as u32), kind, may_unmap, offset, length };
         let mut request = Request { io, write: 0, begun: 0, since: cx.now, number };
-        let limits = *port.limits();
+        let limits = way.limits();
         let slices = if kind.has_payload() { self.slices(slot, length, &limits) } else { vec![] };
         let sectors = sector..sector + count;
         match kind {
@@ -299,7 +325,35 @@ impl State {
         self.trace
             .line(format_args!("{name}.{slot} asks {} {offset}+{length} w{write}", kind.name()));
         self.requests[slot] = Some(request);
-        port.submit(cx, io, &slices);
+        way.send(cx, io, &slices);
+    }
+
+    /// Changes buffers and asks for more, as the seed or the scenario says.
+    fn act(&mut self, cx: &Context<'_>, way: &mut dyn Way) -> Work {
+        let scribble = self.options.scribble_per_mille;
+        if self.rng.chance(scribble) {
+            self.scribble(cx);
+        }
+        let mut submitted = 0;
+        let rate = self.options.rate_per_mille;
+        while let Some(slot) = self.requests.iter().position(Option::is_none) {
+            let (ask, number) = if let Some((number, ask)) = self.asks.front() {
+                (*ask, Some(*number))
+            } else if self.active && self.rng.chance(rate) {
+                (self.invent(&way.limits()), None)
+            } else {
+                break;
+            };
+            if !way.has_room(ask.kind) {
+                break;
+            }
+            if number.is_some() {
+                self.asks.pop_front();
+            }
+            self.submit(cx, way, slot, ask, number);
+            submitted += 1;
+        }
+        Work::from_count(submitted)
     }
 
     /// The words of a write's sectors.
@@ -409,30 +463,7 @@ impl Consumer for SimGuest {
         if std::mem::take(&mut state.reset) {
             port.guest_reset();
         }
-        let scribble = state.options.scribble_per_mille;
-        if state.rng.chance(scribble) {
-            state.scribble(cx);
-        }
-        let mut submitted = 0;
-        let rate = state.options.rate_per_mille;
-        while let Some(slot) = state.requests.iter().position(Option::is_none) {
-            let (ask, number) = if let Some((number, ask)) = state.asks.front() {
-                (*ask, Some(*number))
-            } else if state.active && state.rng.chance(rate) {
-                (state.invent(port.limits()), None)
-            } else {
-                break;
-            };
-            if port.free(ask.kind) == 0 {
-                break;
-            }
-            if number.is_some() {
-                state.asks.pop_front();
-            }
-            state.submit(cx, port, slot, ask, number);
-            submitted += 1;
-        }
-        Work::from_count(submitted)
+        state.act(cx, port)
     }
 
     fn complete(&mut self, cx: &Context<'_>, completion: Completion, stats: &IoStats) {

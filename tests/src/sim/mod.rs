@@ -8,9 +8,12 @@
 //! What is real: everything in `resilver-bdev`. What is simulated: time ([`world`]), disks ([`disk`]), guests ([`guest`]). What
 //! judges: the [`oracle`], and the checks that each part makes of its neighbours.
 
+pub mod control;
 pub mod disk;
 pub mod guest;
 pub mod oracle;
+pub mod probe;
+pub mod ring;
 pub mod rng;
 pub mod sector;
 pub mod swarm;
@@ -21,6 +24,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use control::Reached;
 use rng::Rng;
 use swarm::Swarm;
 use trace::Trace;
@@ -36,6 +40,8 @@ pub struct Summary {
     pub hash: u64,
     /// Guest requests that ended.
     pub requests: u64,
+    /// What became of its mirrors.
+    pub reached: Reached,
 }
 
 /// A run that found something.
@@ -78,7 +84,11 @@ pub fn run(seed: u64, steps: u32, keep: usize) -> (Trace, Result<Summary, Box<Fa
         let mut world = World::new(swarm, rng, world_trace);
         world.be_safe()?;
         world.be_live()?;
-        Ok(Summary { hash: world.trace.hash(), requests: world.ended() })
+        Ok(Summary {
+            hash: world.trace.hash(),
+            requests: world.ended(),
+            reached: world.control.reached,
+        })
     }));
     let result = result.unwrap_or_else(|panic| Err(words_of(panic.as_ref())));
     let result = result

@@ -211,6 +211,14 @@ impl Oracle {
         candidates.push(Candidate { write: 0, value, begun: ended, ended, gone: NEVER });
     }
 
+    /// Whether the sector may hold this in a copy of some point in time since `since`, which [`Oracle::begin_read`] named.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn check_since(&self, sector: usize, content: &Sector, since: u64) -> Result<(), String> {
+        self.judge(sector, content, since)
+    }
+
     /// A flush is submitted; the result names the moment.
     pub fn begin_flush(&mut self) -> u64 {
         self.tick()

@@ -51,6 +51,42 @@ impl Swarm {
     }
 }
 
+impl Swarm {
+    /// A calm world for a scenario, in which only that happens which the scenario does: one guest with this behaviour, and
+    /// disks of 128 sectors on which nothing fails.
+    #[must_use]
+    pub fn calm(guest: GuestOptions) -> Self {
+        Self {
+            steps: 0,
+            source: calm_disk(),
+            source_faults: Faults::default(),
+            target_faults: Faults::default(),
+            guests: vec![guest],
+            upheaval_per_mille: 0,
+            weather_per_mille: 0,
+            hole_per_mille: 0,
+        }
+    }
+}
+
+/// The disk of a calm world.
+#[must_use]
+pub fn calm_disk() -> DiskOptions {
+    let limits = Limits {
+        block_size: SECTOR as u32,
+        num_blocks: 128,
+        max_transfer: 64 << 10,
+        max_segments: 128,
+        max_unmap: 1 << 30,
+        unmap: true,
+        zeroes_unmap: true,
+        optimal_io: 4096,
+        read_only: false,
+    };
+    let latency = (Nanos::from_micros(10), Nanos::from_micros(50));
+    DiskOptions { limits, unmap: UnmapResult::Zero, latency, slow_per_mille: 0 }
+}
+
 /// A disk of some kind; for a target, one that fits the source.
 pub fn disk(rng: &mut Rng, source: Option<&Limits>) -> DiskOptions {
     let block_size = match source {

@@ -7,17 +7,19 @@
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::disk::Consumer;
-use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskEvent, DiskHandle};
+use resilver_bdev::mirror::ChunkState;
+use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle, JobVerb};
 use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Work};
 use resilver_sys::{RegionTable, WaitSet};
 
+use super::control::{Control, Job, MirrorPlan, Operator};
 use super::disk::{Faults, SimDisk};
 use super::guest::{Failure, SimGuest};
 use super::lock;
 use super::oracle::Oracle;
 use super::rng::Rng;
-use super::sector::{Sector, Stamp};
-use super::swarm::{Swarm, change_weather};
+use super::sector::{SECTOR, Sector, Stamp};
+use super::swarm::{Swarm, change_weather, disk};
 use super::trace::Trace;
 
 /// The longest that a reactor sleeps without being told.
@@ -56,9 +58,13 @@ pub struct World {
     pub seats: Vec<Seat>,
     /// The disk that serves the guests.
     pub source: SimDisk,
+    /// The control plane.
+    pub control: Control,
+    /// Sectors that the guests know of: no switch-over changes them, though a target may be larger.
+    pub(super) sectors: usize,
     swarm: Swarm,
-    rng: Rng,
-    oracle: Arc<Mutex<Oracle>>,
+    pub(super) rng: Rng,
+    pub(super) oracle: Arc<Mutex<Oracle>>,
     memory: RegionTable,
     disk: Disk,
     handle: DiskHandle,
@@ -94,7 +100,9 @@ impl World {
             now: Nanos::ZERO,
             trace,
             seats: Vec::new(),
+            sectors: source.sectors(),
             source,
+            control: Control::new(rng.fork()),
             rng,
             oracle,
             memory,
@@ -113,6 +121,12 @@ impl World {
             world.connect(index);
         }
         world
+    }
+
+    /// What the guests may read is what the disk holds now: for a scenario that has given it another content.
+    pub fn forget_content(&mut self) {
+        let contents = (0..self.source.sectors()).map(|sector| self.source.content(sector));
+        *lock(&self.oracle) = Oracle::new(contents);
     }
 
     /// Brings a guest's session up.
@@ -161,21 +175,24 @@ impl World {
     pub fn step(&mut self) {
         self.steps += 1;
         self.trace.set_now(self.now);
-        self.source.advance(self.now, &self.memory);
+        for disk in self.control.disks().chain([&self.source]) {
+            disk.advance(self.now, &self.memory);
+        }
+        self.control();
         let cx = Context { now: self.now, memory: &self.memory };
         let work = self.disk.poll(&cx);
+        // Failures first: an event may change which disk they are judged by.
+        self.judge_failures();
+        self.read_answers();
         while let Some(event) = self.handle.next_event() {
             self.hear(event);
         }
-        self.judge_failures();
+        self.judge_cancel();
+        self.judge_numbers();
         if self.steps.is_multiple_of(CHECK_EVERY) {
             self.check_medium();
         }
         self.pass_time(work);
-    }
-
-    fn hear(&mut self, event: DiskEvent) {
-        self.trace.line(format_args!("{event:?}"));
     }
 
     /// Moves the clock: a little after a turn that did something, else to the next moment at which anything can happen.
@@ -193,8 +210,9 @@ impl World {
             self.now = self.now + little;
             return;
         };
-        let next = [deadline, self.source.next_event(), Some(self.now + self.patience())];
-        let next = next.into_iter().flatten().min().unwrap_or(self.now);
+        let landing = self.control.disks().chain([&self.source]).filter_map(SimDisk::next_event);
+        let next = landing.chain(deadline).min().unwrap_or(Nanos::MAX);
+        let next = next.min(self.now + self.patience());
         self.now = next.max(self.now + Nanos(1));
     }
 
@@ -214,29 +232,67 @@ impl World {
         }
     }
 
-    /// The medium holds what the guests may read, and would after a power loss.
-    fn check_medium(&self) {
+    /// The medium holds what the guests may read, the disks that may be authoritative hold it after a power loss, and clean
+    /// chunks are equal.
+    pub fn check_medium(&self) {
         let oracle = lock(&self.oracle);
-        for sector in 0..self.source.sectors() {
-            let now = oracle.check_now(sector, &self.source.content(sector));
-            let mut later = self.source.after_power_loss(sector).into_iter();
-            let later = later.try_for_each(|left| oracle.check_after_power_loss(sector, &left));
-            if let Err(wrong) = now {
+        let (source_counts, target_counts) =
+            self.control.job().map_or((true, false), Job::authoritative);
+        let target = self.control.job().map(|job| &job.target).filter(|_| target_counts);
+        let source = Some(&self.source).filter(|_| source_counts);
+        for sector in 0..self.sectors {
+            if let Err(wrong) = oracle.check_now(sector, &self.source.content(sector)) {
                 self.trace.finding(format_args!("the medium is wrong: {wrong}"));
             }
-            if let Err(wrong) = later {
-                self.trace.finding(format_args!("a power loss would lose data: {wrong}"));
+            for disk in source.into_iter().chain(target) {
+                let mut left = disk.after_power_loss(sector).into_iter();
+                let lost = left.try_for_each(|left| oracle.check_after_power_loss(sector, &left));
+                if let Err(lost) = lost {
+                    let name = disk.name();
+                    self.trace.finding(format_args!("a power loss on {name} loses data: {lost}"));
+                }
+            }
+        }
+        if let Some(job) = self.control.job() {
+            self.check_chunks(job);
+        }
+    }
+
+    /// A clean chunk with nothing in flight in it is equal on both legs.
+    fn check_chunks(&self, job: &Job) {
+        let (size, granularity) = (self.source.sectors() * SECTOR, job.granularity() as usize);
+        for chunk in 0..size.div_ceil(granularity) {
+            let end = size.min((chunk + 1) * granularity) / SECTOR;
+            let sectors = chunk * granularity / SECTOR..end;
+            if job.probe.chunk_state(chunk as u64) != Some(ChunkState::Clean)
+                || self.source.changing(&sectors)
+                || job.target.changing(&sectors)
+                || self.seats.iter().any(|seat| seat.guest.changing(&sectors))
+            {
+                continue;
+            }
+            if let Some(sector) = self.source.first_difference(&job.target, sectors) {
+                self.trace.finding(format_args!(
+                    "chunk {chunk} is clean, but sector {sector} is {:?} on the source and {:?} on the target",
+                    self.source.content(sector),
+                    job.target.content(sector)
+                ));
             }
         }
     }
 
     /// Faults come and go, guests reset, leave and return.
     fn disturb(&mut self) {
-        let swarm = &self.swarm;
-        if self.rng.chance(swarm.weather_per_mille) && swarm.source_faults.error_per_mille > 0 {
+        let (swarm, rng) = (&self.swarm, &mut self.rng);
+        if rng.chance(swarm.weather_per_mille) && swarm.source_faults.error_per_mille > 0 {
             let sectors = self.source.sectors();
-            let rng = &mut self.rng;
             self.source.change_faults(|faults| change_weather(rng, faults, sectors));
+        }
+        if let Some(job) = self.control.job()
+            && rng.chance(swarm.weather_per_mille)
+        {
+            let sectors = job.target.sectors();
+            job.target.change_faults(|faults| change_weather(rng, faults, sectors));
         }
         if self.rng.chance(self.swarm.upheaval_per_mille) {
             let index = self.rng.below(self.seats.len() as u64) as usize;
@@ -264,13 +320,30 @@ impl World {
         Ok(())
     }
 
+    /// Turns on what the swarm has against targets.
+    pub(super) fn spoil_target(&mut self) {
+        if let Some(job) = self.control.job() {
+            job.target.set_faults(self.swarm.target_faults.clone());
+        }
+    }
+
+    /// A mirror as the swarm has them.
+    pub(super) fn invent_mirror(&mut self) -> MirrorPlan {
+        let limits = *self.source.limits();
+        let target = disk(&mut self.rng, Some(&limits));
+        MirrorPlan::new(&mut self.rng, target, limits.block_size)
+    }
+
     /// The liveness phase: nothing fails any more, and everything must come to its end in time.
     ///
     /// # Errors
     /// The first finding, or what did not end.
     pub fn be_live(&mut self) -> Result<(), String> {
-        self.source.set_faults(Faults::default());
-        self.source.release_stalled(self.now);
+        self.control.operator = Operator::Quiet;
+        for disk in self.control.disks().chain([&self.source]) {
+            disk.set_faults(Faults::default());
+            disk.release_stalled(self.now);
+        }
         for seat in &self.seats {
             seat.guest.set_active(false);
         }
@@ -282,6 +355,11 @@ impl World {
         }
         self.run_until("every request ends", Nanos::from_secs(10), |world| {
             world.seats.iter().all(|seat| seat.guest.outstanding() == 0)
+        })?;
+        let goals = [JobVerb::Complete, JobVerb::Complete, JobVerb::Finish, JobVerb::Cancel];
+        self.control.operator = Operator::Wants(self.rng.pick(&goals));
+        self.run_until("the job ends", Nanos::from_secs(120), |world| {
+            world.control.job().is_none() && world.control.releasing() == 0
         })?;
         self.check_medium();
         self.verdict()

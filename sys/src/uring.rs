@@ -308,7 +308,8 @@ impl Ring {
     }
 
     /// Keeps the kernel's worker threads off the calling thread's core, if the thread is pinned to one. Workers belong to
-    /// the submitting thread, so this is said on the reactor's. A refusal (a cpuset smaller than the machine) is not an
+    /// the submitting thread and inherit its core: every flush would wait for the very thread that polls for it. So
+    /// this is said on the reactor's thread, before its first request. A refusal (a cpuset smaller than the machine) is not an
     /// error: the workers then run where the scheduler puts them.
     pub fn keep_workers_off_this_core(&mut self) {
         let Some(others) = other_cores() else { return };
@@ -609,8 +610,24 @@ mod tests {
         assert_eq!(finish(&mut ring, &table), [(0, 8)]);
     }
 
+    /// The cores that the kernel's workers of this thread may run on.
+    fn cores_of_workers() -> Vec<String> {
+        // SAFETY: a plain system call.
+        let name = format!("iou-wrk-{}", unsafe { libc::gettid() });
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let mut cores = Vec::new();
+        for task in tasks.map(|task| task.unwrap().path()) {
+            let text = std::fs::read_to_string(task.join("status")).unwrap_or_default();
+            let field = |name| text.lines().find_map(|line| line.strip_prefix(name));
+            if field("Name:").is_some_and(|found| found.trim() == name) {
+                cores.push(field("Cpus_allowed_list:").unwrap().trim().to_owned());
+            }
+        }
+        cores
+    }
+
     #[test]
-    fn a_pinned_thread_keeps_the_workers_elsewhere_and_goes_on() {
+    fn the_workers_of_a_pinned_thread_stay_off_its_core() {
         let pin = |core: usize| {
             // SAFETY: a set of integers, one bit of which is set; the thread's own affinity is changed.
             unsafe {
@@ -619,13 +636,20 @@ mod tests {
                 libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
             }
         };
+        if std::thread::available_parallelism().unwrap().get() < 2 {
+            return; // there is nowhere else to go
+        }
         std::thread::spawn(move || {
             let (table, _, _mapping) = memory();
             let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
             assert_eq!(pin(0), 0);
             ring.keep_workers_off_this_core();
+            // A flush is always a worker's.
             ring.push_sync(0);
             assert_eq!(finish(&mut ring, &table), [(0, 0)]);
+            let cores = cores_of_workers();
+            assert!(!cores.is_empty());
+            assert!(cores.iter().all(|cores| !cores.starts_with('0')), "{cores:?}");
         })
         .join()
         .unwrap();

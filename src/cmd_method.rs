@@ -21,7 +21,7 @@ pub(crate) struct Family {
 }
 
 /// The families.
-pub(crate) static FAMILIES: [Family; 3] = [
+pub(crate) static FAMILIES: [Family; 4] = [
     Family {
         name: "bdev",
         about: "Make, list, resize and delete block devices",
@@ -32,6 +32,19 @@ pub(crate) static FAMILIES: [Family; 3] = [
             Column { head: "SIZE", cell: size },
             Column { head: "BLOCK", cell: |row| text(&row["block_size"]) },
             Column { head: "USED BY", cell: |row| sentences(&row["claimed_by"]) },
+        ],
+    },
+    Family {
+        name: "vhost",
+        about: "Serve block devices to virtual machines",
+        list: "vhost_get_controllers",
+        columns: &[
+            Column { head: "NAME", cell: |row| text(&row["ctrlr"]) },
+            Column { head: "BDEV", cell: |row| text(&row["backend_specific"]["block"]["bdev"]) },
+            Column { head: "ACCESS", cell: access },
+            Column { head: "CORES", cell: |row| text(&row["cpumask"]) },
+            Column { head: "GUEST", cell: guest },
+            Column { head: "SOCKET", cell: |row| text(&row["socket"]) },
         ],
     },
     Family {
@@ -64,6 +77,21 @@ pub(crate) static FAMILIES: [Family; 3] = [
         ],
     },
 ];
+
+fn access(row: &Value) -> String {
+    let read_only = row["backend_specific"]["block"]["readonly"] == true;
+    if read_only { "read-only" } else { "read-write" }.to_owned()
+}
+
+fn guest(row: &Value) -> String {
+    match row["sessions"].get(0) {
+        None => "-".to_owned(),
+        Some(session) => {
+            let queues = session["queues"].as_array().map_or(0, Vec::len);
+            format!("connected, {queues} queues")
+        }
+    }
+}
 
 fn size(row: &Value) -> String {
     let blocks = row["num_blocks"].as_u64().unwrap_or(0);

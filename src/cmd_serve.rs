@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use resilver_reactor::Idle;
 use resilver_rpc::reactors::CpuMask;
-use resilver_rpc::serve::{Ready, ServeConfig};
-use resilver_rpc::{UringDefaults, UringMode};
+use resilver_rpc::serve::{Ready, ServeConfig, UringMode};
 use tracing_subscriber::EnvFilter;
 
 use crate::{Session, output, runtime_dir};
@@ -85,14 +84,12 @@ pub(crate) fn run(session: &Session, args: &ServeArgs) -> anyhow::Result<()> {
             IdleArg::Spin => Idle::Spin,
             IdleArg::Adaptive => Idle::Adaptive,
         },
-        uring: UringDefaults {
-            mode: match args.uring_mode {
-                UringModeArg::Auto => UringMode::Auto,
-                UringModeArg::Sqpoll => UringMode::Sqpoll,
-                UringModeArg::Enter => UringMode::Enter,
-            },
-            sqpoll_core: args.sqpoll_core,
+        uring_mode: match args.uring_mode {
+            UringModeArg::Auto => UringMode::Auto,
+            UringModeArg::Sqpoll => UringMode::Sqpoll,
+            UringModeArg::Enter => UringMode::Enter,
         },
+        sqpoll_core: args.sqpoll_core,
         metrics: args.metrics,
         state_dir: args.state_dir.clone(),
         config: args.config.clone(),

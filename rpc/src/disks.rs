@@ -4,7 +4,7 @@
 //! for as long as it lives; after a switch-over the same disk is over another bdev. One task for each disk passes its
 //! events on; it ends with the disk.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,20 +15,30 @@ use serde_json::json;
 use tokio::sync::{Notify, oneshot};
 
 use crate::error::{RpcError, code};
+use crate::mirror::Origin;
 use crate::reactors::CpuMask;
-use crate::target::Target;
+use crate::target::{Graph, Target, files_of};
 
 /// A disk, named by control.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct DiskId(pub(crate) u64);
 
-/// I/O that the device under an ended job does not end.
+/// What ended jobs left on a disk: I/O that its device does not end.
 #[derive(Debug, Default)]
-pub(crate) struct ReleasingBdevs {
+pub(crate) struct Releasing {
     /// Channels whose end is awaited.
     pub(crate) channels: usize,
-    /// Bdevs that stay claimed until then: all of them, because a channel that comes back does not say whose it was.
-    pub(crate) bdevs: BTreeSet<String>,
+    /// Bdevs that stay claimed until then: all of them until the last, because a channel that comes back does not say whose
+    /// it was.
+    pub(crate) bdevs: BTreeMap<String, Origin>,
+}
+
+impl Releasing {
+    /// A job has ended and left channels, the leg given up among them.
+    pub(crate) fn add(&mut self, channels: usize, leg: &str, origin: Origin) {
+        self.channels += channels;
+        self.bdevs.insert(leg.to_owned(), origin);
+    }
 }
 
 /// A disk as control keeps it.
@@ -38,7 +48,7 @@ pub(crate) struct DiskEntry {
     pub(crate) handle: DiskHandle,
     pub(crate) limits: Limits,
     pub(crate) reactor: ReactorHandle,
-    pub(crate) releasing: ReleasingBdevs,
+    pub(crate) releasing: Releasing,
     poller: PollerId,
     /// Wakes the task that passes events on.
     woken: Arc<Notify>,
@@ -60,6 +70,10 @@ impl Target {
                 format!("bdev '{}' is in use on core {core}: a mask that contains it", bdev.name());
             return Err(RpcError::parameter("cpumask", "", expected));
         }
+        // A disk that was superseded is not served again, however it is stacked.
+        for file in files_of(bdev.as_ref()) {
+            self.state.check(&file)?;
+        }
         let reactor = {
             let graph = self.graph();
             let load = |core| graph.disks.values().filter(|it| it.reactor.core() == core).count();
@@ -74,7 +88,7 @@ impl Target {
         let mut graph = self.graph_mut();
         graph.next_disk += 1;
         let id = DiskId(graph.next_disk);
-        let (bdev, releasing) = (Arc::clone(bdev), ReleasingBdevs::default());
+        let (bdev, releasing) = (Arc::clone(bdev), Releasing::default());
         let entry = DiskEntry {
             bdev,
             handle: handle.clone(),
@@ -117,12 +131,26 @@ impl Target {
         }
     }
 
-    /// Ends what the jobs of a disk left behind, one channel at a time.
+    /// One channel that an ended job left is empty.
     fn channel_released(&self, id: DiskId) {
-        if let Some(disk) = self.graph_mut().disks.get_mut(&id) {
+        let mut graph = self.graph_mut();
+        if let Some(disk) = graph.disks.get_mut(&id) {
             disk.releasing.channels = disk.releasing.channels.saturating_sub(1);
-            if disk.releasing.channels == 0 {
-                disk.releasing.bdevs.clear();
+        }
+        graph.close_released(id);
+    }
+}
+
+impl Graph {
+    /// Once nothing of the ended jobs of a disk is in flight, their legs are free, and those that were made for a job are
+    /// closed.
+    pub(crate) fn close_released(&mut self, id: DiskId) {
+        let Some(disk) = self.disks.get_mut(&id).filter(|disk| disk.releasing.channels == 0) else {
+            return;
+        };
+        for (name, origin) in std::mem::take(&mut disk.releasing.bdevs) {
+            if origin == Origin::Made && self.uses_of(&name).is_empty() {
+                self.bdevs.remove(&name);
             }
         }
     }

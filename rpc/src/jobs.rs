@@ -20,16 +20,32 @@ use serde_json::{Value, json};
 use crate::disks::{DiskId, ask, send};
 use crate::error::RpcError;
 use crate::events::unix_seconds;
+use crate::mirror::Origin;
 use crate::target::{Target, files_of};
 
 /// Jobs that have ended, kept for whoever asks later.
 pub const HISTORY_MAX: usize = 64;
 
-/// A job as control keeps it: live, or concluded and not dismissed.
+/// Where a job is in its life. One that has ended holds nothing open.
+pub(crate) enum Stage {
+    /// It can still do something to its disks.
+    Live {
+        source: Arc<dyn Bdev>,
+        target: Arc<dyn Bdev>,
+        /// Tells the scan of the source's holes to stop.
+        scan_stop: Arc<AtomicBool>,
+    },
+    /// Concluded and not dismissed; its disk goes on with this leg.
+    Ended(Side),
+}
+
+/// A job as control keeps it.
 pub(crate) struct Job {
     pub(crate) id: String,
-    pub(crate) source: Arc<dyn Bdev>,
-    pub(crate) target: Arc<dyn Bdev>,
+    pub(crate) source: String,
+    pub(crate) target: String,
+    pub(crate) stage: Stage,
+    pub(crate) origin: Origin,
     /// The name that the mirror goes by in the bdev namespace.
     pub(crate) mirror: String,
     pub(crate) disk: DiskId,
@@ -37,11 +53,7 @@ pub(crate) struct Job {
     pub(crate) auto_dismiss: bool,
     /// The last that is known of it; asked anew where it matters.
     pub(crate) info: JobInfo,
-    /// The leg that its disk goes on with, once it has ended.
-    pub(crate) ended: Option<Side>,
     pub(crate) warnings: Vec<String>,
-    /// Tells the scan of the source's holes to stop.
-    pub(crate) scan_stop: Arc<AtomicBool>,
     pub(crate) started: f64,
 }
 
@@ -134,7 +146,22 @@ fn way_out(failure: JobFailure, info: &JobInfo, id: &str) -> String {
 impl Job {
     /// Whether it can still do something to its disks.
     pub(crate) fn is_live(&self) -> bool {
-        self.ended.is_none()
+        matches!(self.stage, Stage::Live { .. })
+    }
+
+    /// Both legs, while it is live.
+    fn legs(&self) -> Option<(Arc<dyn Bdev>, Arc<dyn Bdev>)> {
+        match &self.stage {
+            Stage::Live { source, target, .. } => Some((Arc::clone(source), Arc::clone(target))),
+            Stage::Ended(_) => None,
+        }
+    }
+
+    /// Stops the scan of the source's holes.
+    pub(crate) fn stop_scan(&self) {
+        if let Stage::Live { scan_stop, .. } = &self.stage {
+            scan_stop.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Why it failed or stands still, and what to do about it.
@@ -151,8 +178,8 @@ impl Job {
             "type": "mirror",
             "status": info.status.name(),
             "phase": Phase::of(info.status, info.failure).name(),
-            "source": self.source.name(),
-            "target": self.target.name(),
+            "source": self.source,
+            "target": self.target,
             "mirror": self.mirror,
             "copy_mode": info.copy_mode.name(),
             "speed": info.speed,
@@ -185,7 +212,7 @@ impl Job {
         if !self.warnings.is_empty() {
             json["warnings"] = self.warnings.clone().into();
         }
-        if let Some(side) = self.ended {
+        if let Stage::Ended(side) = self.stage {
             json["goes_on_with"] = side.name().into();
         }
         json
@@ -258,14 +285,14 @@ impl Target {
     pub(crate) fn switch_warning(&self, id: &str) -> Option<String> {
         let mut graph = self.graph_mut();
         let job = graph.jobs.get_mut(id)?;
-        let files = files_of(job.source.as_ref());
-        if self.state.is_durable() || files.is_empty() {
+        let (source, _) = job.legs()?;
+        if self.state.is_durable() || files_of(source.as_ref()).is_empty() {
             return None;
         }
         let warning = format!(
             "the target runs without --state-dir: that '{}' holds old data after the switch-over is not recorded durably, \
              and a restart with the old configuration would serve it again; update the configuration (save_config)",
-            job.source.name()
+            job.source
         );
         if !job.warnings.contains(&warning) {
             job.warnings.push(warning.clone());
@@ -310,8 +337,7 @@ impl Target {
 
     /// Writes the record of a switch-over and tells the job how that went.
     async fn commit(&self, disk: DiskId, id: &str) {
-        let legs =
-            self.graph().jobs.get(id).map(|job| (Arc::clone(&job.source), Arc::clone(&job.target)));
+        let legs = self.graph().jobs.get(id).and_then(Job::legs);
         let Some((source, target)) = legs else { return };
         let (sources, targets) = (files_of(source.as_ref()), files_of(target.as_ref()));
         // Disks without files (malloc) leave nothing behind that a restart could serve by mistake.
@@ -355,24 +381,22 @@ impl Target {
         let mut graph = self.graph_mut();
         let Some(id) = graph.job_on(disk).map(|job| job.id.clone()) else { return };
         let Some(job) = graph.jobs.get_mut(&id) else { return };
-        job.scan_stop.store(true, Ordering::Relaxed);
+        job.stop_scan();
+        let Some((source, target)) = job.legs() else { return };
+        job.stage = Stage::Ended(side);
         job.info = info;
-        job.ended = Some(side);
-        let (source, target) = (Arc::clone(&job.source), Arc::clone(&job.target));
-        let (dismiss, error) = (job.auto_dismiss, job.error());
+        let (dismiss, error, origin) = (job.auto_dismiss, job.error(), job.origin);
         let phase = Phase::of(info.status, info.failure).name();
         if let Some(entry) = graph.disks.get_mut(&disk) {
-            let released = match side {
-                Side::Source => target.name().to_owned(),
-                Side::Target => std::mem::replace(&mut entry.bdev, target).name().to_owned(),
+            // The leg that the disk does not go on with stays claimed while I/O is in flight on it; what was made for the
+            // job goes with it.
+            let (leg, origin) = match side {
+                Side::Source => (target, origin),
+                Side::Target => (std::mem::replace(&mut entry.bdev, target), Origin::Given),
             };
-            entry.releasing.channels += releasing;
-            if releasing > 0 {
-                // The copier had a channel to the source as well, so a job that stays on its source holds that too; it is
-                // in use anyway.
-                entry.releasing.bdevs.insert(released);
-            }
+            entry.releasing.add(releasing, leg.name(), origin);
         }
+        graph.close_released(disk);
         drop(graph);
         self.state.settled(&id);
         tracing::info!(

@@ -8,19 +8,22 @@
 //! * The graph's `RefCell` is never borrowed across an `await`.
 //! * A record that a disk was superseded is durable before the switch-over it speaks of.
 
-#![expect(dead_code, reason = "the methods that use controllers, mirrors and files are landing")]
-
 pub mod client;
 pub mod config;
 mod controllers;
 mod disks;
 pub mod error;
 mod events;
+mod files;
 pub mod jobs;
 pub mod jsonrpc;
 pub mod methods;
+pub mod metrics;
+mod metrics_http;
+mod mirror;
 mod modules;
 pub mod reactors;
+pub mod reference;
 pub mod serve;
 pub mod server;
 pub mod state;
@@ -28,5 +31,4 @@ mod target;
 
 pub use client::{Client, ClientError};
 pub use error::RpcError;
-pub use modules::{UringDefaults, UringMode};
 pub use target::{Target, TargetConfig};

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::error::ErrorBdev;
 use resilver_bdev::{Bdev, BdevError, DISK_DEPTH, Detail, DiskCommand, ReplaceRoot};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -16,27 +17,6 @@ use crate::error::RpcError;
 use crate::state::identify;
 use crate::target::{Engaged, Graph, Space, Target, fresh_uuid};
 
-/// How files are driven unless a call says otherwise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct UringDefaults {
-    /// Who submits to the kernel.
-    pub mode: UringMode,
-    /// The core of the submission thread, for [`UringMode::Sqpoll`].
-    pub sqpoll_core: Option<u32>,
-}
-
-/// Who submits io_uring requests to the kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum UringMode {
-    /// `sqpoll` where a core was named for it, else `enter`.
-    #[default]
-    Auto,
-    /// The reactor, at most one call a turn.
-    Enter,
-    /// A kernel thread that polls.
-    Sqpoll,
-}
-
 /// A bdev and what control knows of it.
 pub(crate) struct BdevEntry {
     pub(crate) bdev: Arc<dyn Bdev>,
@@ -44,6 +24,8 @@ pub(crate) struct BdevEntry {
     /// The call that makes it.
     pub(crate) made_by: Call,
     pub(crate) order: u64,
+    /// The switch of its faults, for a bdev of module `error`.
+    pub(crate) injector: Option<Arc<ErrorBdev>>,
 }
 
 /// A method and its parameters, as configuration files hold them.
@@ -59,19 +41,32 @@ pub(crate) struct Made {
     pub(crate) name: Engaged,
     pub(crate) uuid: Option<String>,
     pub(crate) made_by: Call,
+    pub(crate) injector: Option<Arc<ErrorBdev>>,
+}
+
+impl Made {
+    /// A bdev without faults to inject.
+    pub(crate) fn new(
+        bdev: Arc<dyn Bdev>,
+        name: Engaged,
+        uuid: Option<String>,
+        made_by: Call,
+    ) -> Self {
+        Self { bdev, name, uuid, made_by, injector: None }
+    }
 }
 
 impl Target {
     /// Puts a new bdev into the graph.
     pub(crate) fn insert_bdev(&self, made: Made) -> String {
         let name = made.bdev.name().to_owned();
-        let uuid = made.uuid.map_or_else(fresh_uuid, Value::from);
+        let uuid = made.uuid.clone().map_or_else(fresh_uuid, Value::from);
         let mut graph = self.graph_mut();
         let order = graph.bdevs.values().map(|entry| entry.order).max().unwrap_or(0) + 1;
-        let entry = BdevEntry { bdev: made.bdev, uuid, made_by: made.made_by, order };
+        let Made { bdev, made_by, injector, name: _engaged, uuid: _ } = made;
+        let entry = BdevEntry { bdev, uuid, made_by, order, injector };
         graph.bdevs.insert(name.clone(), entry);
         drop(graph);
-        drop(made.name);
         name
     }
 
@@ -200,9 +195,9 @@ impl Graph {
 impl Graph {
     /// The mirrors of live jobs, as `bdev_get_bdevs` shows them: a mirror has the size of its source.
     pub(crate) fn mirrors_json(&self) -> impl Iterator<Item = Value> {
-        self.jobs.values().filter(|job| job.is_live()).map(|job| {
-            let geometry = job.source.geometry();
-            json!({
+        self.jobs.values().filter(|job| job.is_live()).filter_map(|job| {
+            let geometry = self.bdevs.get(&job.source)?.bdev.geometry();
+            Some(json!({
                 "name": job.mirror,
                 "aliases": [],
                 "product_name": "Mirror",
@@ -212,9 +207,9 @@ impl Graph {
                 "claimed_by": [format!("it belongs to mirror job '{}'", job.id)],
                 "zoned": false,
                 "driver_specific": {
-                    "mirror": { "job_id": job.id, "source": job.source.name(), "target": job.target.name() },
+                    "mirror": { "job_id": job.id, "source": job.source, "target": job.target },
                 },
-            })
+            }))
         })
     }
 }

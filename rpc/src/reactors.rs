@@ -73,6 +73,12 @@ impl CpuMask {
     }
 }
 
+/// A mask of one core, as SPDK writes it.
+pub(crate) fn mask_of(core: usize) -> String {
+    let bit = u32::try_from(core).ok().and_then(|core| 1_u128.checked_shl(core));
+    format!("{:x}", bit.unwrap_or(0))
+}
+
 /// The running reactors.
 #[derive(Debug)]
 pub struct Reactors {

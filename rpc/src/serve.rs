@@ -11,13 +11,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use resilver_reactor::{Idle, ReactorError};
+use resilver_sys::{RingMode, SubmissionThread};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
 
 use crate::config::{self, Config};
 use crate::error::RpcError;
-use crate::modules::UringDefaults;
+use crate::metrics_http;
 use crate::reactors::{CpuMask, Reactors};
 use crate::server::{self, SocketFile};
 use crate::state::{StateError, StateStore};
@@ -25,6 +26,32 @@ use crate::target::{Target, TargetConfig};
 
 /// How long controllers may take to drain when the target stops.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Who submits io_uring requests to the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UringMode {
+    /// [`UringMode::Sqpoll`] where a core was named for it, else [`UringMode::Enter`]: a submission thread that has to
+    /// share its core with a spinning reactor is worse than none.
+    #[default]
+    Auto,
+    /// The reactor, at most one call a turn.
+    Enter,
+    /// A kernel thread that polls.
+    Sqpoll,
+}
+
+impl UringMode {
+    /// The rings' mode; starts the submission thread if there is to be one.
+    fn start(self, core: Option<u32>) -> Result<RingMode, ServeError> {
+        match (self, core) {
+            (Self::Enter, _) | (Self::Auto, None) => Ok(RingMode::Enter),
+            (Self::Sqpoll, None) => Err(ServeError::SqpollCore),
+            (Self::Auto | Self::Sqpoll, Some(core)) => SubmissionThread::start(core)
+                .map(RingMode::SubmissionThread)
+                .map_err(io_error("start a submission thread on core", core)),
+        }
+    }
+}
 
 /// How a target is started.
 #[derive(Debug, Clone)]
@@ -37,8 +64,10 @@ pub struct ServeConfig {
     pub cores: Option<CpuMask>,
     /// What reactors do when idle.
     pub idle: Idle,
-    /// How files are driven unless a call says otherwise.
-    pub uring: UringDefaults,
+    /// Who submits io_uring requests to the kernel.
+    pub uring_mode: UringMode,
+    /// The core of the kernel's submission thread.
+    pub sqpoll_core: Option<u32>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
     /// Where it is kept which disks were superseded.
@@ -68,6 +97,12 @@ pub enum ServeError {
     /// The configuration cannot be read.
     #[error(transparent)]
     Config(#[from] RpcError),
+    /// A submission thread without a core.
+    #[error(
+        "uring mode sqpoll needs a core for the kernel's submission thread; name one with --sqpoll-core that no reactor \
+         spins on, or use --uring-mode enter"
+    )]
+    SqpollCore,
     /// A socket or directory.
     #[error("cannot {action} '{name}': {source}")]
     Io {
@@ -114,6 +149,7 @@ async fn serve(
 ) -> Result<(), ServeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io_error("watch", "SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("watch", "SIGINT"))?;
+    let uring = config.uring_mode.start(config.sqpoll_core)?;
     let state = match &config.state_dir {
         Some(dir) => StateStore::open(dir)?,
         None => StateStore::default(),
@@ -129,13 +165,12 @@ async fn serve(
     let listener = server::listen(&config.rpc_socket)
         .map_err(io_error("listen on", config.rpc_socket.display()))?;
     let _socket = SocketFile(config.rpc_socket);
-    let target = Target::new(TargetConfig {
-        vhost_dir: config.vhost_dir,
-        uring: config.uring,
-        reactors,
-        state,
-    });
+    let target = Target::new(TargetConfig { vhost_dir: config.vhost_dir, uring, reactors, state });
     let mut ready = Ready { metrics: None, config: Ok(0) };
+    if let Some(address) = config.metrics {
+        let serving = metrics_http::serve(address, Rc::clone(&target)).await;
+        ready.metrics = Some(serving.map_err(io_error("serve metrics on", address))?);
+    }
     if let Some(calls) = calls {
         ready.config = config::load(&target, &calls).await;
     }

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use resilver_bdev::{Bdev, BdevError, FileIdentity, JobVerb};
+use resilver_sys::RingMode;
 use serde_json::{Value, json};
 
 use crate::controllers::ControllerEntry;
@@ -23,7 +24,7 @@ use crate::disks::{DiskEntry, DiskId};
 use crate::error::{RpcError, code};
 use crate::events::EventLog;
 use crate::jobs::{Ended, Job};
-use crate::modules::{BdevEntry, UringDefaults};
+use crate::modules::BdevEntry;
 use crate::reactors::Reactors;
 use crate::state::StateStore;
 
@@ -31,8 +32,8 @@ use crate::state::StateStore;
 pub struct TargetConfig {
     /// Where the controllers' sockets are made.
     pub vhost_dir: PathBuf,
-    /// How files are driven unless a call says otherwise.
-    pub uring: UringDefaults,
+    /// How requests for files reach the kernel.
+    pub uring: RingMode,
     /// The reactors.
     pub reactors: Reactors,
     /// Which disks were superseded, and where that is kept.
@@ -42,7 +43,7 @@ pub struct TargetConfig {
 /// What is being served.
 pub struct Target {
     pub(crate) vhost_dir: PathBuf,
-    pub(crate) uring: UringDefaults,
+    pub(crate) uring: RingMode,
     pub(crate) reactors: Reactors,
     pub(crate) state: StateStore,
     pub(crate) events: EventLog,
@@ -156,10 +157,10 @@ impl Graph {
             .filter(|(_, entry)| entry.bdev.children().iter().any(|child| child.name() == bdev));
         uses.extend(stacked.map(|(name, _)| Use::Base(name.clone())));
         for job in self.jobs.values().filter(|job| job.is_live()) {
-            if job.source.name() == bdev {
+            if job.source == bdev {
                 uses.push(Use::MirrorSource(job.id.clone()));
             }
-            if job.target.name() == bdev {
+            if job.target == bdev {
                 uses.push(Use::MirrorTarget(job.id.clone()));
             }
         }
@@ -167,7 +168,7 @@ impl Graph {
             if disk.bdev.name() == bdev {
                 uses.extend(self.controllers_of(*id).map(|it| Use::Controller(it.name.clone())));
             }
-            if disk.releasing.bdevs.contains(bdev) {
+            if disk.releasing.bdevs.contains_key(bdev) {
                 uses.push(Use::Releasing(*id));
             }
         }
@@ -244,12 +245,21 @@ impl Target {
         Ok(engaged)
     }
 
-    /// Stops serving: gives up jobs and takes disks off their reactors.
-    pub async fn stop(&self) {
+    /// Stops serving: gives up jobs, ends controllers, takes disks off their reactors.
+    pub async fn stop(self: &Rc<Self>) {
         let jobs: Vec<String> = self.graph().jobs.keys().cloned().collect();
         for id in jobs {
+            if let Some(job) = self.graph().jobs.get(&id) {
+                job.stop_scan();
+            }
             // One that is over, or about to be, refuses: just as well.
             let _ = self.job_verb(&id, JobVerb::Cancel).await;
+        }
+        let controllers: Vec<String> = self.graph().controllers.keys().cloned().collect();
+        for name in controllers {
+            if let Err(error) = self.delete_controller(&name).await {
+                tracing::warn!(controller = name, %error, "stopping");
+            }
         }
         let disks: Vec<DiskId> = self.graph().disks.keys().copied().collect();
         for disk in disks {

@@ -9,8 +9,9 @@ use std::{panic, thread};
 
 use anyhow::{Context as _, anyhow};
 use resilver_reactor::Idle;
+use resilver_rpc::serve::UringMode;
 use resilver_rpc::serve::{ServeConfig, ServeError};
-use resilver_rpc::{Client, UringDefaults, UringMode, serve};
+use resilver_rpc::{Client, serve};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -37,7 +38,8 @@ impl Server {
             vhost_dir: vhost_dir.clone(),
             cores: None,
             idle: Idle::Adaptive,
-            uring: UringDefaults { mode: UringMode::Auto, sqpoll_core: None },
+            uring_mode: UringMode::Auto,
+            sqpoll_core: None,
             metrics: None,
             state_dir: Some(scratch.path("state")),
             config: None,

@@ -54,7 +54,7 @@ impl Rpc for BdevNullCreate {
         let name = caller.target.engage_new_bdev(&self.name)?;
         let bdev = Arc::new(Null::new(&self.name, self.block_size, self.num_blocks)?);
         let made_by = made_by(&self);
-        Ok(Answer::new(caller.target.insert_bdev(Made { bdev, name, uuid: self.uuid, made_by })))
+        Ok(Answer::new(caller.target.insert_bdev(Made::new(bdev, name, self.uuid, made_by))))
     }
 }
 
@@ -123,7 +123,7 @@ impl Rpc for BdevMallocCreate {
         let bdev = Arc::new(Malloc::new(&name, self.block_size, self.num_blocks)?);
         self.name = Some(name);
         let made_by = made_by(&self);
-        let made = Made { bdev, name: engaged, uuid: self.uuid, made_by };
+        let made = Made::new(bdev, engaged, self.uuid, made_by);
         Ok(Answer::new(caller.target.insert_bdev(made)))
     }
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Answer, Caller, METHODS, Rpc};
 use crate::error::RpcError;
+use crate::reactors::mask_of;
 
 /// Lists reactors with what they have done. A tick is a nanosecond.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -23,7 +24,7 @@ impl Rpc for FrameworkGetReactors {
             let stats = reactor.stats();
             let here = graph.disks.iter().filter(|(_, it)| it.reactor.core() == reactor.core());
             let disks: Vec<Value> = here
-                .map(|(id, it)| json!({ "id": id.0, "name": it.bdev.name(), "cpumask": mask(reactor.core()) }))
+                .map(|(id, it)| json!({ "id": id.0, "name": it.bdev.name(), "cpumask": mask_of(reactor.core()) }))
                 .collect();
             json!({
                 "lcore": reactor.core(),
@@ -42,12 +43,6 @@ impl Rpc for FrameworkGetReactors {
             "reactors": reactors,
         })))
     }
-}
-
-/// A mask of one core, as SPDK writes it.
-fn mask(core: usize) -> String {
-    let bit = u32::try_from(core).ok().and_then(|core| 1_u128.checked_shl(core));
-    format!("{:x}", bit.unwrap_or(0))
 }
 
 /// Does nothing: the target is initialised when it takes calls. For SPDK's clients.

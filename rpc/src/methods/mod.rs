@@ -5,11 +5,15 @@
 //! an [`Rpc`] beside it in the file of its family, and a row in [`METHODS`].
 
 mod bdev;
+mod bdev_file;
+mod bdev_stacked;
 mod bdev_stats;
 mod config;
 mod framework;
 mod job;
+mod mirror;
 mod state;
+mod vhost;
 
 use std::pin::Pin;
 use std::rc::Rc;
@@ -95,8 +99,23 @@ pub static METHODS: &[Method] = &[
     Method::of::<bdev::BdevNullResize>(),
     Method::of::<bdev::BdevMallocCreate>(),
     Method::of::<bdev::BdevMallocDelete>(),
+    Method::of::<bdev_file::BdevUringCreate>(),
+    Method::of::<bdev_file::BdevUringDelete>(),
+    Method::of::<bdev_file::BdevUringResize>(),
+    Method::of::<bdev_stacked::BdevPassthruCreate>(),
+    Method::of::<bdev_stacked::BdevPassthruDelete>(),
+    Method::of::<bdev_stacked::BdevDelayCreate>(),
+    Method::of::<bdev_stacked::BdevDelayDelete>(),
+    Method::of::<bdev_stacked::BdevErrorCreate>(),
+    Method::of::<bdev_stacked::BdevErrorDelete>(),
+    Method::of::<bdev_stacked::BdevErrorInjectError>(),
     Method::of::<bdev_stats::BdevGetBdevs>(),
     Method::of::<bdev_stats::BdevGetIostat>(),
+    Method::of::<vhost::VhostCreateBlkController>(),
+    Method::of::<vhost::VhostDeleteController>(),
+    Method::of::<vhost::VhostGetControllers>(),
+    Method::of::<mirror::BdevMirrorStart>(),
+    Method::of::<mirror::BdevMirrorFinish>(),
     Method::of::<job::JobGetList>(),
     Method::of::<job::JobGetHistory>(),
     Method::of::<job::JobComplete>(),

@@ -1,0 +1,305 @@
+//! Mirrors: bringing a disk over to another one while its guest goes on.
+
+use std::path::PathBuf;
+
+use resilver_bdev::JobVerb;
+use resilver_bdev::job::OnError;
+use resilver_bdev::mirror::{GRANULARITY_DEFAULT, MirrorConfig};
+use resilver_reactor::Nanos;
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::bdev_file::BdevUringCreate;
+use super::job::CopyModeName;
+use super::{Answer, Caller, Rpc};
+use crate::error::RpcError;
+use crate::mirror::{MirrorStart, NewFile, TargetLeg};
+use crate::target::Target;
+
+/// What is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum SyncName {
+    /// Everything.
+    #[default]
+    Full,
+    /// Only what is allocated in the top image.
+    Top,
+    /// Only what is written from now on.
+    None,
+    /// What a bitmap says.
+    Incremental,
+    /// What a bitmap says.
+    Bitmap,
+}
+
+/// What is done about an error (QEMU `BlockdevOnError`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum OnErrorName {
+    /// The job fails; the guest runs on from the source.
+    Report,
+    /// The range is tried again, ever more slowly.
+    Ignore,
+    /// The job pauses until it is resumed.
+    Stop,
+    /// The job pauses if room ran out, else it fails.
+    Enospc,
+}
+
+impl From<OnErrorName> for OnError {
+    fn from(name: OnErrorName) -> Self {
+        match name {
+            OnErrorName::Report => Self::Report,
+            OnErrorName::Ignore => Self::Ignore,
+            OnErrorName::Stop => Self::Stop,
+            OnErrorName::Enospc => Self::Enospc,
+        }
+    }
+}
+
+fn report() -> OnErrorName {
+    OnErrorName::Report
+}
+
+fn enospc() -> OnErrorName {
+    OnErrorName::Enospc
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Whether the target's file is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum TargetMode {
+    /// It is, and is overwritten.
+    #[default]
+    Existing,
+    /// It is made, with the source's size; what is there already is left alone and the call refused.
+    Create,
+}
+
+/// What a guest's reset does to a mirror.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum OnGuestReset {
+    /// Nothing.
+    #[default]
+    Keep,
+    /// It is cancelled, as Cloud Hypervisor does it.
+    Cancel,
+}
+
+/// Starts to mirror a disk to another one. The guest, if there is one, goes on; when the job is `ready` both are equal, and
+/// `job_complete` switches over. The target is either a bdev (`target`) or a file (`target_path`).
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct BdevMirrorStart {
+    /// The bdev to be mirrored.
+    source: String,
+    /// The bdev to mirror to; nobody else may use it.
+    #[serde(default)]
+    target: Option<String>,
+    /// The file to mirror to.
+    #[serde(default)]
+    target_path: Option<PathBuf>,
+    /// Whether the file exists: `existing`, or `create` to make it.
+    #[serde(default)]
+    target_mode: TargetMode,
+    /// Format of the file; only `raw`.
+    #[serde(default)]
+    target_format: Option<String>,
+    /// Name of the bdev made for the file; `<job_id>-target` if not given.
+    #[serde(default)]
+    target_name: Option<String>,
+    /// Name of the job; the source's name if not given.
+    #[serde(default)]
+    job_id: Option<String>,
+    /// Name of the mirror itself among the bdevs; `mirror-<job_id>` if not given.
+    #[serde(default)]
+    name: Option<String>,
+    /// What is copied; only `full` in this version.
+    #[serde(default)]
+    sync: SyncName,
+    /// How guest writes reach the target meanwhile.
+    #[serde(default)]
+    copy_mode: CopyModeName,
+    /// Not in this version.
+    #[serde(default)]
+    bitmap: Option<Value>,
+    /// Not in this version.
+    #[serde(default)]
+    bitmap_mode: Option<Value>,
+    /// Bytes of a chunk that is copied or not: a power of two from 512 to 64 MiB; 65536 if not given.
+    #[serde(default)]
+    granularity: Option<u32>,
+    /// Bytes that may be in flight to the target at once; 0 for 16 MiB.
+    #[serde(default)]
+    buf_size: u64,
+    /// Bytes a second that are copied at most; 0 for no limit. Guest writes are not limited.
+    #[serde(default)]
+    speed: u64,
+    /// What is done about errors of the source. The guest sees those of its own requests in any case.
+    #[serde(default = "report")]
+    on_source_error: OnErrorName,
+    /// What is done about errors of the target. The guest never sees them.
+    #[serde(default = "enospc")]
+    on_target_error: OnErrorName,
+    /// Target I/O that takes longer counts as failed, milliseconds; it is waited for without limit if not given.
+    #[serde(default)]
+    target_timeout_ms: Option<u64>,
+    /// Not in this version, but for `drop`.
+    #[serde(default)]
+    observer_policy: Option<Value>,
+    /// What a guest's reset does to the mirror.
+    #[serde(default)]
+    on_guest_reset: OnGuestReset,
+    /// Not in this version.
+    #[serde(default)]
+    latency_ceiling_us: Option<Value>,
+    /// Not in this version, but for `false`.
+    #[serde(default)]
+    auto_converge: Option<Value>,
+    /// Not in this version, but for `false`.
+    #[serde(default)]
+    verify_before_complete: Option<Value>,
+    /// Whether zeroes may be unallocated on the target.
+    #[serde(default = "yes")]
+    unmap: bool,
+    /// The target is known to read zero everywhere, so zeroes need not be written. Wrong, it leaves the target wrong.
+    #[serde(default)]
+    target_is_zero: bool,
+    /// Switch as soon as `job_complete` finds the legs equal; otherwise wait in `pending` for `job_finalize`.
+    #[serde(default = "yes")]
+    auto_finalize: bool,
+    /// Forget the job when it has ended; otherwise it stays `concluded` until `job_dismiss`.
+    #[serde(default = "yes")]
+    auto_dismiss: bool,
+    /// Not in this version.
+    #[serde(default)]
+    keep_source: Option<Value>,
+}
+
+impl BdevMirrorStart {
+    /// Refuses what this version cannot do.
+    fn refuse_what_is_not_there_yet(&self) -> Result<(), RpcError> {
+        if self.sync != SyncName::Full {
+            let given = format!("{:?}", self.sync).to_lowercase();
+            return Err(RpcError::not_yet("sync", given, "only 'full' is"));
+        }
+        let leave_out = "leave it out";
+        let refused = [
+            ("bitmap", &self.bitmap, None),
+            ("bitmap_mode", &self.bitmap_mode, None),
+            ("observer_policy", &self.observer_policy, Some(json!("drop"))),
+            ("latency_ceiling_us", &self.latency_ceiling_us, None),
+            ("auto_converge", &self.auto_converge, Some(json!(false))),
+            ("verify_before_complete", &self.verify_before_complete, Some(json!(false))),
+            ("keep_source", &self.keep_source, None),
+        ];
+        for (name, given, harmless) in refused {
+            if let Some(value) = given.as_ref().filter(|value| Some(*value) != harmless.as_ref()) {
+                return Err(RpcError::not_yet(name, value.clone(), leave_out));
+            }
+        }
+        match self.target_format.as_deref() {
+            None | Some("raw") => Ok(()),
+            Some(format) => Err(RpcError::not_yet("target_format", format, "only 'raw' is")),
+        }
+    }
+
+    fn start(&self) -> MirrorStart {
+        let job_id = self.job_id.clone().unwrap_or_else(|| self.source.clone());
+        MirrorStart {
+            source: self.source.clone(),
+            mirror: self.name.clone().unwrap_or_else(|| format!("mirror-{job_id}")),
+            config: MirrorConfig {
+                job_id,
+                copy_mode: self.copy_mode.into(),
+                granularity: self.granularity.unwrap_or(GRANULARITY_DEFAULT),
+                buf_size: self.buf_size,
+                speed: self.speed,
+                on_source_error: self.on_source_error.into(),
+                on_target_error: self.on_target_error.into(),
+                target_timeout: self.target_timeout_ms.map(Nanos::from_millis),
+                unmap: self.unmap,
+                target_is_zero: self.target_is_zero,
+                auto_finalize: self.auto_finalize,
+                cancel_on_guest_reset: self.on_guest_reset == OnGuestReset::Cancel,
+            },
+            auto_dismiss: self.auto_dismiss,
+        }
+    }
+}
+
+impl Rpc for BdevMirrorStart {
+    const NAME: &'static str = "bdev_mirror_start";
+    const EXAMPLE: &'static str = r#"{"source":"disk0","target_path":"/mnt/new/disk0.raw","target_mode":"create","job_id":"move0"}"#;
+    const RESULT: &'static str = "an object: job_id";
+
+    async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        self.refuse_what_is_not_there_yet()?;
+        let target: &std::rc::Rc<Target> = &caller.target;
+        let mut start = self.start();
+        let (names, source) = target.engage_mirror(&start)?;
+        let job_id = start.config.job_id.clone();
+        match (self.target, self.target_path) {
+            (Some(leg), None) => {
+                target.start_mirror(start, names, TargetLeg::Given(leg)).await?;
+            }
+            (None, Some(path)) => {
+                let name = self.target_name.unwrap_or_else(|| format!("{job_id}-target"));
+                let engaged = target.engage_new_bdev(&name)?;
+                // Not whether it was superseded: it is overwritten, and moving back to the old disk is a common thing.
+                target.check_file_is_free(&path, false)?;
+                let geometry = source.geometry();
+                let file = match self.target_mode {
+                    TargetMode::Create => {
+                        start.config.target_is_zero = true;
+                        Some(NewFile::create(&path, geometry.size()).await?)
+                    }
+                    TargetMode::Existing => None,
+                };
+                let create = BdevUringCreate {
+                    name,
+                    filename: path,
+                    block_size: Some(geometry.block_size),
+                    readonly: false,
+                    direct: true,
+                    uuid: None,
+                };
+                let made = create.open(&caller, engaged).await?;
+                target.start_mirror(start, names, TargetLeg::Made(made)).await?;
+                if let Some(file) = file {
+                    file.keep();
+                }
+            }
+            (Some(_), Some(_)) | (None, None) => {
+                let expected = "either 'target', the name of a bdev, or 'target_path', a file";
+                return Err(RpcError::parameter("target", Value::Null, expected));
+            }
+        }
+        Ok(Answer::new(json!({ "job_id": job_id })))
+    }
+}
+
+/// Ends a mirror that is ready with a good copy: the target is left as it is at one moment, the disk stays on its source
+/// (QEMU's soft cancel).
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct BdevMirrorFinish {
+    /// The job.
+    job_id: String,
+}
+
+impl Rpc for BdevMirrorFinish {
+    const NAME: &'static str = "bdev_mirror_finish";
+    const EXAMPLE: &'static str = r#"{"job_id":"disk0"}"#;
+    const RESULT: &'static str = "true";
+
+    async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        caller.target.job_verb(&self.job_id, JobVerb::Finish).await?;
+        Ok(Answer::done())
+    }
+}

@@ -1,0 +1,310 @@
+//! Starting a mirror: everything that can be refused is refused here, before the guest's disk is touched.
+//!
+//! The order matters. Names are engaged first, so that nobody changes the legs meanwhile; the target is opened (or made) and
+//! looked at; the disk is put on a reactor if nobody uses the source yet; the job is entered in the graph; only then is the
+//! disk asked to take it in. Whatever fails on the way is undone, a file that was made for it included. Once the job runs,
+//! the source's holes are looked for on a blocking thread.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::job::ScanReport;
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
+use serde_json::json;
+
+use crate::disks::{DiskId, ask};
+use crate::error::{RpcError, code};
+use crate::events::unix_seconds;
+use crate::jobs::{Job, Stage, untouched};
+use crate::modules::Made;
+use crate::target::{Engaged, Space, Target, Use, check_name, files_of};
+
+/// How long a scan waits for room in a disk's mailbox before it tries again.
+const SCAN_PAUSE: Duration = Duration::from_millis(1);
+
+/// A mirror to be started. Its target is in the graph already, or made and not yet in it.
+pub(crate) struct MirrorStart {
+    pub(crate) source: String,
+    pub(crate) mirror: String,
+    pub(crate) config: MirrorConfig,
+    pub(crate) auto_dismiss: bool,
+}
+
+/// The target of a mirror to be started.
+pub(crate) enum TargetLeg {
+    /// A bdev of the graph, by name.
+    Given(String),
+    /// A bdev made for the job.
+    Made(Made),
+}
+
+/// Where the target of a job came from: what was made for it goes with it, unless the disk goes on with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The operator made it.
+    Given,
+    /// The job did.
+    Made,
+}
+
+/// A file that is removed again unless it is kept.
+pub(crate) struct NewFile {
+    path: Option<PathBuf>,
+}
+
+impl NewFile {
+    /// Makes a sparse file, on a blocking thread.
+    pub(crate) async fn create(path: &Path, size: u64) -> Result<Self, RpcError> {
+        let file = path.to_owned();
+        let made = tokio::task::spawn_blocking(move || resilver_bdev::uring::create(&file, size));
+        made.await.map_err(|_| RpcError::gone())??;
+        Ok(Self { path: Some(path.to_owned()) })
+    }
+
+    /// The file stays.
+    pub(crate) fn keep(mut self) {
+        self.path = None;
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Ours, and nobody has seen it; if it cannot be removed the next attempt says that it exists.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Names that a start keeps until the job is in the graph.
+pub(crate) struct StartNames {
+    _job: Engaged,
+    _mirror: Engaged,
+    _source: Engaged,
+}
+
+impl Target {
+    /// Keeps the names of a mirror to be started, and looks at its source.
+    pub(crate) fn engage_mirror(
+        self: &Rc<Self>,
+        start: &MirrorStart,
+    ) -> Result<(StartNames, Arc<dyn Bdev>), RpcError> {
+        let id = &start.config.job_id;
+        check_job_id(id)?;
+        check_name("name", &start.mirror)?;
+        let source = self.bdev(&start.source)?;
+        let names = StartNames {
+            _job: self.engage(Space::Job, id)?,
+            _mirror: self.engage_new_bdev(&start.mirror)?,
+            _source: self.engage(Space::Bdev, &start.source)?,
+        };
+        let graph = self.graph();
+        if graph.jobs.contains_key(id) {
+            let message = format!(
+                "Job ID '{id}' already in use; choose another job_id, or job_dismiss it if it is over"
+            );
+            return Err(RpcError::new(
+                code::EXISTS,
+                "job_exists",
+                message,
+                json!({ "job_id": id }),
+            ));
+        }
+        // Controllers are what a mirror is for; any other use excludes it.
+        let others = graph.uses_of(&start.source);
+        match others.iter().find(|other| !matches!(other, Use::Controller(_))) {
+            Some(other) => Err(RpcError::busy(&start.source, &other.to_string())),
+            None => Ok((names, source)),
+        }
+    }
+
+    /// Starts a mirror.
+    pub(crate) async fn start_mirror(
+        self: &Rc<Self>,
+        start: MirrorStart,
+        names: StartNames,
+        leg: TargetLeg,
+    ) -> Result<(), RpcError> {
+        let source = self.bdev(&start.source)?;
+        let (target, origin, _engaged) = match &leg {
+            TargetLeg::Given(name) => {
+                if *name == start.source {
+                    return Err(itself(name));
+                }
+                let engaged = self.engage(Space::Bdev, name)?;
+                self.graph().must_be_unused(name)?;
+                (self.bdev(name)?, Origin::Given, Some(engaged))
+            }
+            TargetLeg::Made(made) => (Arc::clone(&made.bdev), Origin::Made, None),
+        };
+        check_legs(source.as_ref(), target.as_ref())?;
+        let channels = MirrorChannels {
+            source: source.open_channel(DISK_DEPTH)?,
+            copy_source: source.open_channel(COPY_DEPTH)?,
+            target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+        };
+        let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
+        let mirror = Box::new(Mirror::new(start.config, channels)?);
+        let disk = self.disk_over(&source, None)?;
+        let scan_stop = Arc::new(AtomicBool::new(false));
+        let job = Job {
+            id: id.clone(),
+            source: source.name().to_owned(),
+            target: target.name().to_owned(),
+            stage: Stage::Live {
+                source: Arc::clone(&source),
+                target: Arc::clone(&target),
+                scan_stop: Arc::clone(&scan_stop),
+            },
+            origin,
+            mirror: start.mirror,
+            disk,
+            auto_finalize,
+            auto_dismiss: start.auto_dismiss,
+            info: untouched(mirror.as_ref()),
+            warnings: Vec::new(),
+            started: unix_seconds(),
+        };
+        self.graph_mut().jobs.insert(id.clone(), job);
+        // From here on the graph itself keeps others from the legs.
+        drop(names);
+        if let TargetLeg::Made(made) = leg {
+            self.insert_bdev(made);
+        }
+        let handle = self.graph().disks.get(&disk).map(|disk| disk.handle.clone());
+        let started = match handle {
+            Some(handle) => {
+                self.insert_job(&handle, mirror, target.as_ref()).await.map(|()| handle)
+            }
+            None => Err(RpcError::gone()),
+        };
+        match started {
+            Ok(handle) => {
+                tracing::info!(
+                    job = id,
+                    source = source.name(),
+                    target = target.name(),
+                    "mirror started"
+                );
+                tokio::task::spawn_blocking(move || scan(source.as_ref(), &handle, &scan_stop));
+                Ok(())
+            }
+            Err(error) => {
+                self.undo_start(&id, disk).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the disk take the job in; the channel it had goes.
+    async fn insert_job(
+        &self,
+        handle: &DiskHandle,
+        job: Box<Mirror>,
+        target: &dyn Bdev,
+    ) -> Result<(), RpcError> {
+        let target_stats = Arc::clone(target.stats());
+        let inserted = ask(handle, |reply| {
+            DiskCommand::StartJob(StartJob { job, target_stats, deadline: HOLD_DEADLINE, reply })
+        });
+        drop(inserted.await?.map_err(|(error, _job)| RpcError::from(error))?);
+        Ok(())
+    }
+
+    async fn undo_start(&self, id: &str, disk: DiskId) {
+        let job = self.graph_mut().jobs.remove(id);
+        if let Some(Job { origin: Origin::Made, target, .. }) = job {
+            self.graph_mut().bdevs.remove(&target);
+        }
+        self.retire_disk(disk).await;
+    }
+}
+
+/// Refuses legs that would be one file, in QEMU's words where it has them.
+fn check_legs(source: &dyn Bdev, target: &dyn Bdev) -> Result<(), RpcError> {
+    let targets = files_of(target);
+    let same =
+        files_of(source).into_iter().find(|one| targets.iter().any(|other| one.same_file(other)));
+    match same {
+        Some(_) => Err(itself(target.name())),
+        None => Ok(()),
+    }
+}
+
+fn itself(target: &str) -> RpcError {
+    RpcError::parameter("target", target, "Can't mirror node into itself; name another disk")
+}
+
+/// Refuses job ids that QEMU would not take.
+fn check_job_id(id: &str) -> Result<(), RpcError> {
+    let mut characters = id.chars();
+    let first = characters.next().is_some_and(|it| it.is_ascii_alphabetic());
+    if first && characters.all(|it| it.is_ascii_alphanumeric() || matches!(it, '-' | '.' | '_')) {
+        return check_name("job_id", id);
+    }
+    let expected = format!(
+        "Invalid job ID '{id}'; it begins with a letter and goes on with letters, digits, '-', '.', '_'"
+    );
+    Err(RpcError::parameter("job_id", id, expected))
+}
+
+/// Tells a job where its source has holes. Blocks on the file system; ends with the job.
+fn scan(source: &dyn Bdev, disk: &DiskHandle, stop: &AtomicBool) {
+    let size = source.geometry().size();
+    let mut offset = 0;
+    while offset < size {
+        let extent = match source.extent(offset) {
+            Ok(extent) => extent,
+            Err(error) => {
+                // Without the map everything is read, and zeroes are found that way.
+                tracing::warn!(source = source.name(), %error, "the holes of the source cannot be found");
+                break;
+            }
+        };
+        let end = extent.offset.saturating_add(extent.length).min(size);
+        if end <= offset {
+            break;
+        }
+        if extent.hole {
+            let begin = extent.offset.max(offset);
+            report(
+                disk,
+                stop,
+                ScanReport::Hole { offset: begin, length: end.saturating_sub(begin) },
+            );
+        }
+        report(disk, stop, ScanReport::Upto(end));
+        offset = end;
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+    }
+    report(disk, stop, ScanReport::Done);
+}
+
+/// Sends one report, waiting for room.
+fn report(disk: &DiskHandle, stop: &AtomicBool, report: ScanReport) {
+    while disk.send(DiskCommand::Scanned(report)).is_err() && !stop.load(Ordering::Relaxed) {
+        std::thread::sleep(SCAN_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn job_ids_are_those_that_qemu_takes() {
+        for good in ["a", "disk0", "Vm-1.disk_2"] {
+            assert!(check_job_id(good).is_ok(), "{good}");
+        }
+        for bad in ["", "9bad", "a b", "-x", "a/b", &"a".repeat(65)] {
+            assert!(check_job_id(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -11,11 +11,9 @@ use resilver_reactor::{Armed, Context, Nanos};
 use resilver_sys::{BadSlice, BufferSlice, Mapping, RegionId, WaitSet, usize_from};
 
 use super::bugs::{Bug, planted};
-use super::copier::ZeroMap;
-use super::core::{
-    Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, OpState, Slot, ZERO_UNITS,
-};
+use super::core::{Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, OpState, Slot};
 use super::life::Refused;
+use super::pieces::{UNITS as ZERO_UNITS, UNITS_U32 as ZERO_UNITS_U32, UnitMap};
 use super::{COPIES, MirrorChannels, MirrorConfig, QUARANTINE, combined_limits, validate};
 use crate::SEGMENTS_MAX;
 use crate::bitmap::Grid;
@@ -342,8 +340,8 @@ impl Mirror {
     }
 
     /// Looks which units of a window are zero.
-    fn zero_map(&self, cx: &Context<'_>, copy: u16) -> ZeroMap {
-        let mut zeroes = ZeroMap::default();
+    fn zero_map(&self, cx: &Context<'_>, copy: u16) -> UnitMap {
+        let mut zeroes = UnitMap::default();
         let (_, length) = self.core.copies[usize::from(copy)].window();
         let mut at = 0;
         for index in 0..ZERO_UNITS {
@@ -395,8 +393,8 @@ fn core_config(
     let most = limits.max_transfer.max(zero_unit).min(reads.max_transfer).min(WINDOW);
     let buf_size = if config.buf_size == 0 { u64::MAX } else { config.buf_size };
     let window = u32::try_from(buf_size).unwrap_or(u32::MAX).min(most);
-    // A window is whole units of zero detection, and no more of them than the map of zeroes has.
-    let window = (window / zero_unit).clamp(1, 256) * zero_unit;
+    // A window is whole units of zero detection, and no more of them than their map has.
+    let window = (window / zero_unit).clamp(1, ZERO_UNITS_U32) * zero_unit;
     let copies = (buf_size / u64::from(window)).clamp(1, u64::from(COPIES));
     #[allow(clippy::cast_possible_truncation)] // small constants, and clamped above
     CoreConfig {

@@ -11,11 +11,11 @@
 use std::ops::Range;
 
 use resilver_reactor::Nanos;
-use resilver_sys::usize_from;
 
 use super::bugs::{Bug, planted};
-use super::core::{Action, Core, ZERO_UNITS};
+use super::core::{Action, Core};
 use super::life::{JobFlush, Stage};
+use super::pieces::{Kind, Plan, UnitMap};
 use super::ranges::Entered;
 use super::tables::Failed;
 use crate::io::{IoError, IoKind};
@@ -27,9 +27,6 @@ const HOLE_RUN: u64 = 16 << 20;
 const COPIES_BESIDE_GUEST: usize = 4;
 /// Places looked at in one turn: bounded work.
 const LOOKS: usize = 32;
-
-/// Which units of a window are zero, lowest bit first.
-pub(super) type ZeroMap = [u64; ZERO_UNITS / 64];
 
 /// What was done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,13 +68,11 @@ pub(super) struct Copy {
     /// The source is known to read zero there.
     hole: bool,
     /// The window that is being worked on.
-    window: u64,
-    window_end: u64,
-    zeroes: ZeroMap,
+    plan: Plan,
     /// The piece of it that is being written.
     piece: u64,
     piece_end: u64,
-    piece_zero: bool,
+    kind: Kind,
     /// When the piece was sent.
     pub since: Nanos,
 }
@@ -88,12 +83,10 @@ impl Copy {
         start: 0,
         end: 0,
         hole: false,
-        window: 0,
-        window_end: 0,
-        zeroes: [0; ZERO_UNITS / 64],
+        plan: Plan::EMPTY,
         piece: 0,
         piece_end: 0,
-        piece_zero: false,
+        kind: Kind::Data,
         since: Nanos::ZERO,
     };
 
@@ -109,8 +102,8 @@ impl Copy {
 
     /// The window being read or written: its first byte and its length.
     pub(super) fn window(&self) -> (u64, u32) {
-        let length = self.window_end - self.window;
-        (self.window, u32::try_from(length).unwrap_or(u32::MAX))
+        let length = self.plan.end - self.plan.start;
+        (self.plan.start, u32::try_from(length).unwrap_or(u32::MAX))
     }
 
     /// Bytes still to do.
@@ -247,7 +240,8 @@ impl Core {
         let slot = &mut self.copies[usize::from(copy)];
         let (start, end) = (slot.start, slot.end);
         slot.hole = hole;
-        (slot.window, slot.window_end, slot.piece, slot.piece_end) = (start, start, start, start);
+        slot.plan = Plan::new(&(start..start), 1);
+        (slot.piece, slot.piece_end) = (start, start);
         slot.state = CopyState::Reading;
         self.job_flush = JobFlush::Idle;
         self.maps.dirty.clear_range(&self.grid.touched(start, end - start));
@@ -255,11 +249,11 @@ impl Core {
     }
 
     /// A window has been read; `zeroes` says what of it is zero.
-    pub(super) fn read_done(&mut self, copy: u16, result: Result<ZeroMap, IoError>, now: Nanos) {
+    pub(super) fn read_done(&mut self, copy: u16, result: Result<UnitMap, IoError>, now: Nanos) {
         let slot = &mut self.copies[usize::from(copy)];
         match (slot.state, result) {
             (CopyState::Reading, Ok(zeroes)) => {
-                slot.zeroes = zeroes;
+                slot.plan.decide(self.grid, &zeroes, &self.maps.target_zero);
                 self.next_piece(copy, now);
             }
             (CopyState::Reading, Err(error)) => {
@@ -281,8 +275,8 @@ impl Core {
         let slot = &mut self.copies[usize::from(copy)];
         match (slot.state, result) {
             (CopyState::Writing, Ok(())) => {
-                let (bytes, zero) = (slot.piece..slot.piece_end, slot.piece_zero);
-                self.piece_landed(&bytes, zero);
+                let (bytes, kind) = (slot.piece..slot.piece_end, slot.kind);
+                self.piece_landed(&bytes, kind);
                 self.next_piece(copy, now);
             }
             (CopyState::Writing, Err(error)) => {
@@ -302,12 +296,12 @@ impl Core {
         self.pump(now);
     }
 
-    fn piece_landed(&mut self, bytes: &Range<u64>, zero: bool) {
+    fn piece_landed(&mut self, bytes: &Range<u64>, kind: Kind) {
         let length = bytes.end - bytes.start;
         let touched = self.grid.touched(bytes.start, length);
         self.lines[crate::job::Side::Target as usize].wrote(&touched);
         self.rates.copied(length);
-        if zero {
+        if kind == Kind::Zero {
             self.counters.zero += length;
             let covered = self.grid.covered(bytes.start, length);
             // Dirty again means that a flush failed meanwhile: the zeroes may be lost.
@@ -322,90 +316,68 @@ impl Core {
     /// Goes on behind the piece that has been dealt with: the next piece, the next window, or the end.
     fn next_piece(&mut self, copy: u16, now: Nanos) {
         loop {
-            let Copy { start, end, hole, window, window_end, zeroes, piece_end, .. } =
-                self.copies[usize::from(copy)];
-            if piece_end == end {
+            let Copy { end, hole, plan, piece_end: at, .. } = self.copies[usize::from(copy)];
+            if at == end {
                 return self.copy_succeeded(copy);
             }
-            if piece_end == window_end {
-                if !hole {
-                    return self.read_window(copy, now);
-                }
-                self.copies[usize::from(copy)].window_end = end;
-                continue;
+            if at == plan.end && !hole {
+                return self.read_window(copy, now);
             }
-            let piece = if hole {
-                (piece_end..end.min(piece_end.saturating_add(self.config.max_zeroes)), true)
-            } else {
-                self.piece(window, &(piece_end..window_end), &zeroes)
-            };
-            debug_assert!(start <= piece.0.start && piece.0.end <= end && !piece.0.is_empty());
-            if self.skips(&piece) {
-                let length = piece.0.end - piece.0.start;
-                self.counters.skipped += length;
-                self.rates.copied(length);
-                let slot = &mut self.copies[usize::from(copy)];
-                (slot.piece, slot.piece_end) = (piece.0.end, piece.0.end);
-                continue;
+            let max_zeroes = self.config.max_zeroes;
+            let (bytes, kind) =
+                if hole { self.hole_piece(at, end) } else { plan.piece(at, max_zeroes) };
+            let length = bytes.end - bytes.start;
+            debug_assert!(length > 0 && bytes.end <= end);
+            if kind != Kind::Data && !hole {
+                self.limiter.refund(length);
             }
-            return self.write_piece(copy, piece, now);
+            if kind != Kind::Skip {
+                return self.write_piece(copy, &bytes, kind, now);
+            }
+            self.counters.skipped += length;
+            self.rates.copied(length);
+            let slot = &mut self.copies[usize::from(copy)];
+            (slot.piece, slot.piece_end) = (bytes.end, bytes.end);
         }
     }
 
-    /// The next piece of a window: as long as the units are alike.
-    fn piece(&self, window: u64, rest: &Range<u64>, zeroes: &ZeroMap) -> (Range<u64>, bool) {
-        let unit = u64::from(self.config.zero_unit);
-        let is_zero = |at: u64| {
-            let index = (at - window) / unit;
-            zeroes[usize_from(index / 64)] & (1 << (index % 64)) != 0
-        };
-        let zero = is_zero(rest.start);
-        let most = if zero { self.config.max_zeroes } else { u64::MAX };
-        let mut end = rest.start;
-        while end < rest.end && is_zero(end) == zero && end - rest.start < most {
-            end += unit;
+    /// The next piece of a run that is known to be a hole.
+    fn hole_piece(&self, at: u64, end: u64) -> (Range<u64>, Kind) {
+        let chunks = self.grid.touched(at, end - at);
+        let known = &self.maps.target_zero;
+        if known.get(chunks.start) {
+            let skipped = chunks.start..known.next_clear(chunks.start, chunks.end);
+            return (at..self.grid.bytes(&skipped).end, Kind::Skip);
         }
-        (rest.start..end.min(rest.end), zero)
+        let next = known.next_set(chunks.start).map_or(chunks.end, |chunk| chunk.min(chunks.end));
+        let end = self.grid.bytes(&(chunks.start..next)).end;
+        (at..end.min(at.saturating_add(self.config.max_zeroes)), Kind::Zero)
     }
 
-    /// Whether a piece needs no I/O: zeroes where the target reads zero already.
-    fn skips(&mut self, (bytes, zero): &(Range<u64>, bool)) -> bool {
-        let length = bytes.end - bytes.start;
-        let touched = self.grid.touched(bytes.start, length);
-        if *zero {
-            self.limiter.refund(length);
-        }
-        *zero && self.maps.target_zero.count_range(&touched) == touched.end - touched.start
-    }
-
-    fn write_piece(&mut self, copy: u16, (bytes, zero): (Range<u64>, bool), now: Nanos) {
+    fn write_piece(&mut self, copy: u16, bytes: &Range<u64>, kind: Kind, now: Nanos) {
         let slot = &mut self.copies[usize::from(copy)];
         slot.state = CopyState::Writing;
         slot.since = now;
-        (slot.piece, slot.piece_end, slot.piece_zero) = (bytes.start, bytes.end, zero);
+        (slot.piece, slot.piece_end, slot.kind) = (bytes.start, bytes.end, kind);
         let (offset, length) = (bytes.start, bytes.end - bytes.start);
-        #[allow(clippy::cast_possible_truncation)] // a window is less than 4 GiB
-        let action = if zero {
-            Action::CopyZero { copy, offset, length }
-        } else {
-            let skip = (offset - slot.window) as u32;
-            Action::CopyWrite { copy, offset, length: length as u32, skip }
-        };
-        if !zero {
-            self.maps.target_zero.clear_range(&self.grid.touched(offset, length));
+        if kind == Kind::Zero {
+            return self.act(Action::CopyZero { copy, offset, length });
         }
-        self.act(action);
+        #[allow(clippy::cast_possible_truncation)] // a window is less than 4 GiB
+        let (skip, short) = ((offset - slot.plan.start) as u32, length as u32);
+        self.maps.target_zero.clear_range(&self.grid.touched(offset, length));
+        self.act(Action::CopyWrite { copy, offset, length: short, skip });
     }
 
     fn read_window(&mut self, copy: u16, now: Nanos) {
-        let window = u64::from(self.config.window);
+        let (window, unit) = (u64::from(self.config.window), self.config.zero_unit);
         let slot = &mut self.copies[usize::from(copy)];
         slot.state = CopyState::Reading;
         slot.since = now;
-        slot.window = slot.piece_end;
-        slot.piece = slot.piece_end;
-        slot.window_end = slot.end.min(slot.window + window);
-        let (offset, length) = (slot.window, slot.window_end - slot.window);
+        let offset = slot.piece_end;
+        slot.piece = offset;
+        slot.plan = Plan::new(&(offset..slot.end.min(offset + window)), unit);
+        let length = slot.plan.end - offset;
         self.limiter.charge(length);
         #[allow(clippy::cast_possible_truncation)] // at most a window
         self.act(Action::CopyRead { copy, offset, length: length as u32 });

@@ -35,8 +35,6 @@ use crate::job::{CopyMode, IoStatus, JobEvent, JobFailure, OnError, Side};
 pub(super) const BOUNCE_UNIT: u32 = 64 << 10;
 /// Units of one request at most; the channel's largest transfer says so.
 pub(super) const BOUNCE_UNITS_MAX: u32 = 16;
-/// Units of copy zero detection in one window of the copier.
-pub(super) const ZERO_UNITS: usize = 256;
 
 /// What the core is made for.
 #[derive(Debug, Clone)]

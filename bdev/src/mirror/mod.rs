@@ -15,6 +15,7 @@ mod copier;
 mod core;
 mod durable;
 mod life;
+mod pieces;
 mod ranges;
 mod rate;
 mod tables;

@@ -19,7 +19,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use resilver_reactor::Nanos;
 
 use super::copier::CopyState;
-use super::core::{Action, Core, CoreConfig, Slot, ZERO_UNITS};
+use super::core::{Action, Core, CoreConfig, Slot};
 use super::durable::Line;
 use super::life::{Ending, Stage};
 use crate::bitmap::Grid;
@@ -315,7 +315,7 @@ impl World {
             Io::Read(copy, start, end) => {
                 let source = self.media[Side::Source as usize];
                 self.buffers[usize::from(copy)][start..end].copy_from_slice(&source[start..end]);
-                let mut zeroes = [0; ZERO_UNITS / 64];
+                let mut zeroes = super::pieces::UnitMap::default();
                 for (unit, value) in source[start..end].iter().enumerate() {
                     zeroes[0] |= u64::from(*value == 0) << unit;
                 }

@@ -1,4 +1,6 @@
-//! Scenarios of a mirror over disks in memory, told top to bottom.
+//! Scenarios of a mirror over disks in memory that fail and stall on demand, told top to bottom.
+
+use std::sync::Arc;
 
 use resilver_reactor::{Context, Nanos};
 use resilver_sys::{BufferSlice, Mapping, RegionId, RegionTable};
@@ -6,8 +8,12 @@ use resilver_sys::{BufferSlice, Mapping, RegionId, RegionTable};
 use super::*;
 use crate::CompletionBatch;
 use crate::device::Bdev;
-use crate::io::{BdevIo, Completion, Tag};
-use crate::job::{BlockJob, JobEvent, JobStatus, JobVerb, JobWants, ScanReport, Side, VerbError};
+use crate::error::{Effect, ErrorBdev, FOREVER, Injection};
+use crate::io::{BdevIo, Completion, IoError, Tag};
+use crate::job::{
+    BlockJob, Dissolved, ErrorAction, IoStatus, JobEvent, JobFailure, JobInfo, JobStatus, JobVerb,
+    JobWants, ScanReport, Side, VerbError,
+};
 use crate::malloc::Malloc;
 
 const BLOCK: u32 = 512;
@@ -19,7 +25,9 @@ struct Bench {
     buffer: RegionId,
     now: Nanos,
     mirror: Option<Box<Mirror>>,
-    disks: [Malloc; 2],
+    /// By [`Side`]: the medium, and what the mirror sees of it.
+    disks: [Arc<Malloc>; 2],
+    legs: [ErrorBdev; 2],
     done: Vec<Completion>,
     events: Vec<JobEvent>,
 }
@@ -27,8 +35,10 @@ struct Bench {
 impl Bench {
     fn new(config: MirrorConfig) -> Self {
         let blocks = SIZE / u64::from(BLOCK);
-        let disks = ["source", "target"].map(|name| Malloc::new(name, BLOCK, blocks).unwrap());
-        let open = |disk: usize, depth| disks[disk].open_channel(depth).unwrap();
+        let disks =
+            ["source", "target"].map(|name| Arc::new(Malloc::new(name, BLOCK, blocks).unwrap()));
+        let legs = [0, 1].map(|leg: usize| ErrorBdev::new("leg", Arc::clone(&disks[leg]) as _));
+        let open = |leg: usize, depth| legs[leg].open_channel(depth).unwrap();
         let channels = MirrorChannels {
             source: open(0, DISK_DEPTH),
             copy_source: open(0, COPY_DEPTH),
@@ -38,7 +48,7 @@ impl Bench {
         let memory = RegionTable::with_capacity(16);
         let buffer = memory.insert(Mapping::anonymous(1 << 20).unwrap()).unwrap();
         let (done, events) = (Vec::new(), Vec::new());
-        Self { memory, buffer, now: Nanos::ZERO, mirror: Some(mirror), disks, done, events }
+        Self { memory, buffer, now: Nanos::ZERO, mirror: Some(mirror), disks, legs, done, events }
     }
 
     /// Inserted above its source, with everything allocated there scanned.
@@ -77,8 +87,39 @@ impl Bench {
         panic!("not reached: {what}");
     }
 
+    fn info(&mut self) -> JobInfo {
+        self.with(|mirror, cx| mirror.info(cx.now))
+    }
+
     fn status(&mut self) -> JobStatus {
-        self.with(|mirror, cx| mirror.info(cx.now).status)
+        self.info().status
+    }
+
+    fn inject(&mut self, side: Side, kind: IoKind, effect: Effect, count: u64) {
+        let injection = Injection { kind: Some(kind), effect, count, range: None };
+        self.legs[side as usize].inject(injection).unwrap();
+    }
+
+    fn turns(&mut self, count: usize) {
+        for _ in 0..count {
+            self.turn();
+        }
+    }
+
+    /// Ends the job as its disk would: nothing of the guest is in flight and the job wants it.
+    fn dissolve(&mut self) -> Dissolved {
+        assert_eq!(self.with(|mirror, _| mirror.in_flight()), 0);
+        assert_eq!(self.with(|mirror, _| mirror.wants()), JobWants::Dissolve);
+        let cx = Context { now: self.now, memory: &self.memory };
+        self.mirror.take().unwrap().dissolve(&cx)
+    }
+
+    /// Brings the job to where its record is written and the disk would be held.
+    fn commit(&mut self) {
+        self.reach(JobStatus::Ready);
+        self.verb(JobVerb::Complete).unwrap();
+        self.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
+        self.with(|mirror, cx| mirror.committed(cx, true));
     }
 
     fn reach(&mut self, status: JobStatus) {
@@ -184,7 +225,7 @@ fn an_idle_disk_is_copied_and_ready_once() {
     bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
     bench.reach(JobStatus::Ready);
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
-    let info = bench.with(|mirror, cx| mirror.info(cx.now));
+    let info = bench.info();
     assert_eq!((info.copied_bytes, info.zero_bytes), (8192 + 512, SIZE - 8192 - 512));
     assert_eq!((info.dirty_bytes, info.in_flight_bytes, info.total_bytes), (0, 0, SIZE));
     assert_eq!(
@@ -202,7 +243,7 @@ fn a_mirrored_write_is_on_both_legs_when_it_is_acknowledged() {
     assert_eq!(bench.done, [Completion { tag: Tag(1), result: Ok(()) }]);
     assert_eq!(bench.contents(Side::Target)[512..1536], [5; 1024]);
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
-    assert!(bench.with(|mirror, cx| mirror.info(cx.now)).actively_synced);
+    assert!(bench.info().actively_synced);
 }
 
 #[test]
@@ -212,13 +253,11 @@ fn a_background_write_makes_a_ready_mirror_dirty_and_is_copied() {
     bench.verb(JobVerb::Pause).unwrap();
     bench.write(1, 0, &[5; 512]);
     bench.drain();
-    let info = bench.with(|mirror, cx| mirror.info(cx.now));
+    let info = bench.info();
     assert_eq!((info.status, info.dirty_bytes), (JobStatus::Standby, 4096));
     assert_eq!(bench.contents(Side::Target)[..512], [0; 512]);
     bench.verb(JobVerb::Resume).unwrap();
-    bench.turns_until("clean", |bench| {
-        bench.with(|mirror, cx| mirror.info(cx.now)).dirty_bytes == 0
-    });
+    bench.turns_until("clean", |bench| bench.info().dirty_bytes == 0);
     bench.turn();
     bench.turn();
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
@@ -241,8 +280,7 @@ fn complete_ends_on_the_target_after_the_record() {
     assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Nothing, "the record comes first");
     bench.with(|mirror, cx| mirror.committed(cx, true));
     assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Dissolve);
-    let cx = Context { now: bench.now, memory: &bench.memory };
-    let end = bench.mirror.take().unwrap().dissolve(&cx);
+    let end = bench.dissolve();
     assert_eq!((end.side, end.info.status), (Side::Target, JobStatus::Concluded));
     assert_eq!((end.info.failure, end.regions.len(), end.released.len()), (None, 2, 2));
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
@@ -260,7 +298,7 @@ fn holes_are_skipped_where_the_guest_has_not_written() {
         mirror.scanned(cx, ScanReport::Done);
     });
     bench.reach(JobStatus::Ready);
-    let info = bench.with(|mirror, cx| mirror.info(cx.now));
+    let info = bench.info();
     assert_eq!((info.copied_bytes, info.zero_bytes), (4096, 0));
     assert_eq!(info.skipped_bytes, SIZE - 4096);
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
@@ -288,4 +326,298 @@ fn what_cannot_work_is_refused_with_qemus_words() {
     };
     let error = Mirror::new(MirrorConfig::default(), channels).err().unwrap().to_string();
     assert!(error.contains("32256 bytes") && error.contains("32768 bytes"), "{error}");
+}
+
+#[test]
+fn a_full_target_stands_the_job_by_and_the_guest_goes_on() {
+    let mut bench = Bench::started(MirrorConfig { on_target_error: OnError::Enospc, ..blocking() });
+    bench.reach(JobStatus::Ready);
+    let full = Effect::Fail(IoError::NO_SPACE);
+    bench.inject(Side::Target, IoKind::Write, full, FOREVER);
+    bench.write(1, 0, &[5; 512]);
+    bench.drain();
+    bench.write(2, 512, &[6; 8192]);
+    bench.drain();
+    assert!(bench.done.iter().all(|done| done.result.is_ok()), "{:?}", bench.done);
+    let info = bench.info();
+    assert_eq!((info.status, info.io_status), (JobStatus::Standby, IoStatus::Nospace));
+    assert!(!info.paused_by_operator && !info.actively_synced);
+    let expected = JobFailure::Io {
+        side: Side::Target,
+        operation: IoKind::Write,
+        offset: 0,
+        error: IoError::NO_SPACE,
+    };
+    assert_eq!((info.failure, info.dirty_bytes), (Some(expected), 3 * 4096));
+    bench.verb(JobVerb::Resume).unwrap();
+    bench.turns_until("full again", |bench| bench.status() == JobStatus::Standby);
+    bench.legs[1].clear();
+    bench.verb(JobVerb::Resume).unwrap();
+    bench.turns_until("in sync again", |bench| bench.info().actively_synced);
+    let info = bench.info();
+    assert_eq!((info.io_status, info.failure), (IoStatus::Ok, None));
+    assert_eq!(info.copied_bytes, 3 * 4096, "no second full copy");
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+#[test]
+fn cancel_frees_a_guest_from_a_hung_target_at_once() {
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, FOREVER);
+    bench.write(1, 0, &[5; 512]);
+    bench.write(2, 0, &[6; 512]);
+    bench.turns(100);
+    assert_eq!(bench.done, [], "a write to both legs waits for the slower");
+    assert!(bench.with(|mirror, _| mirror.free(IoKind::Read)) == DISK_DEPTH);
+    bench.verb(JobVerb::Cancel).unwrap();
+    bench.drain();
+    assert_eq!(bench.done.iter().filter(|done| done.result.is_ok()).count(), 2);
+    assert_eq!(bench.status(), JobStatus::Aborting);
+    let mut end = bench.dissolve();
+    assert_eq!((end.side, end.info.failure), (Side::Source, Some(JobFailure::Cancelled)));
+    assert_eq!(end.survivor.in_flight(), 0);
+    let left: Vec<u32> = end.released.iter().map(|channel| channel.in_flight()).collect();
+    assert_eq!(left, [0, 1], "the hung write goes with its channel");
+    bench.legs[1].clear();
+    let cx = Context { now: bench.now, memory: &bench.memory };
+    let mut done = CompletionBatch::with_capacity(4);
+    end.released[1].poll(&cx, &mut done);
+    assert_eq!((done.as_slice().len(), end.released[1].in_flight()), (1, 0));
+    assert_eq!(bench.contents(Side::Source)[..512], [6; 512]);
+}
+
+#[test]
+fn a_write_that_timed_out_shuts_its_chunk_until_it_lands() {
+    let timeout = Nanos::from_millis(5);
+    let config = MirrorConfig {
+        on_target_error: OnError::Ignore,
+        target_timeout: Some(timeout),
+        ..blocking()
+    };
+    let mut bench = Bench::started(config);
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, 1);
+    bench.write(1, 0, &[5; 512]);
+    bench.turns_until("answered", |bench| bench.done.len() == 1);
+    assert_eq!(bench.done[0].result, Ok(()));
+    assert!(bench.now >= timeout);
+    assert_eq!(bench.with(|mirror, _| mirror.chunk_state(0)), ChunkState::Shut);
+    bench.write(2, 0, &[6; 512]);
+    bench.drain();
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns(1000);
+    assert_eq!(bench.status(), JobStatus::Waiting, "not in sync while something may land");
+    assert_eq!(bench.with(|mirror, _| mirror.chunk_state(0)), ChunkState::Shut);
+    assert_eq!(bench.with(|mirror, _| mirror.chunk_state(1)), ChunkState::Clean);
+    bench.legs[1].clear();
+    bench.reach(JobStatus::Pending);
+    assert_eq!(bench.contents(Side::Target)[..512], [6; 512]);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+#[test]
+fn a_write_that_the_target_misses_after_the_record_waits_for_its_retraction() {
+    let mut bench = Bench::started(MirrorConfig { on_target_error: OnError::Ignore, ..blocking() });
+    bench.commit();
+    bench.inject(Side::Target, IoKind::Write, Effect::Fail(IoError::IO), 1);
+    bench.write(1, 0, &[5; 512]);
+    bench.turns(100);
+    assert_eq!(bench.done, [], "a crash now would find the record, and not the write");
+    assert_eq!(bench.events.last(), Some(&JobEvent::RetractRequest));
+    assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Nothing);
+    bench.with(|mirror, cx| mirror.retracted(cx, false));
+    bench.turns(10);
+    assert_eq!(bench.done, []);
+    bench.now = bench.now + Nanos::from_secs(1);
+    bench.turn();
+    assert_eq!(bench.events.last(), Some(&JobEvent::RetractRequest), "asked again");
+    bench.with(|mirror, cx| mirror.retracted(cx, true));
+    bench.drain();
+    assert_eq!(bench.done.len(), 1);
+    assert_eq!(bench.status(), JobStatus::Ready);
+    assert!(matches!(bench.events.last(), Some(JobEvent::SwitchUndone(JobFailure::Io { .. }))));
+    bench.turns_until("in sync again", |bench| bench.info().actively_synced);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+#[test]
+fn a_record_that_cannot_be_written_leaves_the_job_ready() {
+    let mut bench = Bench::started(MirrorConfig::default());
+    bench.reach(JobStatus::Ready);
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
+    bench.with(|mirror, cx| mirror.committed(cx, false));
+    bench.turn();
+    let undone = JobEvent::SwitchUndone(JobFailure::CommitRecord);
+    assert_eq!((bench.status(), bench.events.last()), (JobStatus::Ready, Some(&undone)));
+    assert_eq!(bench.info().failure, Some(JobFailure::CommitRecord));
+    bench.verb(JobVerb::Complete).unwrap();
+    assert_eq!(bench.info().failure, None);
+    bench.reach(JobStatus::Pending);
+}
+
+#[test]
+fn cancel_after_the_record_takes_it_back_first() {
+    let mut bench = Bench::started(MirrorConfig::default());
+    bench.commit();
+    bench.verb(JobVerb::Cancel).unwrap();
+    bench.turn();
+    assert_eq!(bench.events.last(), Some(&JobEvent::RetractRequest));
+    assert_eq!(bench.status(), JobStatus::Aborting);
+    assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Nothing);
+    bench.with(|mirror, cx| mirror.retracted(cx, true));
+    assert_eq!(bench.dissolve().side, Side::Source);
+}
+
+#[test]
+fn a_hold_that_does_not_drain_takes_the_record_back() {
+    let mut bench = Bench::started(MirrorConfig::default());
+    bench.commit();
+    bench.with(|mirror, cx| mirror.hold_failed(cx, 3));
+    bench.turn();
+    assert_eq!(bench.events.last(), Some(&JobEvent::RetractRequest));
+    bench.with(|mirror, cx| mirror.retracted(cx, true));
+    let undone = JobFailure::HoldTimedOut { in_flight: 3 };
+    assert_eq!((bench.status(), bench.info().failure), (JobStatus::Ready, Some(undone)));
+}
+
+#[test]
+fn finish_leaves_a_copy_of_a_point_in_time() {
+    let mut bench =
+        Bench::started(MirrorConfig { auto_finalize: false, ..MirrorConfig::default() });
+    bench.reach(JobStatus::Ready);
+    bench.verb(JobVerb::Finish).unwrap();
+    bench.reach(JobStatus::Pending);
+    bench.write(1, 0, &[5; 512]);
+    bench.drain();
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target), "pending mirrors on");
+    bench.verb(JobVerb::Finalize).unwrap();
+    bench.write(2, 512, &[6; 512]);
+    bench.turns_until("done", |bench| bench.with(|mirror, _| mirror.wants()) == JobWants::Dissolve);
+    bench.drain();
+    let end = bench.dissolve();
+    assert_eq!((end.side, end.info.failure), (Side::Source, None));
+    assert_eq!(bench.contents(Side::Target)[..1024], [[5; 512], [0; 512]].concat());
+    assert_eq!(bench.contents(Side::Source)[..1024], [[5; 512], [6; 512]].concat());
+}
+
+#[test]
+fn a_reported_error_ends_the_job_and_not_the_guest() {
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Flush, Effect::Fail(IoError::IO), 1);
+    bench.write(1, 0, &[5; 512]);
+    bench.drain();
+    bench.submit(2, IoKind::Flush, 0, 0);
+    bench.drain();
+    assert!(bench.done.iter().all(|done| done.result.is_ok()));
+    let end = bench.dissolve();
+    assert_eq!(end.side, Side::Source);
+    assert!(end.info.dirty_bytes >= 4096, "what the flush lost is known");
+    assert!(matches!(end.info.failure, Some(JobFailure::Io { operation: IoKind::Flush, .. })));
+    assert_eq!(end.info.errors.counts[Side::Target as usize][ErrorAction::Report as usize], 1);
+}
+
+#[test]
+fn a_lasting_error_that_is_ignored_makes_no_storm() {
+    let config = MirrorConfig { on_source_error: OnError::Ignore, ..MirrorConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.inject(Side::Source, IoKind::Read, Effect::Fail(IoError::IO), FOREVER);
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    for _ in 0..10_000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.turn();
+    }
+    let errors = bench.info().errors.counts[Side::Source as usize][ErrorAction::Ignore as usize];
+    let events =
+        bench.events.iter().filter(|event| matches!(event, JobEvent::Error { .. })).count();
+    assert!((5..100).contains(&errors), "{errors} errors in 10 s");
+    assert!((2..12).contains(&events), "{events} events in 10 s");
+    bench.legs[0].clear();
+    bench.now = bench.now + Nanos::from_secs(10);
+    bench.reach(JobStatus::Ready);
+}
+
+#[test]
+fn a_speed_limit_holds_data_back_and_can_be_lifted() {
+    let mut bench = Bench::new(MirrorConfig { speed: 65536, ..MirrorConfig::default() });
+    for mega in 0..4 {
+        bench.fill_source(mega << 18, &[7; 1 << 18]);
+    }
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    for _ in 0..1000 {
+        bench.now = bench.now + Nanos::from_millis(2);
+        bench.turn();
+    }
+    let copied = bench.info().copied_bytes;
+    assert!((65536..4 * 65536).contains(&copied), "{copied} bytes in 2 s at 64 KiB/s");
+    assert!(bench.info().eta.is_some());
+    bench.verb(JobVerb::SetSpeed(0)).unwrap();
+    bench.reach(JobStatus::Ready);
+}
+
+#[test]
+fn chunks_larger_than_the_buffers_are_copied_window_by_window() {
+    let config = MirrorConfig { granularity: 4 << 20, buf_size: 65536, ..MirrorConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.fill_source(4096, &[7; 200 * 1024]);
+    bench.fill_source(SIZE - 512, &[9; 512]);
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    bench.reach(JobStatus::Ready);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+    let info = bench.info();
+    // Zeroes that share a window with data are copied with it.
+    let data = 4 * 65536 + 512;
+    assert_eq!((info.copied_bytes, info.zero_bytes), (data, SIZE - data));
+}
+
+#[test]
+fn a_guest_reset_cancels_where_the_operator_wants_it() {
+    let mut bench = Bench::started(MirrorConfig { cancel_on_guest_reset: true, ..blocking() });
+    bench.reach(JobStatus::Ready);
+    bench.with(|mirror, cx| mirror.guest_reset(cx));
+    assert_eq!(bench.dissolve().info.failure, Some(JobFailure::GuestReset));
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.with(|mirror, cx| mirror.guest_reset(cx));
+    assert_eq!(bench.status(), JobStatus::Ready);
+}
+
+#[test]
+fn pausing_twice_and_resuming_what_runs_are_refused_as_qemu_does() {
+    let mut bench = Bench::started(MirrorConfig::default());
+    let refusal = |result: Result<(), VerbError>| result.unwrap_err().to_string();
+    assert_eq!(refusal(bench.verb(JobVerb::Resume)), "Can't resume a job that was not paused");
+    bench.verb(JobVerb::Pause).unwrap();
+    assert_eq!(refusal(bench.verb(JobVerb::Pause)), "Job is already paused");
+    assert!(bench.info().paused_by_operator);
+    bench.turns(100);
+    let info = bench.info();
+    assert_eq!((info.status, info.dirty_bytes + info.in_flight_bytes), (JobStatus::Paused, SIZE));
+    bench.verb(JobVerb::Resume).unwrap();
+    bench.reach(JobStatus::Ready);
+}
+
+#[test]
+fn a_discard_never_makes_the_legs_differ() {
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.write(1, 0, &[5; 8192]);
+    bench.drain();
+    bench.submit(2, IoKind::Unmap, 512, 4096);
+    bench.submit(3, IoKind::WriteZeroes, 6144, 512);
+    bench.drain();
+    bench.turns_until("in sync", |bench| bench.info().actively_synced);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+    assert!(bench.done.iter().all(|done| done.result.is_ok()));
 }

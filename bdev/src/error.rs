@@ -10,8 +10,8 @@
 //! fails if the cell was changed meanwhile. So no channel ever acts on half of one injection and half of another, and
 //! nobody waits for anybody.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use resilver_reactor::{Armed, Context, Nanos};
 use resilver_sys::{BufferSlice, WaitSet};
@@ -61,6 +61,8 @@ const COUNT_BITS: u32 = 48;
 #[derive(Debug, Default)]
 struct Cell {
     word: AtomicU64,
+    /// A control thread is filling the cell.
+    claimed: AtomicBool,
     /// The kind's discriminant, or [`ANY_KIND`].
     kind: AtomicU64,
     /// The errno of a failure, or zero for a stall.
@@ -80,8 +82,6 @@ struct Shared {
     clears: AtomicU64,
     /// I/Os that were failed or stalled.
     injected: AtomicU64,
-    /// Control threads take turns to change the cells; channels do not ask.
-    writer: Mutex<()>,
 }
 
 impl Shared {
@@ -128,8 +128,21 @@ impl Cell {
         (kind == ANY_KIND || kind == io.kind as u64) && (everywhere || touches)
     }
 
-    /// Arms the cell. Only with the writer's lock, and on a cell whose count is zero.
-    fn arm(&self, injection: &Injection) {
+    /// Arms the cell, unless it is armed or somebody is about to; whether it did.
+    fn arm(&self, injection: &Injection) -> bool {
+        if self.claimed.swap(true, Ordering::AcqRel) {
+            return false;
+        }
+        let free = !self.is_armed();
+        if free {
+            self.fill(injection);
+        }
+        self.claimed.store(false, Ordering::Release);
+        free
+    }
+
+    /// Writes the cell, which is claimed and whose count is zero.
+    fn fill(&self, injection: &Injection) {
         let generation = (self.word.load(Ordering::Relaxed) >> COUNT_BITS).wrapping_add(1);
         let errno = match injection.effect {
             Effect::Fail(error) => u64::try_from(error.errno()).unwrap_or(0),
@@ -182,21 +195,17 @@ impl ErrorBdev {
                 expected: "at least 1 was expected".to_owned(),
             });
         }
-        let _turn = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let free = self.shared.cells.iter().find(|cell| !cell.is_armed());
-        let Some(cell) = free else {
-            return Err(BdevError::Busy {
-                name: self.name.clone(),
-                by: format!("{INJECTIONS_MAX} injections are armed; clear them first"),
-            });
-        };
-        cell.arm(&injection);
-        Ok(())
+        if self.shared.cells.iter().any(|cell| cell.arm(&injection)) {
+            return Ok(());
+        }
+        Err(BdevError::Busy {
+            name: self.name.clone(),
+            by: format!("{INJECTIONS_MAX} injections are armed; clear them first"),
+        })
     }
 
     /// Disarms all injections. What is stalled goes on.
     pub fn clear(&self) {
-        let _turn = self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner);
         for cell in &self.shared.cells {
             cell.disarm();
         }

@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use resilver_bdev::delay::{Delay, DelayConfig};
 use resilver_bdev::error::ErrorBdev;
@@ -74,7 +74,9 @@ fn subjects() -> Vec<Subject> {
     let latency =
         DelayConfig { avg_read_us: 20, p99_read_us: 90, avg_write_us: 30, p99_write_us: 99 };
     let delay = Arc::new(Delay::new("delay", malloc(), latency).unwrap());
-    let thread = SubmissionThread::start(0).unwrap();
+    // One for all tests: each would spin on its core.
+    static THREAD: OnceLock<SubmissionThread> = OnceLock::new();
+    let thread = THREAD.get_or_init(|| SubmissionThread::start(0).unwrap()).clone();
     vec![
         Subject { medium: Medium::Forgets, ..Subject::new("null", null) },
         Subject::new("malloc", malloc()),

@@ -131,6 +131,18 @@ pub(super) struct Negotiated {
     pub(super) event_index: bool,
 }
 
+impl Negotiated {
+    /// What these features mean for a ring.
+    pub(super) fn new(features: u64, protocol: u64) -> Self {
+        Self {
+            features,
+            protocol,
+            indirect: features & features::RING_INDIRECT_DESC != 0,
+            event_index: features & features::RING_EVENT_IDX != 0,
+        }
+    }
+}
+
 /// What the device says of itself (virtio 1.2 §5.2.4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlkConfig {

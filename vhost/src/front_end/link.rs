@@ -79,12 +79,7 @@ impl Link {
         if protocol & protocol_features::CONFIG == 0 {
             return Err(FrontEndError::Missing("VHOST_USER_PROTOCOL_F_CONFIG"));
         }
-        let negotiated = Negotiated {
-            features,
-            protocol,
-            indirect: features & features::RING_INDIRECT_DESC != 0,
-            event_index: features & features::RING_EVENT_IDX != 0,
-        };
+        let negotiated = Negotiated::new(features, protocol);
         // REPLY_ACK holds from the message after the one that agrees on it.
         self.send(&Message::SetProtocolFeatures(protocol), 0, &[])?;
         self.tell(&negotiated, &Message::SetOwner, &[])?;

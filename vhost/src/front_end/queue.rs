@@ -575,3 +575,181 @@ impl Request {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::features;
+    use proptest::prelude::*;
+
+    const SIZE: u16 = 8;
+    const READ: Request = Request::Read { offset: 4096 };
+    const BUFFER: DataBuffer = DataBuffer { offset: 0, length: 512 };
+
+    fn queue(features: u64) -> DriverQueue {
+        let negotiated = Negotiated::new(features, 0);
+        let bytes = bytes_needed(SIZE, 2, &negotiated);
+        let mut memory = SharedMemory::new(4096, bytes).unwrap();
+        DriverQueue::new(0, SIZE, 2, &negotiated, &mut memory).unwrap()
+    }
+
+    impl DriverQueue {
+        /// Completes a head as a device does.
+        fn complete(&mut self, used: u16, id: u32, status: Option<u8>) {
+            let at = 4 + 8 * usize::from(used % SIZE);
+            self.used.area.store_u32(at, id, Ordering::Relaxed);
+            self.used.area.store_u32(at + 4, 513, Ordering::Relaxed);
+            if let Some(status) = status {
+                let at = id as usize * HEADER_STRIDE + STATUS_AT;
+                self.headers.area.store_u8(at, status, Ordering::Relaxed);
+            }
+            self.used.area.store_u16(2, used.wrapping_add(1), Ordering::Release);
+        }
+
+        fn offered(&self, index: u16) -> u32 {
+            let at = 4 + 2 * usize::from(index % SIZE);
+            u32::from(self.available.area.load_u16(at, Ordering::Relaxed))
+        }
+
+        fn was_kicked(&self) -> bool {
+            let mut count = [0; 8];
+            rustix::io::read(self.kick.as_fd(), &mut count).is_ok()
+        }
+    }
+
+    #[test]
+    fn a_status_that_is_missing_or_unknown_is_an_error_of_the_request() {
+        let answers = [
+            (Some(0), Ok(())),
+            (Some(1), Err(RequestError::Io)),
+            (Some(2), Err(RequestError::Unsupported)),
+            (Some(77), Err(RequestError::UnknownStatus(77))),
+            (None, Err(RequestError::NoStatus)),
+        ];
+        let mut queue = queue(0);
+        for (used, (status, expected)) in (0..).zip(answers) {
+            queue.submit(READ, &[BUFFER], 100 + u64::from(used)).unwrap();
+            queue.publish();
+            queue.complete(used, queue.offered(used), status);
+            let finished = queue.pop().unwrap().unwrap();
+            assert_eq!((finished.tag, finished.result), (100 + u64::from(used), expected));
+            assert_eq!(queue.pop(), Ok(None));
+        }
+    }
+
+    #[test]
+    fn a_device_that_lies_about_its_ring_is_an_error_of_the_queue() {
+        let mut never_submitted = queue(0);
+        never_submitted.complete(0, 3, Some(0));
+        assert_eq!(never_submitted.pop(), Err(RingError::UsedIndex(1)));
+
+        for id in [7, u32::from(SIZE), u32::MAX] {
+            let mut other_head = queue(0);
+            other_head.submit(READ, &[BUFFER], 0).unwrap();
+            other_head.publish();
+            assert_eq!(other_head.offered(0), 0);
+            other_head.complete(0, id, None);
+            assert_eq!(other_head.pop(), Err(RingError::NotInFlight(id)));
+        }
+
+        let mut twice = queue(0);
+        for tag in 0..2 {
+            twice.submit(READ, &[BUFFER], tag).unwrap();
+        }
+        twice.publish();
+        let head = twice.offered(0);
+        twice.complete(0, head, Some(0));
+        twice.complete(1, head, Some(0));
+        assert!(twice.pop().unwrap().is_some());
+        assert_eq!(twice.pop(), Err(RingError::NotInFlight(head)));
+    }
+
+    #[test]
+    fn a_device_is_kicked_when_it_asks_for_that_and_only_then() {
+        let mut by_flag = queue(0);
+        for (tag, (flag, kicked)) in (0..).zip([(0, true), (NO_NOTIFICATION, false)]) {
+            by_flag.used.area.store_u16(0, flag, Ordering::Relaxed);
+            by_flag.submit(READ, &[BUFFER], tag).unwrap();
+            by_flag.publish();
+            assert_eq!(by_flag.was_kicked(), kicked);
+        }
+        by_flag.publish();
+        assert!(!by_flag.was_kicked());
+
+        let mut by_index = queue(features::RING_EVENT_IDX);
+        // The device waits for the index after the first.
+        by_index.used.area.store_u16(4 + 8 * usize::from(SIZE), 1, Ordering::Relaxed);
+        for (tag, kicked) in [false, true].into_iter().enumerate() {
+            by_index.submit(READ, &[BUFFER], tag as u64).unwrap();
+            by_index.publish();
+            assert_eq!(by_index.was_kicked(), kicked);
+        }
+    }
+
+    #[test]
+    fn a_restart_offers_what_is_in_flight_again_oldest_first() {
+        let mut queue = queue(features::RING_INDIRECT_DESC);
+        for tag in 0..4 {
+            queue.submit(READ, &[BUFFER], tag).unwrap();
+        }
+        queue.publish();
+        let heads: Vec<u32> = (0..4).map(|index| queue.offered(index)).collect();
+        queue.complete(0, heads[1], Some(0));
+        assert_eq!(queue.pop().unwrap().unwrap().tag, 1);
+        queue.submit(READ, &[BUFFER], 4).unwrap();
+        queue.publish();
+        // The freed head was taken again, and is now the youngest.
+        assert_eq!(queue.offered(4), heads[1]);
+
+        queue.restart();
+        assert_eq!(queue.published, 4);
+        let offered: Vec<u32> = (0..4).map(|index| queue.offered(index)).collect();
+        assert_eq!(offered, [heads[0], heads[2], heads[3], heads[1]]);
+        for (used, head) in (0..).zip(&offered) {
+            queue.complete(used, *head, Some(0));
+        }
+        let tags: Vec<u64> = (0..4).map(|_| queue.pop().unwrap().unwrap().tag).collect();
+        assert_eq!(tags, [0, 2, 3, 4]);
+        assert_eq!((queue.in_flight(), queue.free.len()), (0, usize::from(SIZE)));
+    }
+
+    proptest! {
+        /// Whatever is submitted and however it completes, no entry of the table is lost and every request ends once.
+        #[test]
+        fn entries_are_neither_lost_nor_given_twice(
+            indirect: bool,
+            steps in prop::collection::vec((0usize..3, 0usize..8), 1..200),
+        ) {
+            let mut queue = queue(if indirect { features::RING_INDIRECT_DESC } else { 0 });
+            let (mut waiting, mut tag, mut used, mut taken) = (Vec::new(), 0, 0u16, 0u16);
+            for (buffers, which) in steps {
+                match queue.submit(READ, &vec![BUFFER; buffers], tag) {
+                    Ok(()) => {
+                        prop_assert!(buffers <= 2);
+                        waiting.push((queue.offered(taken), tag));
+                        taken = taken.wrapping_add(1);
+                        tag += 1;
+                    }
+                    Err(SubmitError::Full) => prop_assert!(!queue.has_room(buffers)),
+                    Err(error) => prop_assert!(false, "{error}"),
+                }
+                queue.publish();
+                if which < waiting.len() {
+                    let (head, expected) = waiting.remove(which);
+                    queue.complete(used, head, Some(0));
+                    used = used.wrapping_add(1);
+                    prop_assert_eq!(queue.pop().unwrap().unwrap().tag, expected);
+                }
+                prop_assert_eq!(usize::from(queue.in_flight()), waiting.len());
+            }
+            while let Some((head, _)) = waiting.pop() {
+                queue.complete(used, head, Some(0));
+                used = used.wrapping_add(1);
+                prop_assert!(queue.pop().unwrap().is_some());
+            }
+            let mut free = queue.free.clone();
+            free.sort_unstable();
+            prop_assert_eq!(free, (0..SIZE).collect::<Vec<_>>());
+        }
+    }
+}

@@ -14,7 +14,8 @@ use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::uring::{Uring, UringConfig};
 use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
-use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread};
+use resilver_reactor::Armed;
+use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread, WaitSet};
 use resilver_tests::driver::{Driver, pattern};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
@@ -453,5 +454,43 @@ fn memory_that_a_guest_takes_away_costs_only_its_own_request() {
         }
         assert_eq!(driver.read(0, &good), Ok(()), "{}", subject.name);
         assert_eq!(driver.bytes(&good), pattern(41, 4096), "{}", subject.name);
+    }
+}
+
+#[test]
+fn an_idle_channel_lets_its_reactor_sleep_and_a_fresh_request_does_not() {
+    for subject in subjects() {
+        let mut driver = Driver::new(&*subject.bdev, 4);
+        let mut set = WaitSet::with_capacity(4);
+        let mut arm = |driver: &mut Driver| {
+            let (channel, cx) = driver.channel();
+            let armed = channel.arm(&cx, &mut set);
+            channel.disarm(&cx);
+            armed
+        };
+        assert_eq!(arm(&mut driver), Armed::Until(None), "{}", subject.name);
+        let payload = [driver.slice(0, 4096)];
+        driver.submit(IoKind::Write, 0, 4096, &payload);
+        assert_eq!(arm(&mut driver), Armed::Ready, "{}", subject.name);
+        assert!(driver.drain().values().all(Result::is_ok), "{}", subject.name);
+        assert_eq!(arm(&mut driver), Armed::Until(None), "{}", subject.name);
+    }
+}
+
+#[test]
+fn a_channel_that_moves_out_leaves_no_region_and_works_where_it_moves_in() {
+    for subject in media() {
+        let mut driver = Driver::new(&*subject.bdev, 4);
+        // Unaligned, so that a bounce pool is in use where there is one.
+        let payload = [driver.slice(3, 4096)];
+        driver.fill(&payload, 51);
+        assert_eq!(driver.write(0, &payload), Ok(()), "{}", subject.name);
+        let (channel, cx) = driver.channel();
+        channel.detach(&cx);
+        assert_eq!(cx.memory.len(), 1, "{}: the payloads' region only", subject.name);
+        channel.attach(&cx);
+        driver.clear(&payload);
+        assert_eq!(driver.read(0, &payload), Ok(()), "{}", subject.name);
+        assert_eq!(driver.bytes(&payload), pattern(51, 4096), "{}", subject.name);
     }
 }

@@ -6,7 +6,7 @@ use resilver_bdev::{IoError, IoKind, JobStatus, JobVerb};
 use resilver_reactor::Nanos;
 use resilver_tests::sim::control::{MirrorPlan, Operator};
 use resilver_tests::sim::disk::Effect;
-use resilver_tests::sim::guest::{Ask, GuestOptions};
+use resilver_tests::sim::guest::{Ask, GuestOptions, Transport};
 use resilver_tests::sim::rng::Rng;
 use resilver_tests::sim::sector::{SECTOR, Sector};
 use resilver_tests::sim::swarm::{Swarm, calm_disk};
@@ -22,6 +22,7 @@ const CHUNK: u64 = 4 * SECTOR as u64;
 /// A guest that writes, reads and flushes everywhere.
 fn busy() -> GuestOptions {
     GuestOptions {
+        transport: Transport::Port,
         depth: 16,
         weights: [2, 6, 1, 1, 1],
         rate_per_mille: 300,

@@ -303,11 +303,11 @@ impl World {
         self.keep_record();
         match self.control.operator {
             Operator::Whimsical => {
-                self.scan_now_and_then();
+                self.scan_now_and_then(100);
                 self.act_on_a_whim();
             }
             Operator::Wants(goal) => {
-                self.scan_now_and_then();
+                self.scan_now_and_then(1000);
                 if self.control.rng.chance(100) {
                     self.act_wisely(goal);
                 }
@@ -483,15 +483,15 @@ impl World {
     }
 
     /// The scan looks at the source now and tells what it saw later.
-    fn scan_now_and_then(&mut self) {
-        if self.control.rng.chance(100) {
+    fn scan_now_and_then(&mut self, per_mille: u32) {
+        if self.control.rng.chance(per_mille) {
             let most = self.control.rng.between(1, 64) as usize;
             self.look_for_holes(most);
             if self.control.rng.chance(10) {
                 self.give_up_scan();
             }
         }
-        if self.control.rng.chance(50) {
+        if self.control.rng.chance(per_mille / 2) {
             self.report_scan();
         }
     }

@@ -3,20 +3,26 @@
 //! It overlaps its writes, changes buffers that are in flight, cuts payloads at odd places, resets its device and leaves.
 //! Every request must end exactly once, every byte read must be one the oracle allows, and a request may fail only if the
 //! disk that serves it has failed one like it (which the world judges, since a guest does not know its disks).
+//!
+//! A guest reaches its disk in one of two ways: as a consumer of its own, or through a virtqueue that the real vhost
+//! session serves. Behind the second it may be disconnected with requests in flight; it submits them again when it is back.
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::disk::Consumer;
 use resilver_bdev::{BdevIo, Completion, IoError, IoKind, IoStats, Limits, Port, Tag};
 use resilver_reactor::{Armed, Context, Nanos, Work};
 use resilver_sys::mapping::Mapping;
-use resilver_sys::{BufferSlice, RegionId, WaitSet};
+use resilver_sys::{BufferSlice, RegionId, RegionTable, WaitSet};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::{overlap, sectors_of};
 use super::lock;
 use super::oracle::{Oracle, Value};
+use super::ring::{DriverRing, RING_BYTES};
 use super::rng::Rng;
 use super::sector::{SECTOR, Sector, Stamp};
 use super::trace::Trace;
@@ -26,9 +32,20 @@ const BUFFER: u64 = 64 << 10;
 /// What a read's buffer holds before the read: bytes that no disk has.
 const POISON: u64 = 0xdead_dead_dead_dead;
 
+/// How a guest reaches its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// It is a consumer of the disk itself.
+    Port,
+    /// Through a virtqueue and a vhost session.
+    Ring,
+}
+
 /// How a guest behaves.
 #[derive(Debug, Clone)]
 pub struct GuestOptions {
+    /// How it reaches its disk.
+    pub transport: Transport,
     /// Requests in flight at most.
     pub depth: usize,
     /// How often each kind is asked for, in the order of [`IoKind::ALL`].
@@ -108,9 +125,44 @@ impl Way for Port<'_> {
     }
 }
 
+/// A virtqueue as a way to the disk.
+struct RingWay<'a> {
+    ring: &'a mut DriverRing,
+    limits: Limits,
+    rng: &'a mut Rng,
+}
+
+impl Way for RingWay<'_> {
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn has_room(&self, kind: IoKind) -> bool {
+        let _ = kind;
+        self.ring.has_room()
+    }
+
+    fn send(&mut self, cx: &Context<'_>, io: BdevIo, slices: &[BufferSlice]) {
+        let _ = cx;
+        self.ring.submit(io.tag.0 as usize, &io, slices, self.rng);
+    }
+}
+
+/// The driver's side of a virtqueue.
+struct Driver {
+    /// What the guest's memory is made of.
+    file: Arc<OwnedFd>,
+    /// None while no session serves it.
+    ring: Option<DriverRing>,
+    /// What the device told at its start.
+    limits: Limits,
+    rng: Rng,
+}
+
 #[derive(Debug)]
 struct Request {
     io: BdevIo,
+    slices: Vec<BufferSlice>,
     /// The oracle's name for a write.
     write: u32,
     /// The oracle's name for the moment of submission of a read or a flush.
@@ -130,6 +182,7 @@ struct State {
     trace: Trace,
     mapping: Arc<Mapping>,
     region: RegionId,
+    driver: Option<Driver>,
     requests: Vec<Option<Request>>,
     asked: usize,
     asks: VecDeque<(usize, Ask)>,
@@ -144,7 +197,7 @@ struct State {
 pub struct SimGuest(Arc<Mutex<State>>);
 
 impl SimGuest {
-    /// A guest whose buffers lie in memory of its own.
+    /// A guest whose buffers lie in memory of its own. `limits` are what its device tells it.
     ///
     /// # Panics
     /// The host has no memory.
@@ -152,12 +205,21 @@ impl SimGuest {
     pub fn new(
         name: &str,
         options: GuestOptions,
+        limits: &Limits,
         oracle: &Arc<Mutex<Oracle>>,
-        rng: Rng,
+        mut rng: Rng,
         trace: &Trace,
     ) -> Self {
-        let bytes = options.depth * BUFFER as usize;
-        let mapping = Mapping::anonymous(bytes).expect("memory for a guest's buffers");
+        let bytes = options.depth as u64 * BUFFER + RING_BYTES as u64;
+        let file = memfd_create(name, MemfdFlags::CLOEXEC).expect("a memory file");
+        ftruncate(&file, bytes).expect("a memory file's size");
+        let mapping = Mapping::shared(file.as_fd(), 0, bytes).expect("memory for a guest");
+        let driver = (options.transport == Transport::Ring).then(|| Driver {
+            file: Arc::new(file),
+            ring: None,
+            limits: *limits,
+            rng: rng.fork(),
+        });
         Self(Arc::new(Mutex::new(State {
             name: name.to_owned(),
             active: true,
@@ -166,6 +228,7 @@ impl SimGuest {
             trace: trace.clone(),
             mapping,
             region: RegionId::NONE,
+            driver,
             requests: (0..options.depth).map(|_| None).collect(),
             options,
             asked: 0,
@@ -175,6 +238,82 @@ impl SimGuest {
             reset: false,
             ended: 0,
         })))
+    }
+
+    /// How it reaches its disk.
+    #[must_use]
+    pub fn transport(&self) -> Transport {
+        lock(&self.0).options.transport
+    }
+
+    /// The file that its memory is, and its size.
+    ///
+    /// # Panics
+    /// The guest has no virtqueue.
+    #[must_use]
+    pub fn memory_file(&self) -> (Arc<OwnedFd>, u64) {
+        let state = lock(&self.0);
+        let driver = state.driver.as_ref().expect("a guest with a virtqueue");
+        (Arc::clone(&driver.file), state.mapping.len() as u64)
+    }
+
+    /// Where its ring lies: descriptors, available, used.
+    ///
+    /// # Panics
+    /// No session is up.
+    #[must_use]
+    pub fn ring_addresses(&self) -> [u64; 3] {
+        let state = lock(&self.0);
+        let driver = state.driver.as_ref().expect("a guest with a virtqueue");
+        driver.ring.as_ref().expect("a ring").addresses()
+    }
+
+    /// A session begins: the ring is laid out anew, and what was in flight when the last one ended is submitted again.
+    pub fn plug(&self, memory: &RegionTable) {
+        let mut state = lock(&self.0);
+        let state = &mut *state;
+        let Some(driver) = &mut state.driver else { return };
+        if state.region == RegionId::NONE {
+            let mapping = Arc::clone(&state.mapping);
+            state.region = memory.insert(mapping).expect("room in the region table");
+        }
+        let mut ring = DriverRing::new(&state.mapping, state.options.depth as u64 * BUFFER);
+        for (slot, request) in state.requests.iter_mut().enumerate() {
+            let Some(request) = request else { continue };
+            request.slices.iter_mut().for_each(|slice| slice.region = state.region);
+            state.trace.line(format_args!("{}.{slot} asks again", state.name));
+            ring.submit(slot, &request.io, &request.slices, &mut driver.rng);
+        }
+        driver.ring = Some(ring);
+    }
+
+    /// The session is gone, and with it the ring.
+    pub fn unplug(&self) {
+        if let Some(driver) = &mut lock(&self.0).driver {
+            driver.ring = None;
+        }
+    }
+
+    /// A turn of the driver: takes what has ended, asks for more.
+    pub fn drive(&self, cx: &Context<'_>) {
+        let mut state = lock(&self.0);
+        let state = &mut *state;
+        let Some(mut driver) = state.driver.take() else { return };
+        if let Some(ring) = &mut driver.ring {
+            loop {
+                match ring.pop() {
+                    Ok(Some(completion)) => state.end(cx, completion),
+                    Ok(None) => break,
+                    Err(wrong) => {
+                        state.trace.finding(wrong);
+                        break;
+                    }
+                }
+            }
+            let (limits, rng) = (driver.limits, &mut driver.rng);
+            state.act(cx, &mut RingWay { ring, limits, rng });
+        }
+        state.driver = Some(driver);
     }
 
     /// Lets it ask by itself, or only what a scenario asks.
@@ -296,9 +435,10 @@ impl State {
         };
         let may_unmap = kind == IoKind::WriteZeroes && self.rng.chance(500);
         let io = BdevIo { tag: Tag(slot as u32), kind, may_unmap, offset, length };
-        let mut request = Request { io, write: 0, begun: 0, since: cx.now, number };
         let limits = way.limits();
         let slices = if kind.has_payload() { self.slices(slot, length, &limits) } else { vec![] };
+        let mut request =
+            Request { io, slices: slices.clone(), write: 0, begun: 0, since: cx.now, number };
         let sectors = sector..sector + count;
         match kind {
             IoKind::Read => {
@@ -419,7 +559,7 @@ impl State {
     fn end(&mut self, cx: &Context<'_>, completion: Completion) {
         let slot = completion.tag.0 as usize;
         let request = self.requests.get_mut(slot).and_then(Option::take);
-        let Some(Request { io, write, begun, since, number }) = request else {
+        let Some(Request { io, write, begun, since, number, .. }) = request else {
             let name = &self.name;
             self.trace.finding(format_args!("{name}.{slot} ended twice, or was never asked"));
             return;

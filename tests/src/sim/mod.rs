@@ -16,6 +16,7 @@ pub mod probe;
 pub mod ring;
 pub mod rng;
 pub mod sector;
+pub mod session;
 pub mod swarm;
 pub mod trace;
 pub mod world;

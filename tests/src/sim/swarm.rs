@@ -7,7 +7,7 @@ use resilver_bdev::{IoKind, Limits};
 use resilver_reactor::Nanos;
 
 use super::disk::{DiskOptions, Faults, UnmapResult};
-use super::guest::GuestOptions;
+use super::guest::{GuestOptions, Transport};
 use super::rng::Rng;
 use super::sector::SECTOR;
 
@@ -155,6 +155,7 @@ fn guest(rng: &mut Rng, limits: &Limits) -> GuestOptions {
     let hot = rng.below(sectors);
     let weight = |rng: &mut Rng| rng.pick(&[0, 1, 1, 4]);
     GuestOptions {
+        transport: rng.pick(&[Transport::Port, Transport::Ring]),
         depth: rng.pick(&[1, 4, 16, 32]),
         weights: [
             rng.pick(&[1, 4, 10]),

@@ -14,11 +14,12 @@ use resilver_sys::{RegionTable, WaitSet};
 
 use super::control::{Control, Job, MirrorPlan, Operator};
 use super::disk::{Faults, SimDisk};
-use super::guest::{Failure, SimGuest};
+use super::guest::{Failure, SimGuest, Transport};
 use super::lock;
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::sector::{SECTOR, Sector, Stamp};
+use super::session::Session;
 use super::swarm::{Swarm, change_weather, disk};
 use super::trace::Trace;
 
@@ -46,6 +47,8 @@ pub struct Seat {
     pub guest: SimGuest,
     id: ConsumerId,
     place: Arc<Mutex<Place>>,
+    /// The control side of its session, if it has a virtqueue.
+    session: Option<Session>,
 }
 
 /// One simulated host.
@@ -66,6 +69,7 @@ pub struct World {
     pub(super) rng: Rng,
     pub(super) oracle: Arc<Mutex<Oracle>>,
     memory: RegionTable,
+    doorbell: Arc<Doorbell>,
     disk: Disk,
     handle: DiskHandle,
     wait_set: WaitSet,
@@ -94,7 +98,8 @@ impl World {
         let memory = RegionTable::with_capacity(64);
         let doorbell = Arc::new(Doorbell::new().expect("an event descriptor"));
         let root = source.open_channel(DISK_DEPTH).expect("a simulated channel");
-        let (mut disk, handle) = Disk::new(root, Arc::clone(source.stats()), doorbell, || {});
+        let bell = Arc::clone(&doorbell);
+        let (mut disk, handle) = Disk::new(root, Arc::clone(source.stats()), bell, || {});
         disk.started(&Context { now: Nanos::ZERO, memory: &memory });
         let mut world = Self {
             now: Nanos::ZERO,
@@ -106,6 +111,7 @@ impl World {
             rng,
             oracle,
             memory,
+            doorbell,
             disk,
             handle,
             wait_set: WaitSet::with_capacity(16),
@@ -115,9 +121,11 @@ impl World {
         for (index, options) in world.swarm.guests.clone().into_iter().enumerate() {
             let name = format!("guest{index}");
             let rng = world.rng.fork();
-            let guest = SimGuest::new(&name, options, &world.oracle, rng, &world.trace);
+            let limits = *world.source.limits();
+            let guest = SimGuest::new(&name, options, &limits, &world.oracle, rng, &world.trace);
             let id = ConsumerId(index as u64);
-            world.seats.push(Seat { guest, id, place: Arc::new(Mutex::new(Place::Away)) });
+            let place = Arc::new(Mutex::new(Place::Away));
+            world.seats.push(Seat { guest, id, place, session: None });
             world.connect(index);
         }
         world
@@ -131,21 +139,47 @@ impl World {
 
     /// Brings a guest's session up.
     fn connect(&mut self, index: usize) {
-        let seat = &self.seats[index];
+        let seat = &mut self.seats[index];
         *lock(&seat.place) = Place::Coming;
+        self.trace.line(format_args!("guest{index} connects"));
         let (place, trace) = (Arc::clone(&seat.place), self.trace.clone());
         let reply = move |result: Result<(), Box<dyn Consumer>>| match result {
             Ok(()) => *lock(&place) = Place::Here,
             Err(_) => trace.finding("the disk has no room for a guest"),
         };
-        let consumer = Box::new(seat.guest.clone());
-        self.send(DiskCommand::AddConsumer(seat.id, consumer, Box::new(reply)));
+        let consumer: Box<dyn Consumer> = match seat.guest.transport() {
+            Transport::Port => Box::new(seat.guest.clone()),
+            Transport::Ring => {
+                seat.guest.plug(&self.memory);
+                let doorbell = Arc::clone(&self.doorbell);
+                let (control, session) = Session::new(&seat.guest, doorbell, &self.trace);
+                seat.session = Some(control);
+                Box::new(session)
+            }
+        };
+        let command = DiskCommand::AddConsumer(seat.id, consumer, Box::new(reply));
+        self.send(command);
+    }
+
+    /// Brings up the sessions of all guests that are away.
+    fn bring_guests_back(&mut self) {
+        for index in 0..self.seats.len() {
+            let place = *lock(&self.seats[index].place);
+            if place == Place::Away {
+                self.connect(index);
+            }
+        }
     }
 
     /// Hangs a guest's session up.
     fn disconnect(&mut self, index: usize) {
-        let seat = &self.seats[index];
+        let seat = &mut self.seats[index];
         *lock(&seat.place) = Place::Leaving;
+        self.trace.line(format_args!("guest{index} hangs up"));
+        if let Some(mut session) = seat.session.take() {
+            session.abandon();
+            seat.guest.unplug();
+        }
         let (place, trace) = (Arc::clone(&seat.place), self.trace.clone());
         let reply = move |consumer: Option<Box<dyn Consumer>>| {
             if consumer.is_none() {
@@ -153,7 +187,8 @@ impl World {
             }
             *lock(&place) = Place::Away;
         };
-        self.send(DiskCommand::RemoveConsumer(seat.id, Box::new(reply)));
+        let command = DiskCommand::RemoveConsumer(seat.id, Box::new(reply));
+        self.send(command);
     }
 
     /// Sends a command to the disk.
@@ -179,7 +214,16 @@ impl World {
             disk.advance(self.now, &self.memory);
         }
         self.control();
+        if self.control.operator != Operator::Whimsical {
+            self.bring_guests_back();
+        }
         let cx = Context { now: self.now, memory: &self.memory };
+        for Seat { guest, session, .. } in &mut self.seats {
+            guest.drive(&cx);
+            if let Some(session) = session {
+                session.advance(guest);
+            }
+        }
         let work = self.disk.poll(&cx);
         // Failures first: an event may change which disk they are judged by.
         self.judge_failures();
@@ -298,7 +342,10 @@ impl World {
             let index = self.rng.below(self.seats.len() as u64) as usize;
             let place = *lock(&self.seats[index].place);
             match place {
-                Place::Here if self.rng.chance(500) => self.seats[index].guest.reset(),
+                Place::Here if self.rng.chance(500) => match &mut self.seats[index].session {
+                    Some(session) => session.disturb(&mut self.rng),
+                    None => self.seats[index].guest.reset(),
+                },
                 Place::Here => self.disconnect(index),
                 Place::Away => self.connect(index),
                 Place::Coming | Place::Leaving => {}
@@ -346,12 +393,6 @@ impl World {
         }
         for seat in &self.seats {
             seat.guest.set_active(false);
-        }
-        for index in 0..self.seats.len() {
-            let place = *lock(&self.seats[index].place);
-            if place == Place::Away {
-                self.connect(index);
-            }
         }
         self.run_until("every request ends", Nanos::from_secs(10), |world| {
             world.seats.iter().all(|seat| seat.guest.outstanding() == 0)

@@ -1,0 +1,204 @@
+//! The control side of a guest's vhost session: gives the real [`BlkSession`] its memory and ring, and changes them under load.
+//!
+//! It stands for the vhost-user server: one command at a time, each answered before the next. What it may do to a session
+//! that runs is what front ends do: replace the memory table, stop and start the ring, disable and enable it, change the
+//! cache mode, reset the device.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use resilver_reactor::{Doorbell, Sender};
+use resilver_sys::EventFd;
+use resilver_vhost::VhostStats;
+use resilver_vhost::blk::CacheMode;
+use resilver_vhost::blk_session::{BlkSession, Command, Enabled, SessionConfig};
+use resilver_vhost::chain::Indirect;
+use resilver_vhost::memory::{GuestMemory, GuestRegion};
+use resilver_vhost::message::{RegionDescription, RingAddresses};
+use resilver_vhost::queue::LiveQueue;
+use resilver_vhost::split::{EventMode, RingAreas, SplitRing};
+
+use super::guest::SimGuest;
+use super::lock;
+use super::ring::{ENTRIES, GUEST_BASE};
+use super::rng::Rng;
+use super::trace::Trace;
+
+/// What control does to a session, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// A new memory table, with the same memory in it.
+    Memory,
+    Start,
+    Stop,
+    Enable(Enabled),
+    Cache(CacheMode),
+    Reset,
+}
+
+/// Whether the last command was answered, and what is to be kept of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Awaited,
+    Here,
+    /// The ring was stopped and stands there.
+    Stopped(u16),
+}
+
+/// The control side of one session.
+pub struct Session {
+    sender: Sender<Command>,
+    steps: VecDeque<Step>,
+    answer: Arc<Mutex<Answer>>,
+    memory: GuestMemory,
+    /// Where the ring goes on.
+    base: u16,
+    addresses: RingAddresses,
+    kick: Arc<EventFd>,
+    trace: Trace,
+}
+
+impl Session {
+    /// A session for `guest`, whose ring is empty, and its data side.
+    ///
+    /// # Panics
+    /// The host refuses a descriptor.
+    #[must_use]
+    pub fn new(guest: &SimGuest, doorbell: Arc<Doorbell>, trace: &Trace) -> (Self, BlkSession) {
+        let fault_trace = trace.clone();
+        let config = SessionConfig {
+            num_queues: 1,
+            read_only: false,
+            serial: [b's'; 20],
+            stats: Arc::new(VhostStats::default()),
+            on_fault: Box::new(move |(queue, fault)| {
+                fault_trace.finding(format_args!("ring {queue} is refused: {fault}"));
+            }),
+        };
+        let (session, sender) = BlkSession::new(config, doorbell);
+        let [descriptors, available, used] = guest.ring_addresses();
+        let control = Self {
+            sender,
+            steps: VecDeque::from([Step::Memory, Step::Cache(CacheMode::WriteBack), Step::Start]),
+            answer: Arc::new(Mutex::new(Answer::Here)),
+            memory: GuestMemory::default(),
+            base: 0,
+            addresses: RingAddresses { flags: 0, descriptors, used, available, log: 0 },
+            kick: Arc::new(EventFd::new().expect("an event descriptor")),
+            trace: trace.clone(),
+        };
+        (control, session)
+    }
+
+    /// Gives the next command if the last was answered.
+    pub fn advance(&mut self, guest: &SimGuest) {
+        match *lock(&self.answer) {
+            Answer::Awaited => return,
+            Answer::Here => {}
+            Answer::Stopped(base) => self.base = base,
+        }
+        let Some(step) = self.steps.pop_front() else { return };
+        *lock(&self.answer) = Answer::Awaited;
+        self.trace.line(format_args!("control: {step:?}"));
+        let command = self.command(step, guest);
+        self.give(command);
+    }
+
+    /// Does something to the session.
+    pub fn disturb(&mut self, rng: &mut Rng) {
+        if !self.steps.is_empty() || *lock(&self.answer) == Answer::Awaited {
+            return;
+        }
+        let cache = rng.pick(&[CacheMode::WriteBack, CacheMode::WriteThrough]);
+        self.steps.extend(
+            rng.pick(&[
+                [Some(Step::Memory), None],
+                [Some(Step::Stop), Some(Step::Start)],
+                [Some(Step::Enable(Enabled::No)), Some(Step::Enable(Enabled::Yes))],
+                [Some(Step::Cache(cache)), None],
+                [Some(Step::Reset), None],
+            ])
+            .into_iter()
+            .flatten(),
+        );
+    }
+
+    /// The front end is gone.
+    pub fn abandon(&mut self) {
+        self.give(Command::Abandon(Box::new(|_in_flight| {})));
+    }
+
+    fn give(&self, command: Command) {
+        if self.sender.send(command).is_err() {
+            self.trace.finding("a session's mailbox is full");
+        }
+    }
+
+    fn command(&mut self, step: Step, guest: &SimGuest) -> Command {
+        match step {
+            Step::Memory => {
+                let rings = if self.memory.is_empty() { vec![] } else { vec![0] };
+                self.memory = map(guest);
+                let rings = rings.into_iter().map(|queue| (queue, self.areas())).collect();
+                let trace = self.trace.clone();
+                let answered = self.answered();
+                let reply = Box::new(move |result: Result<_, (_, _)>| {
+                    if result.is_err() {
+                        trace.finding("no room for a guest's memory");
+                    }
+                    answered(());
+                });
+                Command::SetMemory { memory: Box::new(self.memory.clone()), rings, reply }
+            }
+            Step::Start => {
+                let ring = SplitRing::new(self.areas(), ENTRIES, self.base, EventMode::Flags);
+                let kick = Some(Arc::clone(&self.kick));
+                let live = Box::new(LiveQueue::new(ring, Indirect::Allowed, kick, None));
+                let (trace, answered) = (self.trace.clone(), self.answered());
+                let reply = Box::new(move |result: Result<(), _>| {
+                    if result.is_err() {
+                        trace.finding("a ring that was stopped cannot be started");
+                    }
+                    answered(());
+                });
+                Command::Start { queue: 0, live, enabled: Enabled::Yes, reply }
+            }
+            Step::Stop => {
+                let (trace, answer) = (self.trace.clone(), Arc::clone(&self.answer));
+                let reply = Box::new(move |live: Option<Box<LiveQueue>>| match live {
+                    Some(live) => *lock(&answer) = Answer::Stopped(live.next_available()),
+                    None => trace.finding("a ring that runs cannot be stopped"),
+                });
+                Command::Stop { queue: 0, reply }
+            }
+            Step::Enable(enabled) => {
+                Command::Enable { queue: 0, enabled, reply: Box::new(self.answered()) }
+            }
+            Step::Cache(mode) => Command::SetCache(mode, Box::new(self.answered())),
+            Step::Reset => Command::GuestReset(Box::new(self.answered())),
+        }
+    }
+
+    fn answered(&self) -> impl FnOnce(()) + Send + 'static {
+        let answer = Arc::clone(&self.answer);
+        move |()| *lock(&answer) = Answer::Here
+    }
+
+    fn areas(&self) -> RingAreas {
+        RingAreas::resolve(&self.memory, ENTRIES, &self.addresses).expect("a well-placed ring")
+    }
+}
+
+/// The guest's memory as its front end would describe it.
+fn map(guest: &SimGuest) -> GuestMemory {
+    let (file, size) = guest.memory_file();
+    let description = RegionDescription {
+        guest_address: GUEST_BASE,
+        size,
+        user_address: GUEST_BASE,
+        file_offset: 0,
+    };
+    let region = GuestRegion::map(&description, file.as_fd()).expect("a guest's memory maps");
+    GuestMemory::new(vec![region]).expect("one region overlaps nothing")
+}

@@ -23,6 +23,8 @@ use crate::cut::LoggedWrite;
 
 /// Blocks of the longest request.
 const LONGEST: u64 = 16;
+/// Blocks of a stripe: the load uses every other one, so that a disk's holes are not all written.
+const STRIPE: u64 = 4096;
 /// One request in so many is a flush.
 const FLUSH_EVERY: u64 = 512;
 /// Of a hundred requests, so many read.
@@ -431,7 +433,9 @@ impl Worker {
         let longest = LONGEST.min(self.content.blocks());
         let blocks = if self.random.below(4) == 0 { 1 + self.random.below(longest) } else { 1 };
         for _ in 0..DRAWS {
-            let block = self.random.below(self.content.blocks() - blocks + 1);
+            let drawn = self.random.below(self.content.blocks() - blocks + 1);
+            let unused_stripe = drawn / STRIPE % 2 == 1;
+            let block = if unused_stripe { drawn - STRIPE } else { drawn };
             let range = resilver_sys::usize_from(block)..resilver_sys::usize_from(block + blocks);
             let fits = |busy: &Busy| match busy {
                 Busy::Free => true,

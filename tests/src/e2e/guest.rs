@@ -341,26 +341,45 @@ impl Worker {
     fn take_over(&mut self) {
         let mut entries = vec![0; self.blocks.len() * ENTRY];
         self.table.as_ref().expect("a table").read_exact_at(&mut entries, 0).unwrap();
-        for (number, entry) in entries.chunks_exact(ENTRY).enumerate() {
-            self.driver.read(0, self.blocks[number]).unwrap();
+        let numbers: Vec<usize> = (0..self.blocks.len()).collect();
+        for numbers in numbers.chunks(self.slots.len()) {
+            for (slot, number) in numbers.iter().enumerate() {
+                self.driver.read(slot, self.blocks[*number]).unwrap();
+            }
             self.driver.notify().unwrap();
-            let begun = Instant::now();
-            while self.driver.completions().is_empty() {
+            let (begun, mut ended) = (Instant::now(), 0);
+            while ended < numbers.len() {
+                let completions = self.driver.completions();
+                assert!(completions.iter().all(|(_, result)| *result == 0), "a read failed");
+                ended += completions.len();
                 assert!(begun.elapsed() < LOST_AFTER, "a read did not end");
                 thread::yield_now();
             }
-            let [submitted, acknowledged] =
-                [0, 4].map(|at| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap()));
-            let found = generation_of(self.driver.buffer(0), number);
-            let owed = acknowledged..=submitted;
-            let found = found.filter(|found| owed.contains(found));
-            let Some(found) = found else { panic!("block {number} is not in {owed:?}: {found:?}") };
-            self.report.generations[number] = found;
-            self.report.verified += 1;
-            self.note(number, 0, found);
-            self.note(number, 4, found);
+            for (slot, number) in numbers.iter().enumerate() {
+                let entry = &entries[number * ENTRY..][..ENTRY];
+                self.take_over_block(slot, *number, entry);
+            }
         }
     }
+
+    /// Takes the block that was read into the slot as it is, if that is what the predecessor owed.
+    fn take_over_block(&mut self, slot: usize, number: usize, entry: &[u8]) {
+        let [submitted, acknowledged] = generations(entry);
+        let found = generation_of(self.driver.buffer(slot), number);
+        let owed = acknowledged..=submitted;
+        let Some(found) = found.filter(|found| owed.contains(found)) else {
+            panic!("block {number} is not in {owed:?}: {found:?}")
+        };
+        self.report.generations[number] = found;
+        self.report.verified += 1;
+        self.note(number, 0, found);
+        self.note(number, 4, found);
+    }
+}
+
+/// What an entry of a table says: the generation submitted, the generation acknowledged.
+fn generations(entry: &[u8]) -> [u32; 2] {
+    [0, 4].map(|at| u32::from_le_bytes(entry[at..at + 4].try_into().expect("four bytes")))
 }
 
 /// What a table says that every block holds, after a guest that ended in peace.
@@ -370,8 +389,7 @@ impl Worker {
 pub fn table_generations(path: &Path) -> Vec<u32> {
     let bytes = std::fs::read(path).unwrap();
     let entries = bytes.chunks_exact(ENTRY).map(|entry| {
-        let [submitted, acknowledged] =
-            [0, 4].map(|at| u32::from_le_bytes(entry[at..at + 4].try_into().unwrap()));
+        let [submitted, acknowledged] = generations(entry);
         assert_eq!(submitted, acknowledged, "a write was in flight");
         acknowledged
     });

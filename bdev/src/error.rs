@@ -480,4 +480,36 @@ mod tests {
         rig.bdev.inject(failing(None, 1, None)).unwrap();
         assert!(rig.bdev.inject(failing(None, 0, None)).is_err());
     }
+
+    /// Two injections take turns in one cell while another thread strikes; each names its own kind, place and error.
+    #[test]
+    fn a_channel_never_acts_on_halves_of_two_injections() {
+        const ROUNDS: u32 = 20_000;
+        let cases = [(IoKind::Unmap, 0, IoError::NO_SPACE), (IoKind::Write, 4096, IoError::IO)];
+        let cell = Arc::new(Cell::default());
+        let writer = std::thread::spawn({
+            let cell = Arc::clone(&cell);
+            move || {
+                for round in 0..ROUNDS {
+                    let (kind, offset, error) = cases[round as usize % 2];
+                    let range = Some((offset, 512));
+                    let effect = Effect::Fail(error);
+                    assert!(cell.arm(&Injection { kind: Some(kind), effect, count: 3, range }));
+                    std::thread::yield_now();
+                    cell.disarm();
+                }
+            }
+        });
+        while !writer.is_finished() {
+            for (kind, _, error) in cases {
+                for (right_kind, offset, _) in cases {
+                    let io = BdevIo { tag: Tag(0), kind, may_unmap: false, offset, length: 512 };
+                    let effect = cell.strike(&io);
+                    let right = kind == right_kind && effect == Some(Effect::Fail(error));
+                    assert!(effect.is_none() || right, "{kind:?} at {offset}: {effect:?}");
+                }
+            }
+        }
+        writer.join().unwrap();
+    }
 }

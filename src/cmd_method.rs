@@ -20,6 +20,18 @@ pub(crate) struct Family {
     columns: &'static [Column],
 }
 
+/// The table of jobs.
+pub(crate) const JOB_COLUMNS: &[Column] = &[
+    Column { head: "ID", cell: |row| text(&row["id"]) },
+    Column { head: "STATUS", cell: |row| text(&row["status"]) },
+    Column { head: "SOURCE", cell: |row| text(&row["source"]) },
+    Column { head: "TARGET", cell: |row| text(&row["target"]) },
+    Column { head: "DONE", cell: done },
+    Column { head: "DIRTY", cell: |row| amount(&row["dirty_bytes"]) },
+    Column { head: "RATE", cell: |row| format!("{}/s", amount(&row["copy_bytes_per_second"])) },
+    Column { head: "ERROR", cell: |row| text(&row["error"]) },
+];
+
 /// The families.
 pub(crate) static FAMILIES: [Family; 4] = [
     Family {
@@ -51,19 +63,7 @@ pub(crate) static FAMILIES: [Family; 4] = [
         name: "job",
         about: "Watch and control jobs",
         list: "job_get_list",
-        columns: &[
-            Column { head: "ID", cell: |row| text(&row["id"]) },
-            Column { head: "STATUS", cell: |row| text(&row["status"]) },
-            Column { head: "SOURCE", cell: |row| text(&row["source"]) },
-            Column { head: "TARGET", cell: |row| text(&row["target"]) },
-            Column { head: "DONE", cell: done },
-            Column { head: "DIRTY", cell: |row| amount(&row["dirty_bytes"]) },
-            Column {
-                head: "RATE",
-                cell: |row| format!("{}/s", amount(&row["copy_bytes_per_second"])),
-            },
-            Column { head: "ERROR", cell: |row| text(&row["error"]) },
-        ],
+        columns: JOB_COLUMNS,
     },
     Family {
         name: "state",

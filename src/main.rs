@@ -6,6 +6,7 @@
 //! tables, and mirrors that are waited for.
 
 mod cmd_method;
+mod cmd_mirror;
 mod cmd_rpc;
 mod cmd_serve;
 mod content;
@@ -42,6 +43,8 @@ struct Cli {
 enum Command {
     /// Run a target.
     Serve(cmd_serve::ServeArgs),
+    /// Mirror disks while their guests run, and switch over.
+    Mirror(cmd_mirror::MirrorArgs),
     /// Call any method of a target.
     Rpc(cmd_rpc::RpcArgs),
     /// Serve a scratch disk, mirror it under load, switch over and check every byte.
@@ -139,6 +142,7 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
     let session = Session { rpc_socket: cli.rpc_socket, json: cli.json };
     match cli.command {
         Command::Serve(args) => cmd_serve::run(&session, &args),
+        Command::Mirror(args) => cmd_mirror::run(&session, &args),
         Command::Rpc(args) => cmd_rpc::run(&session, &args),
         Command::Demo(args) => demo::run(&args, session.json),
         Command::Completions { shell } => {

@@ -1,0 +1,415 @@
+//! The control plane from outside: a target on a thread, calls through its socket.
+
+#![allow(clippy::unwrap_used)] // a test may panic; clippy knows that only of functions it sees as tests
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use resilver_reactor::Idle;
+use resilver_rpc::error::code;
+use resilver_rpc::serve::{ServeConfig, UringMode};
+use resilver_rpc::{Client, ClientError, RpcError, serve};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+
+const MIB: u64 = 1 << 20;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A target on a thread of its own.
+struct Served {
+    dir: PathBuf,
+    client: Client,
+    metrics: Option<std::net::SocketAddr>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    fn start(dir: &Path, state_dir: Option<PathBuf>) -> Self {
+        let config = ServeConfig {
+            rpc_socket: dir.join("rpc.sock"),
+            vhost_dir: dir.join("vhost"),
+            cores: None,
+            idle: Idle::Adaptive,
+            uring_mode: UringMode::Auto,
+            sqpoll_core: None,
+            metrics: Some("127.0.0.1:0".parse().unwrap()),
+            state_dir,
+            config: None,
+        };
+        let (stop, stopped) = oneshot::channel();
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let stopped = async {
+                let _ = stopped.await;
+            };
+            serve::run(config, stopped, |it| ready.send(it.metrics).unwrap()).unwrap();
+        });
+        let metrics = is_ready.recv_timeout(DEADLINE).unwrap();
+        let client = Client::connect(&dir.join("rpc.sock")).unwrap();
+        let (stop, thread) = (Some(stop), Some(thread));
+        Self { dir: dir.to_owned(), client, metrics, stop, thread }
+    }
+
+    fn call(&mut self, method: &str, params: Value) -> Value {
+        self.client.call(method, params).unwrap_or_else(|error| panic!("{method}: {error}")).result
+    }
+
+    fn refused(&mut self, method: &str, params: Value) -> RpcError {
+        match self.client.call(method, params.clone()) {
+            Err(ClientError::Rpc(error)) => error,
+            other => panic!("{method} {params} was not refused: {other:?}"),
+        }
+    }
+
+    fn malloc(&mut self, name: &str, mib: u64) {
+        let params = json!({ "name": name, "num_blocks": mib * MIB / 512, "block_size": 512 });
+        assert_eq!(self.call("bdev_malloc_create", params), name);
+    }
+
+    /// A file of random size of data and holes, as a bdev.
+    fn file(&mut self, name: &str, mib: u64) -> PathBuf {
+        let path = self.dir.join(format!("{name}.raw"));
+        let mut file = std::fs::File::create(&path).unwrap();
+        file.write_all(&vec![0x5a; 3 << 20]).unwrap();
+        file.set_len(mib * MIB).unwrap();
+        self.call("bdev_uring_create", json!({ "name": name, "filename": path }));
+        path
+    }
+
+    /// Waits for an event of a job; gives it.
+    fn wait_for(&mut self, job: &str, is: impl Fn(&Value) -> bool) -> Value {
+        let (begun, mut after) = (Instant::now(), 0);
+        while begun.elapsed() < DEADLINE {
+            let params = json!({ "after": after, "timeout_ms": 1000, "job_id": job });
+            let page = self.call("job_get_events", params);
+            after = page["sequence"].as_u64().unwrap();
+            if let Some(event) = page["events"].as_array().unwrap().iter().find(|it| is(it)) {
+                return event.clone();
+            }
+        }
+        panic!("the event did not come; the jobs: {}", self.call("job_get_list", json!({})));
+    }
+
+    fn wait_for_status(&mut self, job: &str, status: &str) {
+        self.wait_for(job, |event| event["status"] == status);
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let joined = self.thread.take().map(JoinHandle::join);
+        assert!(std::thread::panicking() || matches!(joined, Some(Ok(()))), "the target failed");
+    }
+}
+
+fn served() -> (TempDir, Served) {
+    let dir = tempfile::tempdir().unwrap();
+    let served = Served::start(dir.path(), Some(dir.path().join("state")));
+    (dir, served)
+}
+
+#[test]
+fn bdevs_are_made_listed_resized_and_deleted_with_spdks_codes() {
+    let (_dir, mut target) = served();
+    target.call("bdev_null_create", json!({ "name": "n", "num_blocks": 2048, "block_size": 512 }));
+    target.malloc("m", 1);
+    let list = target.call("bdev_get_bdevs", json!({}));
+    let names: Vec<&str> =
+        list.as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["n", "m"]);
+    assert_eq!((&list[1]["num_blocks"], &list[1]["claimed"]), (&json!(2048), &json!(false)));
+    target.call("bdev_null_resize", json!({ "name": "n", "new_size": 2 }));
+    assert_eq!(target.call("bdev_get_bdevs", json!({ "name": "n" }))[0]["num_blocks"], 4096);
+
+    let again = json!({ "name": "n", "num_blocks": 1, "block_size": 512 });
+    assert_eq!(target.refused("bdev_null_create", again).code, code::EXISTS);
+    assert_eq!(target.refused("bdev_null_delete", json!({ "name": "x" })).code, code::NO_DEVICE);
+    assert_eq!(
+        target.refused("bdev_null_delete", json!({ "name": "m" })).code,
+        code::INVALID_PARAMS
+    );
+    assert_eq!(target.refused("bdev_nil_delete", json!({})).code, code::METHOD_NOT_FOUND);
+    target.call("bdev_null_delete", json!({ "name": "n" }));
+    assert_eq!(target.refused("bdev_get_bdevs", json!({ "name": "n" })).code, code::NO_DEVICE);
+}
+
+#[test]
+fn what_is_in_use_is_neither_deleted_nor_taken_twice() {
+    let (_dir, mut target) = served();
+    target.malloc("base", 1);
+    target.call("bdev_passthru_create", json!({ "name": "top", "base_bdev_name": "base" }));
+    let busy = target.refused("bdev_malloc_delete", json!({ "name": "base" }));
+    assert_eq!(busy.code, code::BUSY);
+    assert!(busy.message.contains("bdev 'top' is stacked on it"), "{busy}");
+    let second = json!({ "name": "other", "base_bdev_name": "base" });
+    assert_eq!(target.refused("bdev_passthru_create", second).code, code::BUSY);
+    let below = json!({ "ctrlr": "c0", "dev_name": "base" });
+    assert_eq!(target.refused("vhost_create_blk_controller", below).code, code::BUSY);
+
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "c1", "dev_name": "top" }));
+    assert_eq!(target.refused("bdev_passthru_delete", json!({ "name": "top" })).code, code::BUSY);
+    let same = json!({ "ctrlr": "c1", "dev_name": "top" });
+    assert_eq!(target.refused("vhost_create_blk_controller", same).code, code::EXISTS);
+    let mask = json!({ "ctrlr": "c2", "dev_name": "top", "cpumask": "0x80" });
+    assert_eq!(target.refused("vhost_create_blk_controller", mask).code, code::INVALID_PARAMS);
+    let list = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(list[0]["backend_specific"]["block"]["bdev"], "top");
+    assert!(target.dir.join("vhost/c1").exists());
+    target.call("vhost_delete_controller", json!({ "ctrlr": "c1" }));
+    assert!(!target.dir.join("vhost/c1").exists());
+    target.call("bdev_passthru_delete", json!({ "name": "top" }));
+    target.call("bdev_malloc_delete", json!({ "name": "base" }));
+}
+
+#[test]
+fn a_mirror_is_refused_in_the_reply_for_whatever_is_wrong_with_it() {
+    let (_dir, mut target) = served();
+    target.malloc("source", 4);
+    target.malloc("small", 2);
+    target.malloc("target", 4);
+    let path = target.file("file", 4);
+    let mut refused = |params: Value| target.refused("bdev_mirror_start", params);
+    let start = |target: &str| json!({ "source": "source", "target": target });
+    assert_eq!(refused(start("nobody")).code, code::NO_DEVICE);
+    assert!(refused(start("source")).message.contains("Can't mirror node into itself"));
+    assert!(refused(start("small")).message.contains("at least the source's size"));
+    let twice = json!({ "source": "source", "target_path": path });
+    assert_eq!(refused(twice).code, code::BUSY);
+    let there = json!({ "source": "source", "target_path": path, "target_mode": "create" });
+    assert_eq!(refused(there).code, code::BUSY);
+    let id = json!({ "source": "source", "target": "target", "job_id": "9bad" });
+    assert!(refused(id).message.contains("Invalid job ID '9bad'"));
+    let odd = json!({ "source": "source", "target": "target", "granularity": 1000 });
+    assert!(refused(odd).message.contains("expects a power of 2"));
+    for later in
+        [json!({ "sync": "top" }), json!({ "bitmap": "b" }), json!({ "keep_source": "track" })]
+    {
+        let mut params = start("target");
+        params.as_object_mut().unwrap().extend(later.as_object().unwrap().clone());
+        let error = refused(params);
+        assert_eq!(error.data.unwrap()["kind"], "not_supported_yet");
+    }
+    let neither = json!({ "source": "source" });
+    assert_eq!(refused(neither).code, code::INVALID_PARAMS);
+    // Nothing of all that left anything behind.
+    assert_eq!(target.call("job_get_list", json!({})), json!([]));
+    for name in ["source", "small", "target"] {
+        target.call("bdev_malloc_delete", json!({ "name": name }));
+    }
+}
+
+#[test]
+fn a_disk_is_mirrored_switched_over_and_the_old_one_refused_after_a_restart() {
+    let (dir, mut target) = served();
+    let old = target.file("disk", 16);
+    let new = dir.path().join("new.raw");
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "disk" }));
+    let start =
+        json!({ "source": "disk", "target_path": new, "target_mode": "create", "job_id": "move" });
+    assert_eq!(target.call("bdev_mirror_start", start.clone()), json!({ "job_id": "move" }));
+    assert_eq!(target.refused("bdev_mirror_start", start).code, code::EXISTS);
+    target.wait_for_status("move", "ready");
+
+    let job = &target.call("job_get_list", json!({ "job_id": "move" }))[0];
+    assert_eq!((&job["total_bytes"], &job["dirty_bytes"]), (&json!(16 * MIB), &json!(0)));
+    assert_eq!(job["phase"], "ready");
+    let resize = json!({ "name": "disk", "new_size": 32 * MIB });
+    assert_eq!(target.refused("bdev_uring_resize", resize).code, code::BUSY);
+    assert_eq!(target.refused("bdev_uring_delete", json!({ "name": "disk" })).code, code::BUSY);
+    assert_eq!(target.refused("job_finalize", json!({ "job_id": "move" })).code, code::STATE);
+    let mirror = target.call("bdev_get_bdevs", json!({ "name": "mirror-move" }));
+    assert_eq!(mirror[0]["driver_specific"]["mirror"]["target"], "move-target");
+
+    let answer = target.client.call("job_complete", json!({ "job_id": "move" })).unwrap();
+    assert_eq!((answer.result, answer.warning), (json!(true), None));
+    let ended = target.wait_for("move", |event| event["event"] == "job_completed");
+    assert_eq!((&ended["goes_on_with"], &ended["error"]), (&json!("target"), &Value::Null));
+    let controllers = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(controllers[0]["backend_specific"]["block"]["bdev"], "move-target");
+    assert_eq!(target.call("job_get_history", json!({}))[0]["id"], "move");
+    assert!(std::fs::read(&old).unwrap() == std::fs::read(&new).unwrap(), "the disks differ");
+
+    // The old disk is open still, and is not served again all the same.
+    let stale = json!({ "ctrlr": "old", "dev_name": "disk" });
+    assert_eq!(target.refused("vhost_create_blk_controller", stale).code, code::SUPERSEDED);
+    let config = target.call("save_config", json!({}));
+    drop(target);
+
+    let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+    let open = json!({ "name": "disk", "filename": old });
+    let refused = target.refused("bdev_uring_create", open.clone());
+    assert_eq!((refused.code, &refused.data.unwrap()["generation"]), (code::SUPERSEDED, &json!(1)));
+    assert_eq!(target.call("load_config", config), 2);
+    let controllers = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(controllers[0]["backend_specific"]["block"]["bdev"], "move-target");
+    target.call("state_forget", json!({ "path": old }));
+    target.call("bdev_uring_create", open);
+}
+
+#[test]
+fn a_configuration_from_before_the_switch_serves_everything_but_the_superseded_disk() {
+    let (dir, mut target) = served();
+    target.file("moved", 4);
+    target.file("stays", 4);
+    for disk in ["moved", "stays"] {
+        target.call(
+            "vhost_create_blk_controller",
+            json!({ "ctrlr": format!("{disk}.sock"), "dev_name": disk }),
+        );
+    }
+    let before = target.call("save_config", json!({}));
+    let new = dir.path().join("new.raw");
+    target.call(
+        "bdev_mirror_start",
+        json!({ "source": "moved", "target_path": new, "target_mode": "create" }),
+    );
+    target.wait_for_status("moved", "ready");
+    target.call("job_complete", json!({ "job_id": "moved" }));
+    target.wait_for("moved", |event| event["event"] == "job_completed");
+    drop(target);
+
+    let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+    let failed = target.refused("load_config", before);
+    let failures = failed.data.unwrap()["failures"].clone();
+    assert_eq!(failures.as_array().unwrap().len(), 2, "{failures}");
+    assert_eq!(failures[0]["error"]["data"]["kind"], "superseded");
+    assert!(failures[0]["error"]["message"].as_str().unwrap().contains("new.raw"));
+    let controllers = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(controllers.as_array().unwrap().len(), 1);
+    assert_eq!(controllers[0]["ctrlr"], "stays.sock");
+}
+
+#[test]
+fn without_a_state_directory_completing_warns() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut target = Served::start(dir.path(), None);
+    target.file("disk", 4);
+    let new = dir.path().join("new.raw");
+    let start = json!({
+        "source": "disk", "target_path": new, "target_mode": "create", "auto_dismiss": false, "auto_finalize": false,
+    });
+    target.call("bdev_mirror_start", start);
+    target.wait_for_status("disk", "ready");
+    let answer = target.client.call("job_complete", json!({ "job_id": "disk" })).unwrap();
+    assert_eq!(answer.result, true);
+    assert!(answer.warning.unwrap().contains("--state-dir"));
+    target.wait_for_status("disk", "pending");
+    target.call("job_finalize", json!({ "job_id": "disk" }));
+    target.wait_for("disk", |event| event["event"] == "job_completed");
+    let job = &target.call("job_get_list", json!({ "job_id": "disk" }))[0];
+    assert_eq!((&job["status"], &job["phase"]), (&json!("concluded"), &json!("completed")));
+    assert_eq!(job["warnings"].as_array().unwrap().len(), 1);
+    assert_eq!(target.refused("job_pause", json!({ "job_id": "disk" })).code, code::STATE);
+    target.call("job_dismiss", json!({ "job_id": "disk" }));
+    assert_eq!(target.refused("job_dismiss", json!({ "job_id": "disk" })).code, code::NOT_FOUND);
+}
+
+#[test]
+fn a_cancelled_mirror_leaves_the_source_and_closes_what_was_made_for_it() {
+    let (dir, mut target) = served();
+    target.file("disk", 64);
+    let new = dir.path().join("new.raw");
+    let start =
+        json!({ "source": "disk", "target_path": new, "target_mode": "create", "speed": 4096 });
+    target.call("bdev_mirror_start", start);
+    let early = target.refused("job_complete", json!({ "job_id": "disk" }));
+    assert!(early.message.contains("cannot accept command verb 'complete'"), "{early}");
+    target.call("job_cancel", json!({ "job_id": "disk" }));
+    let ended = target.wait_for("disk", |event| event["event"] == "job_completed");
+    assert_eq!(
+        (&ended["goes_on_with"], &ended["error"]),
+        (&json!("source"), &json!("Operation canceled"))
+    );
+    // Its channels may take a moment to come back.
+    let begun = Instant::now();
+    while target.client.call("bdev_get_bdevs", json!({ "name": "disk-target" })).is_ok() {
+        assert!(begun.elapsed() < DEADLINE, "the target stays open");
+    }
+    target.call("bdev_uring_create", json!({ "name": "mine", "filename": new }));
+    target.call("bdev_uring_delete", json!({ "name": "disk" }));
+}
+
+#[test]
+fn pipelined_requests_batches_and_nonsense_are_answered_as_json_rpc_has_it() {
+    let (_dir, target) = served();
+    let socket = target.dir.join("rpc.sock");
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let exchange = |request: &str| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let values = serde_json::Deserializer::from_str(&text).into_iter::<Value>();
+        values.map(Result::unwrap).collect::<Vec<_>>()
+    };
+    let call = |id: u64| format!(r#"{{"jsonrpc":"2.0","id":{id},"method":"spdk_get_version"}}"#);
+    let answers = exchange(&format!("{}{}\n{}", call(1), call(2), call(3)));
+    assert_eq!(answers.iter().map(|it| it["id"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3]);
+    let batch = exchange(&format!(
+        r#"[{},{{"jsonrpc":"2.0","method":"framework_start_init"}},{{"jsonrpc":"2.0","id":9,"method":"x"}}]"#,
+        call(7)
+    ));
+    assert_eq!(batch.len(), 1);
+    assert_eq!((&batch[0][0]["id"], &batch[0][1]["error"]["code"]), (&json!(7), &json!(-32601)));
+    assert_eq!(batch[0].as_array().unwrap().len(), 2);
+    assert_eq!(exchange("[]")[0]["error"]["code"], code::INVALID_REQUEST);
+    assert_eq!(exchange("{\"a\":}")[0]["error"]["code"], code::PARSE);
+    assert_eq!(exchange("hello")[0]["error"]["code"], code::PARSE);
+    let positional = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs","params":["a"]}"#;
+    assert_eq!(exchange(positional)[0]["error"]["code"], code::INVALID_PARAMS);
+    assert!(exchange(r#"{"jsonrpc":"2.0","method":"spdk_get_version"}"#).is_empty());
+}
+
+#[test]
+fn a_subscriber_hears_of_every_change() {
+    let (_dir, mut target) = served();
+    target.malloc("a", 1);
+    target.malloc("b", 1);
+    let mut subscriber = Client::connect(&target.dir.join("rpc.sock")).unwrap();
+    subscriber.set_timeout(Some(DEADLINE)).unwrap();
+    subscriber.call("job_subscribe", json!({})).unwrap();
+    target.call("bdev_mirror_start", json!({ "source": "a", "target": "b" }));
+    let mut sequence = 0;
+    loop {
+        let event = subscriber.next_notification().unwrap();
+        let next = event["sequence"].as_u64().unwrap();
+        assert_eq!(next, sequence + 1);
+        sequence = next;
+        if event["status"] == "ready" {
+            break;
+        }
+    }
+}
+
+#[test]
+fn metrics_are_scraped_while_a_mirror_runs() {
+    let (_dir, mut target) = served();
+    target.malloc("a", 8);
+    target.malloc("b", 8);
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "a" }));
+    target.call("bdev_mirror_start", json!({ "source": "a", "target": "b", "job_id": "job" }));
+    target.wait_for_status("job", "ready");
+    let mut stream = std::net::TcpStream::connect(target.metrics.unwrap()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    for line in [
+        r#"resilver_mirror_state{job="job",state="ready"} 1"#,
+        r#"resilver_mirror_state{job="job",state="running"} 0"#,
+        r#"resilver_mirror_size_bytes{job="job"} 8388608"#,
+        r#"resilver_mirror_dirty_bytes{job="job"} 0"#,
+        r#"resilver_bdev_read_ops_total{bdev="a"} 0"#,
+        r#"resilver_vhost_requests_total{ctrlr="vm"} 0"#,
+        r#"resilver_reactor_busy_seconds_total{core="0"}"#,
+    ] {
+        assert!(text.contains(line), "{line} is missing in {text}");
+    }
+}

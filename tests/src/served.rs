@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, DISK_DEPTH, Disk, DiskHandle, IoStats};
-use resilver_reactor::{Reactor, ReactorConfig};
+use resilver_reactor::{Reactor, ReactorConfig, ReactorHandle};
 use resilver_vhost::{Controller, ControllerConfig, VhostError, VhostStats};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -24,7 +24,7 @@ pub struct Served {
     stats: Arc<VhostStats>,
     io_stats: Arc<IoStats>,
     disk: DiskHandle,
-    _reactor: Reactor,
+    reactor: Reactor,
     _directory: tempfile::TempDir,
 }
 
@@ -82,7 +82,7 @@ impl Served {
             stats,
             io_stats,
             disk: handle,
-            _reactor: reactor,
+            reactor,
             _directory: directory,
         }
     }
@@ -109,6 +109,12 @@ impl Served {
     #[must_use]
     pub fn disk(&self) -> &DiskHandle {
         &self.disk
+    }
+
+    /// The reactor that the disk is on.
+    #[must_use]
+    pub fn reactor(&self) -> &ReactorHandle {
+        self.reactor.handle()
     }
 
     /// Asks the controller something, on its own thread.

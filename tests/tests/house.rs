@@ -52,10 +52,10 @@ const BANNED: [(&str, &str); 10] = [
 const CONTROL_SIDE: [&str; 7] = [
     "bdev/src/uring/file.rs",
     "vhost/src/server.rs",
-    "vhost/src/server/",
-    "vhost/src/front_end/connection.rs",
-    "vhost/src/controller.rs",
+    "vhost/src/connection.rs",
     "vhost/src/socket.rs",
+    "vhost/src/front_end/connection.rs",
+    "vhost/src/front_end/link.rs",
     "reactor/src/time.rs",
 ];
 

@@ -3,7 +3,11 @@
 // A test may fail by panicking.
 #![allow(clippy::unwrap_used)]
 
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
@@ -12,10 +16,13 @@ use resilver_bdev::{Bdev, IoError, IoKind};
 use resilver_reactor::{Idle, ReactorConfig};
 use resilver_sys::{BufferSlice, RegionId, RegionTable};
 use resilver_tests::served::{PATIENCE, Served, wait_until};
+use resilver_vhost::VhostError;
 use resilver_vhost::front_end::{
     Connection, ConnectionConfig, DataBuffer, DriverQueue, Finished, Request, RequestError,
 };
-use std::sync::Arc;
+use resilver_vhost::message::{FdPresence, Header, Message, RegionDescription, RingAddresses};
+use resilver_vhost::protocol::backend_request::CONFIG_CHANGE_MSG;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 const BLOCK: u32 = 4096;
 const BLOCKS: u64 = 4096;
@@ -293,4 +300,130 @@ fn a_stopped_controller_takes_its_socket_away_and_a_dead_ones_socket_is_replaced
         config.socket_path = path;
     });
     Guest::connect(&served, ConnectionConfig::default());
+}
+
+/// Sends raw bytes with descriptors beside them.
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    let iov = [std::io::IoSlice::new(bytes)];
+    rustix::net::sendmsg(stream, &iov, &mut control, SendFlags::NOSIGNAL).unwrap();
+}
+
+/// Whether the back end closes a connection over these bytes with so many descriptors.
+fn is_closed_over(socket: &Path, bytes: &[u8], fds: usize) -> bool {
+    let stream = UnixStream::connect(socket).unwrap();
+    let null = std::fs::File::open("/dev/null").unwrap();
+    send(&stream, bytes, &vec![null.as_fd(); fds]);
+    // GET_FEATURES: a connection that lives answers it.
+    let question = Message::GetFeatures.encode(0);
+    let _ = rustix::net::send(&stream, &question, SendFlags::NOSIGNAL);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    !matches!((&stream).read(&mut [0; 20]), Ok(20))
+}
+
+/// Descriptors of this process that stand for /dev/null.
+fn nulls() -> usize {
+    let open = std::fs::read_dir("/proc/self/fd").unwrap();
+    open.flatten()
+        .filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/null")))
+        .count()
+}
+
+#[test]
+fn a_message_that_is_none_closes_that_connection_and_nothing_else() {
+    let served = Served::new(&*malloc());
+    let (socket, before) = (served.socket(), nulls());
+    assert!(!is_closed_over(&socket, &Message::SetOwner.encode(0), 0), "an honest message");
+    let header = |request, flags, size| Header { request, flags, size }.encode();
+    assert!(is_closed_over(&socket, &header(1, 2, 0), 0), "version 2");
+    assert!(is_closed_over(&socket, &header(999, 1, 0), 0), "unknown");
+    assert!(is_closed_over(&socket, &header(5, 1, u32::MAX), 0), "endless");
+    assert!(is_closed_over(&socket, &Message::SetOwner.encode(0), 1), "a stray descriptor");
+    assert!(is_closed_over(&socket, &Message::SetOwner.encode(0), 40), "many of them");
+    assert!(is_closed_over(&socket, &Message::SetFeatures(1 << 34).encode(0), 0), "packed rings");
+    let kick = Message::SetVringKick { index: 200, fd: FdPresence::Absent };
+    assert!(is_closed_over(&socket, &kick.encode(0), 0), "no such ring");
+    let region =
+        RegionDescription { guest_address: 0, size: 4096, user_address: 0, file_offset: 0 };
+    // /dev/null is no memory.
+    assert!(is_closed_over(&socket, &Message::AddMemReg(region).encode(0), 1), "not mappable");
+    let mut guest = Guest::connect(&served, ConnectionConfig::default());
+    assert_eq!(guest.run(0, Request::Flush, &[]).result, Ok(()));
+    wait_until("all descriptors are closed", || nulls() == before);
+}
+
+#[test]
+fn a_guest_that_breaks_its_ring_loses_its_connection_and_can_come_back() {
+    let served = Served::new(&*malloc());
+    let guest = Guest::connect(&served, ConnectionConfig::default());
+    // The rings lie behind the data; one of these bytes is the available index.
+    let (begin, end) = (guest.connection.memory().data_bytes() as u64, 1u64 << 40);
+    let length = (guest.connection.memory().mapping().len() as u64).min(end) - begin;
+    guest.fill(begin, &vec![0xff; usize::try_from(length).unwrap()]);
+    wait_until("the connection is closed", || guest.connection.is_closed());
+    drop(guest);
+    let mut guest = Guest::connect(&served, ConnectionConfig::default());
+    assert_eq!(guest.run(0, Request::Flush, &[]).result, Ok(()));
+}
+
+#[test]
+fn a_front_end_that_shrinks_its_memory_loses_its_connection() {
+    let served = Served::new(&*malloc());
+    let stream = UnixStream::connect(served.socket()).unwrap();
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let memory = rustix::fs::memfd_create(c"shrinks", flags).unwrap();
+    rustix::fs::ftruncate(&memory, 65536).unwrap();
+    let region =
+        RegionDescription { guest_address: 0, size: 65536, user_address: 0, file_offset: 0 };
+    let addresses =
+        RingAddresses { flags: 0, descriptors: 0, used: 8192, available: 16384, log: 0 };
+    send(&stream, &Message::SetFeatures(1 << 32).encode(0), &[]);
+    send(&stream, &Message::AddMemReg(region).encode(0), &[memory.as_fd()]);
+    send(&stream, &Message::SetVringNum { index: 0, num: 64 }.encode(0), &[]);
+    send(&stream, &Message::SetVringAddr { index: 0, addresses }.encode(0), &[]);
+    let fd = FdPresence::Absent;
+    send(&stream, &Message::SetVringKick { index: 0, fd }.encode(0), &[]);
+    wait_until("the ring is polled", || {
+        served.ask(|it| it.info().session.is_some_and(|session| session.queues == [0]))
+    });
+    rustix::fs::ftruncate(&memory, 0).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!((&stream).read(&mut [0; 1]).unwrap(), 0, "the connection is closed");
+    let mut guest = Guest::connect(&served, ConnectionConfig::default());
+    assert_eq!(guest.run(0, Request::Flush, &[]).result, Ok(()));
+}
+
+#[test]
+fn a_resize_is_told_on_the_back_channel() {
+    let served = Served::new(&*malloc());
+    let stream = UnixStream::connect(served.socket()).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    send(&stream, &Message::SetBackendReqFd.encode(0), &[theirs.as_fd()]);
+    send(&stream, &Message::GetFeatures.encode(0), &[]);
+    (&stream).read_exact(&mut [0; 20]).unwrap();
+    let bigger = Malloc::new("bigger", BLOCK, 2 * BLOCKS).unwrap();
+    let limits = *bigger.open_channel(1).unwrap().limits();
+    served.ask(move |controller| controller.resize(limits));
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut notice = [0; 12];
+    (&ours).read_exact(&mut notice).unwrap();
+    assert_eq!(Header::decode(&notice), Ok(Header::new(CONFIG_CHANGE_MSG, 0, 0)));
+}
+
+#[test]
+fn a_controller_that_is_stopped_over_a_hung_disk_says_so_and_is_gone() {
+    let error = Arc::new(ErrorBdev::new("error0", malloc()));
+    let mut served = Served::new(&*error);
+    error.inject(fail(IoKind::Write, Effect::Stall, FOREVER)).unwrap();
+    let mut guest = Guest::connect(&served, ConnectionConfig::default());
+    guest.queues[0].submit(Request::Write { offset: 0 }, &[at(0, BLOCK)], 1).unwrap();
+    guest.queues[0].publish();
+    wait_until("the write hangs", || error.injected() == 1);
+    let left = served.stop();
+    assert!(matches!(left, Err(VhostError::StillInFlight { in_flight: 1, .. })), "{left:?}");
+    assert!(!served.socket().exists());
 }

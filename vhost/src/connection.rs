@@ -5,6 +5,7 @@
 //! is noticed all the same.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,6 +28,9 @@ use crate::split::{RingAreas, RingSetupError, SplitRing};
 
 /// How often a front end is looked at while a message of its waits for the disk.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// How often guest memory is looked at: a guest that took away pages under us goes on with zeroes until then.
+const LOOK_AT_MEMORY: Duration = Duration::from_millis(500);
 
 /// Why a connection ended, or why a message was refused.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +62,9 @@ pub(crate) enum ConnectionError {
     /// The front end went away while its message waited for the disk.
     #[error("the front end went away while a message waited for requests in flight")]
     WentAway,
+    /// The file behind guest memory was shortened after it was shared.
+    #[error("the front end has shortened the file behind its guest's memory")]
+    MemoryShrunk,
     /// The data side is not there any more.
     #[error("the disk is being closed")]
     DiskGone,
@@ -90,7 +97,7 @@ impl Connection {
 
     /// Serves the front end until it closes the connection, which is no error, or breaks the protocol.
     pub(crate) async fn serve(&mut self) -> Result<(), ConnectionError> {
-        while let Some(received) = self.socket.receive().await? {
+        while let Some(received) = self.next_message().await? {
             self.take(received).await?;
             self.status.set_session(Some(SessionInfo {
                 features: self.session.features(),
@@ -99,6 +106,18 @@ impl Connection {
             }));
         }
         Ok(())
+    }
+
+    /// The next message. Guest memory is looked at meanwhile.
+    async fn next_message(&self) -> Result<Option<Received>, ConnectionError> {
+        let mut receive = pin!(self.socket.receive());
+        loop {
+            match tokio::time::timeout(LOOK_AT_MEMORY, &mut receive).await {
+                Ok(received) => return Ok(received?),
+                Err(_) if self.memory.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
+                Err(_) => {}
+            }
+        }
     }
 
     async fn take(&mut self, received: Received) -> Result<(), ConnectionError> {
@@ -299,7 +318,11 @@ impl ConnectionError {
             | Self::TableFull(_)
             | Self::MissingDescriptor
             | Self::BackChannel(_) => true,
-            Self::Socket(_) | Self::Decode(_) | Self::WentAway | Self::DiskGone => false,
+            Self::Socket(_)
+            | Self::Decode(_)
+            | Self::WentAway
+            | Self::MemoryShrunk
+            | Self::DiskGone => false,
         }
     }
 }

@@ -181,6 +181,12 @@ impl GuestMemory {
         self.regions.is_empty()
     }
 
+    /// Whether pages were found missing under a region: its file was shortened after it was mapped.
+    #[must_use]
+    pub fn has_shrunk(&self) -> bool {
+        self.regions.iter().any(|region| region.mapping.poisoned())
+    }
+
     /// The first bytes at guest address `address`: as many of `length` as its region has. None outside guest memory.
     #[inline]
     #[must_use]

@@ -13,14 +13,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use resilver_bdev::delay::{Delay, DelayConfig};
-use resilver_bdev::error::ErrorBdev;
+use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
+use resilver_bdev::job::{CopyMode, OnError, ScanReport};
 use resilver_bdev::malloc::Malloc;
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::uring::{self, Uring, UringConfig};
 use resilver_bdev::{
-    Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, IoKind, IoStats,
-    Port, Tag,
+    Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle,
+    IoError, IoKind, IoStats, JobStatus, Port, Reply, StartJob, Tag,
 };
 use resilver_reactor::{Armed, Context, Idle, Poller, Reactor, ReactorConfig, Work};
 use resilver_sys::alloc_guard::{self, AllocGuard};
@@ -246,6 +249,81 @@ fn filter(allowed: &[i64]) -> BpfProgram {
 
 /// Runs the load over a disk until enough requests have ended under the seal.
 fn hammer(bdev: &dyn Bdev, allowed: &[i64], sin: Sin) {
+    hammer_mirrored(bdev, None, allowed, sin);
+}
+
+/// Sends a command and waits for its answer, which must come before the seal.
+fn ask<T: Send + 'static>(handle: &DiskHandle, command: impl FnOnce(Reply<T>) -> DiskCommand) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let reply = Box::new(move |value| sender.send(value).unwrap());
+    handle.send(command(reply)).ok().unwrap();
+    receiver.recv_timeout(Duration::from_secs(60)).unwrap()
+}
+
+/// In which part of a mirror's life the load runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    /// The copier is at work, slowly enough to be so until the end.
+    Copying(CopyMode),
+    /// Both legs are equal and get every write.
+    InSync,
+    /// In sync once; now every write to the target fails and is forgiven.
+    Failing,
+}
+
+/// Mirrors the disk to `target` and waits for the part of its life that is wanted.
+fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) {
+    let (copy_mode, speed) = match life {
+        Life::Copying(mode) => (mode, 256 << 10),
+        Life::InSync | Life::Failing => (CopyMode::WriteBlocking, 0),
+    };
+    let config = MirrorConfig {
+        job_id: "job".to_owned(),
+        copy_mode,
+        granularity: 64 << 10,
+        buf_size: 0,
+        speed,
+        on_source_error: OnError::Report,
+        on_target_error: OnError::Ignore,
+        target_timeout: None,
+        unmap: true,
+        target_is_zero: false,
+        auto_finalize: true,
+        cancel_on_guest_reset: false,
+    };
+    let channels = MirrorChannels {
+        source: bdev.open_channel(DISK_DEPTH).unwrap(),
+        copy_source: bdev.open_channel(COPY_DEPTH).unwrap(),
+        target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+    };
+    let job = Box::new(Mirror::new(config, channels).unwrap());
+    let target_stats = Arc::clone(target.stats());
+    let started = ask(handle, |reply| {
+        let deadline = HOLD_DEADLINE;
+        DiskCommand::StartJob(StartJob { job, target_stats, deadline, reply })
+    });
+    assert!(started.is_ok());
+    handle.send(DiskCommand::Scanned(ScanReport::Done)).ok().unwrap();
+    if let Life::Copying(_) = life {
+        return;
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while ask(handle, DiskCommand::Query).unwrap().status != JobStatus::Ready {
+        assert!(Instant::now() < deadline, "the mirror did not become ready");
+    }
+    if life == Life::Failing {
+        let fail = Injection {
+            kind: Some(IoKind::Write),
+            effect: Effect::Fail(IoError::IO),
+            count: FOREVER,
+            range: None,
+        };
+        target.inject(fail).unwrap();
+    }
+}
+
+/// As [`hammer`], over a disk that is being mirrored.
+fn hammer_mirrored(bdev: &dyn Bdev, target: Option<(&ErrorBdev, Life)>, allowed: &[i64], sin: Sin) {
     let config = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
     let reactor = Reactor::start(config, 0).unwrap();
     let root = bdev.open_channel(DISK_DEPTH).unwrap();
@@ -265,6 +343,9 @@ fn hammer(bdev: &dyn Bdev, allowed: &[i64], sin: Sin) {
         report: Arc::clone(&report),
     };
     reactor.handle().add(Box::new(disk)).unwrap();
+    if let Some((target, life)) = target {
+        mirror(&handle, bdev, target, life);
+    }
     let reply = Box::new(|added: Result<(), _>| assert!(added.is_ok()));
     handle.send(DiskCommand::AddConsumer(ConsumerId(1), Box::new(load), reply)).ok().unwrap();
     let deadline = Instant::now() + Duration::from_secs(120);
@@ -323,10 +404,26 @@ fn child(case: &str) {
         "uring, served" => {
             hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER]);
         }
+        "mirror copying, background" => over_malloc(Life::Copying(CopyMode::Background)),
+        "mirror copying, write-blocking" => over_malloc(Life::Copying(CopyMode::WriteBlocking)),
+        "mirror in sync" => over_malloc(Life::InSync),
+        "mirror with a failing target" => over_malloc(Life::Failing),
+        "mirror of files in sync" => {
+            let source = file(true, RingMode::Enter);
+            let target = ErrorBdev::new("target", Arc::new(file(true, RingMode::Enter)));
+            hammer_mirrored(&source, Some((&target, Life::InSync)), &[IO_URING_ENTER], Sin::None);
+        }
         "a system call" => hammer(&null(), &[], Sin::SystemCall),
         "an allocation" => hammer(&null(), &[], Sin::Allocation),
         other => panic!("there is no case '{other}'"),
     }
+}
+
+fn over_malloc(life: Life) {
+    let source = Malloc::new("disk", 512, memory_blocks()).unwrap();
+    let medium = Malloc::new("medium", 512, memory_blocks()).unwrap();
+    let target = ErrorBdev::new("target", Arc::new(medium));
+    hammer_mirrored(&source, Some((&target, life)), &[], Sin::None);
 }
 
 const CHILD: &str = "RESILVER_HOT_PATH_CASE";
@@ -370,6 +467,19 @@ fn a_file_costs_only_the_enter_and_allocates_nothing() {
 #[test]
 fn serving_a_guest_that_polls_costs_nothing_beyond_its_disk() {
     for case in ["null, served", "malloc, served", "uring, served"] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_mirrored_disk_keeps_the_promise_whatever_its_mirror_does() {
+    for case in [
+        "mirror copying, background",
+        "mirror copying, write-blocking",
+        "mirror in sync",
+        "mirror with a failing target",
+        "mirror of files in sync",
+    ] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

@@ -1,5 +1,7 @@
 //! The session's table and its rules, message by message.
 
+use proptest::prelude::*;
+
 use super::*;
 
 fn session() -> Session {
@@ -212,4 +214,70 @@ fn a_reset_stops_what_runs_and_forgets_the_rings() {
     assert_eq!(session.running().count(), 0);
     assert_eq!(session.handle(&Message::ResetDevice).unwrap(), [back, Action::GuestReset]);
     assert_eq!(session.handle(&Message::GetStatus).unwrap(), number(0));
+}
+
+fn fd() -> impl Strategy<Value = FdPresence> {
+    prop_oneof![Just(FdPresence::Attached), Just(FdPresence::Absent)]
+}
+
+/// Any message, with rings and values that are likely to be some.
+fn message() -> impl Strategy<Value = Message> {
+    let index = 0u32..3;
+    let feature = prop_oneof![
+        Just(features::PROTOCOL_FEATURES | features::FLUSH | features::CONFIG_WCE),
+        Just(features::RING_EVENT_IDX),
+        any::<u64>()
+    ];
+    let piece = (0u32..300, 0u32..3, proptest::collection::vec(any::<u8>(), 0..70))
+        .prop_map(|(offset, flags, bytes)| ConfigPiece { offset, flags, bytes });
+    prop_oneof![
+        feature.prop_map(Message::SetFeatures),
+        Just(Message::ResetDevice),
+        (0u64..20).prop_map(Message::SetStatus),
+        (index.clone(), prop_oneof![Just(64u32), any::<u32>()])
+            .prop_map(|(index, num)| Message::SetVringNum { index, num }),
+        index.clone().prop_map(|index| Message::SetVringAddr { index, addresses: ADDRESSES }),
+        (index.clone(), 0u32..70000)
+            .prop_map(|(index, base)| Message::SetVringBase { index, base }),
+        index.clone().prop_map(|index| Message::GetVringBase { index }),
+        (index.clone(), fd()).prop_map(|(index, fd)| Message::SetVringKick { index, fd }),
+        (index.clone(), fd()).prop_map(|(index, fd)| Message::SetVringCall { index, fd }),
+        (index, 0u32..3).prop_map(|(index, enable)| Message::SetVringEnable { index, enable }),
+        piece.clone().prop_map(Message::GetConfig),
+        piece.prop_map(Message::SetConfig),
+    ]
+}
+
+proptest! {
+    /// Whatever a front end says in whatever order: the data side is told to start only what is stopped and known, to stop
+    /// only what runs, and a message that is refused changes nothing.
+    #[test]
+    fn the_data_side_is_told_nothing_that_makes_no_sense(
+        messages in proptest::collection::vec(message(), 0..60),
+    ) {
+        let mut session = session();
+        let mut running = [false; 2];
+        for message in messages {
+            let before = format!("{session:?}");
+            match session.handle(&message) {
+                Err(_) => prop_assert_eq!(before, format!("{session:?}")),
+                Ok(actions) => for action in actions {
+                    match action {
+                        Action::Start(queue) => {
+                            let setup = session.ring(queue).unwrap();
+                            prop_assert!(setup.size.is_power_of_two());
+                            prop_assert!(!std::mem::replace(&mut running[usize::from(queue)], true));
+                        }
+                        Action::Stop(queue) => {
+                            prop_assert!(std::mem::replace(&mut running[usize::from(queue)], false));
+                        }
+                        Action::Move(queue) => prop_assert!(running[usize::from(queue)]),
+                        _ => {}
+                    }
+                }
+            }
+            let told: Vec<u16> = (0..2).filter(|queue| running[usize::from(*queue)]).collect();
+            prop_assert_eq!(session.running().collect::<Vec<_>>(), told);
+        }
+    }
 }

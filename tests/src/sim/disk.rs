@@ -282,14 +282,20 @@ impl SimDisk {
         medium.ops.iter().any(|op| op.io.kind.mutates() && overlap(&sectors_of(&op.io), sectors))
     }
 
-    /// Whether it failed an I/O since then that explains why this one failed.
+    /// Whether it failed an I/O since then that explains why this one failed. A failed flush explains a failed write too: a
+    /// guest that wants its writes stable gets a flush with each.
     #[must_use]
     pub fn failed_since(&self, since: Nanos, io: &BdevIo) -> bool {
         lock(&self.medium).failed.iter().any(|failed| {
-            failed.at >= since
-                && failed.io.kind.mutates() == io.kind.mutates()
-                && (failed.io.kind == IoKind::Flush) == (io.kind == IoKind::Flush)
-                && (io.kind == IoKind::Flush || overlap(&sectors_of(&failed.io), &sectors_of(io)))
+            let explains = match (failed.io.kind, io.kind) {
+                (IoKind::Flush, kind) => kind != IoKind::Read,
+                (_, IoKind::Flush) => false,
+                (failed_kind, kind) => {
+                    failed_kind.mutates() == kind.mutates()
+                        && overlap(&sectors_of(&failed.io), &sectors_of(io))
+                }
+            };
+            failed.at >= since && explains
         })
     }
 

@@ -78,6 +78,8 @@ pub struct DiskOptions {
 pub struct Faults {
     /// I/Os in a thousand that fail.
     pub error_per_mille: u32,
+    /// Flushes in a thousand that fail besides.
+    pub flush_error_per_mille: u32,
     /// I/Os in a thousand that stall.
     pub stall_per_mille: u32,
     /// The longest stall.
@@ -403,7 +405,9 @@ impl Medium {
         let sampling = self.rng.pick(&[Sampling::Early, Sampling::Late, Sampling::Torn]);
         let stall = self.rng.chance(self.faults.stall_per_mille);
         let stall_length = self.rng.below(self.faults.stall_max.0.max(1));
-        let fails = self.rng.chance(self.faults.error_per_mille)
+        let flush_errors =
+            if io.kind == IoKind::Flush { self.faults.flush_error_per_mille } else { 0 };
+        let fails = self.rng.chance(self.faults.error_per_mille + flush_errors)
             || self.faults.bad.as_ref().is_some_and(|(sectors, kinds)| {
                 kinds.contains(&io.kind) && overlap(&sectors_of(&io), sectors)
             });

@@ -126,6 +126,7 @@ pub fn disk(rng: &mut Rng, source: Option<&Limits>) -> DiskOptions {
 fn faults(rng: &mut Rng) -> Faults {
     Faults {
         error_per_mille: rng.pick(&[0, 0, 3, 30]),
+        flush_error_per_mille: rng.pick(&[0, 0, 0, 200]),
         stall_per_mille: rng.pick(&[0, 0, 3, 30]),
         stall_max: rng.pick(&[Nanos::from_millis(3), Nanos::from_millis(300), Nanos::from_secs(5)]),
         ..Faults::default()

@@ -146,12 +146,17 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
         Command::Rpc(args) => cmd_rpc::run(&session, &args),
         Command::Demo(args) => demo::run(&args, session.json),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut command(), "resilver", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command(), "resilver", &mut script);
+            output::say(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
         Command::Man { dir: Some(dir) } => Ok(clap_mangen::generate_to(command(), dir)?),
         Command::Man { dir: None } => {
-            Ok(clap_mangen::Man::new(command()).render(&mut std::io::stdout())?)
+            let mut page = Vec::new();
+            clap_mangen::Man::new(command()).render(&mut page)?;
+            output::say(String::from_utf8_lossy(&page).trim_end());
+            Ok(())
         }
     }
 }

@@ -15,10 +15,18 @@ pub(crate) fn json(value: &Value) {
     say(&format!("{value:#}"));
 }
 
-/// Prints an error and what led to it.
+/// Prints an error and what led to it, each cause once: some errors tell theirs in their own sentence.
 pub(crate) fn complain(error: &anyhow::Error) {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
     let mut out = std::io::stderr().lock();
-    let _ = writeln!(out, "resilver: {error:#}");
+    let _ = writeln!(out, "resilver: {text}");
 }
 
 /// Prints what the operator should know although all went well.

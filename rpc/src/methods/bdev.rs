@@ -30,6 +30,42 @@ fn free_name(target: &Target, prefix: &str) -> String {
     format!("{prefix}{number}")
 }
 
+/// Parameters of SPDK about metadata beside the blocks, which its client sends even where there is none.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+struct NoMetadata {
+    /// Metadata of a block; only 0.
+    #[serde(default)]
+    md_size: Option<u32>,
+    /// Where metadata stands; only `false`.
+    #[serde(default)]
+    md_interleave: Option<bool>,
+    /// Protection information; only 0.
+    #[serde(default)]
+    dif_type: Option<u32>,
+    /// Where protection information stands; only `false`.
+    #[serde(default)]
+    dif_is_head_of_md: Option<bool>,
+}
+
+impl NoMetadata {
+    /// Refuses blocks with metadata.
+    fn check(&self) -> Result<(), RpcError> {
+        let sizes = [("md_size", self.md_size), ("dif_type", self.dif_type)];
+        if let Some((name, value)) = sizes.into_iter().find(|(_, it)| it.is_some_and(|it| it != 0))
+        {
+            return Err(RpcError::parameter(name, value, "0: blocks have no metadata"));
+        }
+        let flags =
+            [("md_interleave", self.md_interleave), ("dif_is_head_of_md", self.dif_is_head_of_md)];
+        match flags.into_iter().find(|(_, it)| *it == Some(true)) {
+            Some((name, _)) => {
+                Err(RpcError::parameter(name, true, "false: blocks have no metadata"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Makes a bdev that stores nothing: writes are dropped, reads leave the buffers as they are. For measuring everything
 /// else.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -43,6 +79,8 @@ pub(super) struct BdevNullCreate {
     /// UUID of the bdev; a random one if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     uuid: Option<String>,
+    #[serde(flatten, skip_serializing)]
+    metadata: NoMetadata,
 }
 
 impl Rpc for BdevNullCreate {
@@ -51,6 +89,7 @@ impl Rpc for BdevNullCreate {
     const RESULT: &'static str = "the bdev's name";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        self.metadata.check()?;
         let name = caller.target.engage_new_bdev(&self.name)?;
         let bdev = Arc::new(Null::new(&self.name, self.block_size, self.num_blocks)?);
         let made_by = made_by(&self);
@@ -110,6 +149,8 @@ pub(super) struct BdevMallocCreate {
     /// UUID of the bdev; a random one if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     uuid: Option<String>,
+    #[serde(flatten, skip_serializing)]
+    metadata: NoMetadata,
 }
 
 impl Rpc for BdevMallocCreate {
@@ -118,6 +159,7 @@ impl Rpc for BdevMallocCreate {
     const RESULT: &'static str = "the bdev's name";
 
     async fn call(mut self, caller: Caller) -> Result<Answer, RpcError> {
+        self.metadata.check()?;
         let name = self.name.take().unwrap_or_else(|| free_name(&caller.target, "Malloc"));
         let engaged = caller.target.engage_new_bdev(&name)?;
         let bdev = Arc::new(Malloc::new(&name, self.block_size, self.num_blocks)?);

@@ -226,6 +226,7 @@ impl Drop for Scratch {
 }
 
 /// What the comparison found.
+#[derive(Debug)]
 struct Checked {
     blocks: u64,
     /// Blocks written at all, and after the switch-over began.
@@ -297,4 +298,106 @@ fn each_block(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cut::LoggedWrite;
+
+    const BLOCKS: u64 = 600;
+
+    /// Two disks on which the guest wrote block 3 before the switch-over and block 5 after it.
+    struct Told {
+        directory: tempfile::TempDir,
+        content: Content,
+        report: LoadReport,
+    }
+
+    impl Told {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let content = Content::generate(1, BLOCKS);
+            let mut generations = vec![0; resilver_sys::usize_from(BLOCKS)];
+            let at_switch = generations.clone();
+            (generations[3], generations[5]) = (1, 1);
+            let write = |block, submitted, completed| LoggedWrite {
+                block,
+                generation: 1,
+                submitted,
+                completed,
+            };
+            let log = vec![write(3, 11, 12), write(5, 13, 14)];
+            let report =
+                LoadReport { phases: Vec::new(), generations, at_switch, log, switch: (10, 15) };
+            let told = Self { directory, content, report };
+            for (name, written) in [("source", vec![3]), ("target", vec![3, 5])] {
+                told.content.create(&told.path(name)).unwrap();
+                for block in written {
+                    told.put(name, block, 1);
+                }
+            }
+            told
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().join(name)
+        }
+
+        fn put(&self, name: &str, block: u64, generation: u32) {
+            let mut bytes = vec![0; BLOCK];
+            self.content.fill(block, generation, &mut bytes).unwrap();
+            self.write(name, block * BLOCK as u64, &bytes);
+        }
+
+        fn write(&self, name: &str, offset: u64, bytes: &[u8]) {
+            let disk = File::options().write(true).open(self.path(name)).unwrap();
+            disk.write_all_at(bytes, offset).unwrap();
+        }
+
+        fn verdict(&self) -> Result<Checked, String> {
+            let (source, target) = (self.path("source"), self.path("target"));
+            check(&self.content, &self.report, &source, &target)
+                .map_err(|error| format!("{error:#}"))
+        }
+    }
+
+    #[test]
+    fn two_disks_as_they_must_be_are_accepted() {
+        let checked = Told::new().verdict().unwrap();
+        assert_eq!((checked.blocks, checked.written, checked.written_since), (BLOCKS, 2, 1));
+        // After the submission of 3 and before the completion of 5.
+        assert_eq!(checked.cut_width, 3);
+    }
+
+    #[test]
+    fn one_wrong_byte_on_either_disk_is_found() {
+        for name in ["source", "target"] {
+            for offset in [0, 3 * BLOCK as u64 + 77, BLOCKS * BLOCK as u64 - 1] {
+                let told = Told::new();
+                let mut byte = [0];
+                File::open(told.path(name)).unwrap().read_exact_at(&mut byte, offset).unwrap();
+                told.write(name, offset, &[byte[0] ^ 1]);
+                let verdict = told.verdict().err();
+                let found = verdict.as_ref().is_some_and(|text| text.contains(name));
+                assert!(found, "byte {offset} of the {name}: {verdict:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_lost_write_and_a_source_of_no_instant_are_found() {
+        let lost = Told::new();
+        lost.put("target", 5, 0);
+        assert!(lost.verdict().is_err_and(|text| text.contains("the target is wrong: block 5")));
+
+        let torn = Told::new();
+        torn.put("source", 3, 0);
+        torn.put("source", 5, 1);
+        assert!(torn.verdict().is_err_and(|text| text.contains("different moments")));
+
+        let short = Told::new();
+        File::options().write(true).open(short.path("target")).unwrap().set_len(4096).unwrap();
+        assert!(short.verdict().is_err_and(|text| text.contains("instead of")));
+    }
 }

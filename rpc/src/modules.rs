@@ -114,6 +114,9 @@ impl Target {
             DiskCommand::ReplaceRoot(ReplaceRoot { root, deadline: HOLD_DEADLINE, reply })
         });
         drop(replaced.await?.map_err(|(error, _root)| RpcError::from(error))?);
+        if let Some(entry) = self.graph_mut().disks.get_mut(&disk) {
+            entry.limits = limits;
+        }
         for controller in self.graph().controllers_of(disk) {
             controller.resize(limits);
         }

@@ -5,7 +5,7 @@
 //! are never older than the question.
 //!
 //! A switch-over as control sees it: the job asks for the record ([`JobEvent::CommitRequest`]), control writes it and says so,
-//! the disk exchanges its root, [`Target::job_ended`] makes the graph follow. A record that was written for a switch that
+//! the disk exchanges its root, `Target::job_ended` makes the graph follow. A record that was written for a switch that
 //! is then undone is taken back ([`JobEvent::RetractRequest`]) before any write is acknowledged that only the source has.
 
 use std::collections::VecDeque;

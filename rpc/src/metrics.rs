@@ -1,6 +1,6 @@
 //! Metrics for Prometheus: one table, from which come the exposition and the reference page.
 //!
-//! Nothing is counted here. A scrape takes a picture of what control knows ([`Scrape`]: numbers of jobs asked at that
+//! Nothing is counted here. A scrape takes a picture of what control knows (`Scrape`: numbers of jobs asked at that
 //! moment, and the cells that reactors write), and one collector turns the picture into families by the rows of
 //! [`METRICS`]. A new metric is a row, and a field of the picture if it has none yet.
 

@@ -1,7 +1,7 @@
 //! Planted bugs: the proof that the tests can fail.
 //!
 //! Each names one decision that the mirror must take rightly and takes wrongly while the bug is planted. Built without the
-//! feature `planted-bugs`, [`planted`] is `false` at compile time and nothing of this remains. With it, a thread plants at
+//! feature `planted-bugs`, `planted` is `false` at compile time and nothing of this remains. With it, a thread plants at
 //! most one bug for itself, so that one build serves all of them and tests beside each other stay apart.
 
 /// A decision taken wrongly, and what breaks.

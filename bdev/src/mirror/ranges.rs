@@ -5,7 +5,7 @@
 //! waiting is only ever for an older operation, so there is no cycle and nobody starves. Copies never overlap each other.
 //!
 //! The usual case, no conflict, is found without a look at the others: guest writes are counted in buckets of
-//! [`UNIT`] bytes, and of copies there are few. A request over too many units is counted as wide; while there is one, and
+//! 2^`UNIT_SHIFT` bytes, and of copies there are few. A request over too many units is counted as wide; while there is one, and
 //! where a bucket is taken, the live ones are looked at one by one.
 
 use std::collections::VecDeque;

@@ -2,7 +2,7 @@
 //! completions of the command line, and the checks that every method is documented and its example works.
 //!
 //! A method is a struct: its fields are the parameters, its documentation is the method's. A new one is such a struct with
-//! an [`Rpc`] beside it in the file of its family, and a row in [`METHODS`].
+//! an `Rpc` beside it in the file of its family, and a row in [`METHODS`].
 
 mod bdev;
 mod bdev_file;

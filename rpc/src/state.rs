@@ -120,7 +120,16 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Stat
 struct StateDir {
     path: PathBuf,
     /// Held for the life of the store.
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for StateDir {
+    /// Closing is not enough: whoever looks at this process's descriptors in `/proc` at that moment, as the search for a
+    /// file's holder does, keeps the open file and with it the lock for a moment longer.
+    fn drop(&mut self) {
+        // If it fails the close that follows releases it.
+        let _ = self.lock.unlock();
+    }
 }
 
 /// The records, in memory and, with a directory, on disk. What is in memory is what is on disk.
@@ -150,7 +159,7 @@ impl StateStore {
             fs::TryLockError::Error(error) => io_error("locking", &lock_path)(error),
         })?;
         let records = read_records(&path.join(RECORDS))?;
-        let dir = Arc::new(StateDir { path, _lock: lock });
+        let dir = Arc::new(StateDir { path, lock });
         Ok(Self { dir: Some(dir), records: records.into(), ..Self::default() })
     }
 
@@ -453,6 +462,16 @@ mod tests {
         assert!(matches!(StateStore::open(dir.path()), Err(StateError::InUse(_))));
         drop(first);
         assert!(StateStore::open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn the_directory_is_free_at_once_even_while_somebody_looks_at_the_open_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        let looked_at = store.dir.as_ref().unwrap().lock.try_clone().unwrap();
+        drop(store);
+        assert!(StateStore::open(dir.path()).is_ok());
+        drop(looked_at);
     }
 
     #[test]

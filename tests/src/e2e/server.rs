@@ -231,7 +231,14 @@ fn binary() -> &'static Path {
         let test = std::env::current_exe().unwrap();
         let profile = test.ancestors().nth(2).expect("a test is in target/<profile>/deps");
         let mut build = Command::new(env!("CARGO"));
-        build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "-q", "-p", "resilver"]);
+        // As the whole workspace's, so that it shares its dependencies' features, and them, with the tests.
+        build.current_dir(env!("CARGO_MANIFEST_DIR")).args([
+            "build",
+            "-q",
+            "--workspace",
+            "--bin",
+            "resilver",
+        ]);
         if profile.ends_with("release") {
             build.arg("--release");
         }

@@ -17,11 +17,10 @@ use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use resilver_bdev::{BdevError, FileIdentity};
 use serde::{Deserialize, Serialize};
-
-use crate::events::unix_seconds;
 
 /// The file of records.
 const RECORDS: &str = "superseded.json";
@@ -64,8 +63,8 @@ pub struct Record {
     pub generation: u64,
     /// The job that switched.
     pub job_id: String,
-    /// When, in seconds since 1970.
-    pub time: f64,
+    /// When, in whole seconds since 1970: a fraction would not come back from JSON bit by bit.
+    pub time: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -212,7 +211,7 @@ impl StateStore {
             by: target.into(),
             generation,
             job_id: job_id.to_owned(),
-            time: unix_seconds(),
+            time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         });
         self.replace(after).await?;
         let mut undo = self.before.borrow_mut();

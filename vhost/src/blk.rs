@@ -123,9 +123,13 @@ impl Space {
 /// The cache mode that holds with these features and this `writeback` field (virtio 5.2.5.2, 5.2.6.2): without FLUSH the
 /// guest cannot ask for durability, so every write must be durable; with CONFIG_WCE the field decides.
 #[must_use]
-pub fn cache_mode(negotiated: u64, writeback: u8) -> CacheMode {
+pub fn cache_mode(negotiated: u64, writeback: CacheMode) -> CacheMode {
     let (flush, wce) = (negotiated & features::FLUSH != 0, negotiated & features::CONFIG_WCE != 0);
-    if flush && (!wce || writeback != 0) { CacheMode::WriteBack } else { CacheMode::WriteThrough }
+    match (flush, wce) {
+        (false, false | true) => CacheMode::WriteThrough,
+        (true, false) => CacheMode::WriteBack,
+        (true, true) => writeback,
+    }
 }
 
 /// The serial of a disk: what the operator gave, or its controller's name, cut to what GET_ID can carry.
@@ -351,18 +355,23 @@ mod tests {
     #[test]
     fn the_cache_mode_is_total_over_what_can_be_negotiated() {
         let (flush, wce) = (features::FLUSH, features::CONFIG_WCE);
+        let (back, through) = (CacheMode::WriteBack, CacheMode::WriteThrough);
         let table = [
-            (0, 0, CacheMode::WriteThrough),
-            (0, 1, CacheMode::WriteThrough),
-            (wce, 0, CacheMode::WriteThrough),
-            (wce, 1, CacheMode::WriteThrough),
-            (flush, 0, CacheMode::WriteBack),
-            (flush, 1, CacheMode::WriteBack),
-            (flush | wce, 0, CacheMode::WriteThrough),
-            (flush | wce, 1, CacheMode::WriteBack),
+            (0, through, through),
+            (0, back, through),
+            (wce, through, through),
+            (wce, back, through),
+            (flush, through, back),
+            (flush, back, back),
+            (flush | wce, through, through),
+            (flush | wce, back, back),
         ];
         for (negotiated, writeback, expected) in table {
-            assert_eq!(cache_mode(negotiated, writeback), expected, "{negotiated:#x} {writeback}");
+            assert_eq!(
+                cache_mode(negotiated, writeback),
+                expected,
+                "{negotiated:#x} {writeback:?}"
+            );
         }
     }
 

@@ -99,6 +99,7 @@ impl Connection {
     pub(crate) async fn serve(&mut self) -> Result<(), ConnectionError> {
         while let Some(received) = self.next_message().await? {
             self.take(received).await?;
+            self.status.set_writeback(self.session.writeback());
             self.status.set_session(Some(SessionInfo {
                 features: self.session.features(),
                 queues: self.session.running().collect(),

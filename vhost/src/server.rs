@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::blk::{BlkDevice, serial};
+use crate::blk::{BlkDevice, CacheMode, serial};
 use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
 use crate::message::backend_notice;
@@ -153,6 +153,8 @@ pub(crate) struct Status {
     session: RefCell<Option<SessionInfo>>,
     back_channel: RefCell<Option<BackChannel>>,
     left_in_flight: Cell<u32>,
+    /// As the last guest left it: a front end that reconnects does not say it again.
+    writeback: Cell<CacheMode>,
 }
 
 impl Status {
@@ -162,6 +164,10 @@ impl Status {
 
     pub(crate) fn limits(&self) -> Limits {
         self.limits.get()
+    }
+
+    pub(crate) fn set_writeback(&self, writeback: CacheMode) {
+        self.writeback.set(writeback);
     }
 
     pub(crate) fn set_session(&self, session: Option<SessionInfo>) {
@@ -208,6 +214,7 @@ impl Controller {
             session: RefCell::default(),
             back_channel: RefCell::default(),
             left_in_flight: Cell::new(0),
+            writeback: Cell::new(CacheMode::WriteBack),
         });
         let stats = Arc::new(VhostStats::default());
         let (stop, stopped) = oneshot::channel();
@@ -362,7 +369,7 @@ impl Server {
         };
         let mut connection = Connection::new(
             Socket::new(stream),
-            Session::new(device),
+            Session::new(device, self.status.writeback.get()),
             self.config.num_queues,
             data.clone(),
             Rc::clone(&self.status),

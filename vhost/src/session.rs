@@ -235,17 +235,24 @@ pub struct Session {
     features: u64,
     protocol_features: u64,
     status: u8,
-    /// The `writeback` field of the configuration space.
-    writeback: u8,
+    /// The `writeback` field of the configuration space. Front ends read it before they negotiate, keep what they read or wrote
+    /// for as long as they live, and never hear of a reset's choice; so it begins as it will be and only its guest changes it.
+    writeback: CacheMode,
     rings: Vec<Ring>,
 }
 
 impl Session {
-    /// A fresh connection to `device`.
+    /// A fresh connection to `device`, whose cache is as the last guest left it.
     #[must_use]
-    pub fn new(device: BlkDevice) -> Self {
+    pub fn new(device: BlkDevice, writeback: CacheMode) -> Self {
         let rings = (0..device.num_queues).map(|_| Ring::new(Enabled::No)).collect();
-        Self { device, features: 0, protocol_features: 0, status: 0, writeback: 0, rings }
+        Self { device, features: 0, protocol_features: 0, status: 0, writeback, rings }
+    }
+
+    /// What the guest wants of the cache.
+    #[must_use]
+    pub fn writeback(&self) -> CacheMode {
+        self.writeback
     }
 
     /// The negotiated virtio features.
@@ -422,7 +429,6 @@ impl Session {
         self.features = wanted;
         let mut actions = Vec::new();
         if changed != 0 {
-            self.writeback = initial_writeback(wanted);
             actions.push(self.cache_action());
         }
         if wanted & features::PROTOCOL_FEATURES == 0 {
@@ -442,7 +448,9 @@ impl Session {
     }
 
     fn get_config(&self, piece: &ConfigPiece) -> Reply {
-        let space = self.device.config_space(cache_mode(self.features, self.writeback));
+        // Before anything is negotiated it says what a driver that takes all will find.
+        let features = if self.features == 0 { self.device.features() } else { self.features };
+        let space = self.device.config_space(cache_mode(features, self.writeback));
         let begin = piece.offset as usize;
         let bytes = begin
             .checked_add(piece.bytes.len())
@@ -471,7 +479,8 @@ impl Session {
             (config_flags::LIVE_MIGRATION, None) => return Ok(Vec::new()),
             _ => return Err(refused),
         };
-        self.writeback = u8::from(writeback != 0);
+        self.writeback =
+            if writeback == 0 { CacheMode::WriteThrough } else { CacheMode::WriteBack };
         Ok(vec![self.cache_action()])
     }
 
@@ -491,15 +500,9 @@ impl Session {
         };
         self.rings.fill(Ring::new(enabled));
         self.status = 0;
-        self.writeback = initial_writeback(self.features);
         actions.extend([self.cache_action(), Action::GuestReset]);
         actions
     }
-}
-
-/// What `writeback` is after negotiation (virtio 5.2.5.2): on where the guest can flush.
-fn initial_writeback(negotiated: u64) -> u8 {
-    u8::from(negotiated & features::FLUSH != 0)
 }
 
 fn number(value: u64) -> Vec<Action> {

@@ -16,7 +16,7 @@ fn session() -> Session {
         optimal_io: 4096,
         read_only: false,
     };
-    Session::new(BlkDevice { limits, read_only: false, num_queues: 2 })
+    Session::new(BlkDevice { limits, read_only: false, num_queues: 2 }, CacheMode::WriteBack)
 }
 
 const ADDRESSES: RingAddresses =
@@ -195,6 +195,41 @@ fn only_writeback_can_be_written_and_only_where_it_was_negotiated() {
     assert_eq!(off, [Action::SetCache(CacheMode::WriteThrough)]);
     let restored = session.handle(&set(0, config_flags::LIVE_MIGRATION, &[1; 60])).unwrap();
     assert_eq!(restored, [Action::SetCache(CacheMode::WriteBack)]);
+}
+
+/// QEMU and Cloud Hypervisor read the configuration space once, before they negotiate, and answer their guests from that copy
+/// for good; so a device that was told "write through" there, or a reset that changes the mode unseen, would lose writes that
+/// a guest believes to be durable.
+#[test]
+fn the_cache_is_always_as_its_front_end_has_read_or_written_it() {
+    let get =
+        Message::GetConfig(ConfigPiece { offset: WRITEBACK_OFFSET, flags: 0, bytes: vec![0] });
+    let says = |session: &mut Session| match session.handle(&get).unwrap().as_slice() {
+        [Action::Reply(Reply::Config(piece))] => piece.bytes[0],
+        other => panic!("{other:?}"),
+    };
+    let wanted = features::FLUSH | features::CONFIG_WCE | features::PROTOCOL_FEATURES;
+    let mut session = session();
+    assert_eq!(says(&mut session), 1, "read before it is negotiated");
+    let back = session.handle(&Message::SetFeatures(wanted)).unwrap();
+    assert_eq!(back, [Action::SetCache(CacheMode::WriteBack)]);
+    let flags = config_flags::WRITABLE;
+    let off = ConfigPiece { offset: WRITEBACK_OFFSET, flags, bytes: vec![0] };
+    session.handle(&Message::SetConfig(off)).unwrap();
+    session.handle(&Message::SetStatus(15)).unwrap();
+    for reset in [Message::SetStatus(0), Message::ResetDevice] {
+        let actions = session.handle(&reset).unwrap();
+        assert!(actions.contains(&Action::SetCache(CacheMode::WriteThrough)), "{actions:?}");
+        assert_eq!(says(&mut session), 0);
+    }
+    session.handle(&Message::SetFeatures(0)).unwrap();
+    let again = session.handle(&Message::SetFeatures(wanted)).unwrap();
+    assert_eq!(again, [Action::SetCache(CacheMode::WriteThrough)]);
+    assert_eq!(
+        session.writeback(),
+        CacheMode::WriteThrough,
+        "what the next connection begins with"
+    );
 }
 
 #[test]

@@ -645,6 +645,13 @@ impl Poller for Disk {
             Some(root) => root.arm(cx, set),
             None => Armed::Ready,
         };
+        if let Root::Job(job) = &self.root
+            && job.wants() == JobWants::Dissolve
+        {
+            // Its next hold is due then, or when control has made room for the news of it.
+            let soon = cx.now + Nanos::from_millis(1);
+            armed = armed.and(Armed::Until(Some(self.hold_not_before.max(soon))));
+        }
         for guest in self.guests.iter_mut().flatten() {
             armed = armed.and(guest.consumer.arm(cx, set));
         }
@@ -676,6 +683,9 @@ impl Poller for Disk {
         }
         if let Some(root) = root_channel(&mut self.root) {
             root.detach(cx);
+        }
+        for releasing in &mut self.releasing {
+            releasing.detach(cx);
         }
     }
 }

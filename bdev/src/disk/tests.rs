@@ -430,6 +430,10 @@ fn a_job_that_cannot_be_dissolved_in_time_is_told_and_tried_again() {
     world.turn();
     assert_eq!(source.held.lock().unwrap().len(), 2, "the guest runs on between two holds");
     source.let_go(2);
+    world.turn();
+    let cx = Context { now: world.now, memory: &world.memory };
+    let armed = world.disk.arm(&cx, &mut WaitSet::with_capacity(8));
+    assert!(matches!(armed, Armed::Until(Some(_))), "the next hold is due: {armed:?}");
     world.turns(300);
     assert!(world.events().iter().any(|event| event.contains("JobEnded")));
 }

@@ -32,6 +32,9 @@ const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
 const UNITS: u32 = 2 * DISK_DEPTH;
 /// Bytes of a copy's buffer, where `buf_size` does not say less.
 const WINDOW: u32 = 1 << 20;
+/// The most bytes of one copy inside a hole, where the target deallocates them. Where it writes zeroes out, a hole costs as
+/// much as data, and a guest's write into it waits as long.
+const HOLE_RUN: u64 = 16 << 20;
 /// Completions taken from a leg in one turn.
 const BATCH: usize = 256;
 
@@ -364,9 +367,9 @@ impl Mirror {
         self.core.guest_live > 0 || self.free_reads.len() < self.reads.len()
     }
 
-    fn end(self: Box<Self>, side: Side) -> Dissolved {
+    fn end(self: Box<Self>, side: Side, now: Nanos) -> Dissolved {
         let mirror = *self;
-        let mut info = mirror.core.info();
+        let mut info = mirror.core.info(now);
         info.status = JobStatus::Concluded;
         let (survivor, other) = match side {
             Side::Source => (mirror.source, mirror.target),
@@ -413,6 +416,7 @@ fn core_config(
         units: UNITS,
         copies: copies as u16,
         run: u64::from(window),
+        hole_run: if target.zeroes_unmap && config.unmap { HOLE_RUN } else { u64::from(window) },
         window,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
@@ -538,7 +542,7 @@ impl IoChannel for Mirror {
         if self.uncommitted || !self.answers.is_empty() {
             return Armed::Ready;
         }
-        let deadline = self.core.deadline(cx.now);
+        let deadline = self.core.deadline();
         if deadline.is_some_and(|deadline| deadline <= cx.now) {
             return Armed::Ready;
         }
@@ -566,8 +570,8 @@ impl BlockJob for Mirror {
         })
     }
 
-    fn info(&self, _now: Nanos) -> JobInfo {
-        self.core.info()
+    fn info(&self, now: Nanos) -> JobInfo {
+        self.core.info(now)
     }
 
     fn take_event(&mut self) -> Option<JobEvent> {
@@ -602,17 +606,17 @@ impl BlockJob for Mirror {
         self.perform(cx);
     }
 
-    fn dissolve(self: Box<Self>, _cx: &Context<'_>) -> Dissolved {
+    fn dissolve(self: Box<Self>, cx: &Context<'_>) -> Dissolved {
         debug_assert_eq!(self.in_flight(), 0, "a mirror is dissolved under its guest");
         debug_assert!(self.core.ops.iter().all(|op| op.leg(Side::Source) != Leg::Flying));
         // Should the disk hold for a reason that has passed, the source is always a safe answer.
         let side = self.core.survivor().unwrap_or(Side::Source);
         debug_assert!(side == Side::Source || self.core.in_sync());
-        self.end(side)
+        self.end(side, cx.now)
     }
 
-    fn abandon(self: Box<Self>, _cx: &Context<'_>) -> Dissolved {
-        self.end(Side::Source)
+    fn abandon(self: Box<Self>, cx: &Context<'_>) -> Dissolved {
+        self.end(Side::Source, cx.now)
     }
 
     fn as_channel(&mut self) -> &mut dyn IoChannel {

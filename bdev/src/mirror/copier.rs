@@ -21,8 +21,6 @@ use super::tables::Failed;
 use crate::io::{IoError, IoKind};
 use crate::job::WriteCounts;
 
-/// The most bytes of one copy inside a hole.
-const HOLE_RUN: u64 = 16 << 20;
 /// Copies in flight while the guest has requests in flight: the guest comes first.
 const COPIES_BESIDE_GUEST: usize = 4;
 /// Places looked at in one turn: bounded work.
@@ -125,47 +123,47 @@ impl Core {
         stage && !matches!(self.job_flush, JobFlush::Asked(_)) && self.maps.dirty.count() > 0
     }
 
-    /// When the copier will next have something to do that it may not do now.
-    pub(super) fn copier_deadline(&mut self, now: Nanos) -> Option<Nanos> {
-        if !self.copier_runs() {
-            return None;
-        }
-        if self.looks_left == 0 {
-            return Some(now);
-        }
-        let limited = now + self.limiter.wait(now);
-        let next = limited.max(self.back_off.until());
-        (next > now).then_some(next)
+    /// When the copier may begin what it could not in its last turn, unless the end of an I/O tells it.
+    pub(super) fn copier_deadline(&self) -> Option<Nanos> {
+        self.copier_due.filter(|_| self.copier_runs())
     }
 
     /// Begins copies, as many as may be in flight.
     pub(super) fn start_copies(&mut self, guest_busy: bool, now: Nanos) {
-        self.looks_left = LOOKS;
-        if !self.copier_runs() || now < self.back_off.until() {
+        self.copier_due = None;
+        if !self.copier_runs() {
+            return;
+        }
+        if now < self.back_off.until() {
+            self.copier_due = Some(self.back_off.until());
             return;
         }
         let most = if guest_busy { COPIES_BESIDE_GUEST } else { usize::MAX };
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
-        let mut busy = None;
-        while self.looks_left > 0 {
+        let (mut busy, mut looks) = (None, 0);
+        let mut sweep = Sweep { from: self.cursor, wrapped: false };
+        loop {
             let Some(free) = self.copies.iter().position(|copy| copy.state == CopyState::Free)
             else {
                 return;
             };
-            if self.copies.iter().filter(taken).count() >= most
-                || self.limiter.wait(now) > Nanos::ZERO
-            {
+            if self.copies.iter().filter(taken).count() >= most {
                 return;
             }
-            #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
-            let free = free as u16;
-            let look = self.look();
-            if look == Look::Nothing {
+            let wait = self.limiter.wait(now);
+            if wait > Nanos::ZERO {
+                self.copier_due = Some(now + wait);
+                return;
+            }
+            if looks == LOOKS {
+                self.copier_due = Some(now);
                 break;
             }
-            self.looks_left -= 1;
-            match look {
-                Look::Nothing => {}
+            looks += 1;
+            #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
+            let free = free as u16;
+            match self.look(&mut sweep) {
+                Look::Nothing => break,
                 Look::Free { run, hole } => self.begin(free, run, hole, now),
                 Look::Shut => {}
                 Look::Busy(chunk) => busy = busy.or(Some(chunk)),
@@ -177,15 +175,19 @@ impl Core {
         }
     }
 
-    /// Looks at the next dirty run.
-    fn look(&mut self) -> Look {
+    /// Looks at the next dirty run, once round the disk.
+    fn look(&mut self, sweep: &mut Sweep) -> Look {
         let limit = self.scanned_upto / self.grid.granularity();
         let limit = if self.scanned_upto >= self.grid.size() { self.grid.chunks() } else { limit };
         let dirty = &self.maps.dirty;
         let next = |from| dirty.next_set(from).filter(|chunk| *chunk < limit);
         let Some(first) = next(self.cursor).or_else(|| next(0)) else { return Look::Nothing };
+        if sweep.is_over(self.cursor, first) {
+            return Look::Nothing;
+        }
         let hole = self.maps.hole.get(first);
-        let largest = if hole { HOLE_RUN } else { self.config.run.min(self.limiter.largest()) };
+        let largest =
+            if hole { self.config.hole_run } else { self.config.run.min(self.limiter.largest()) };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
         end = if hole {
@@ -469,6 +471,24 @@ impl Core {
             self.maps.hole.set_range(&(at..wrote));
             at = self.maps.guest_wrote.next_clear(wrote, end);
         }
+    }
+}
+
+/// A turn's walk over the dirty chunks: once round, so that what cannot be copied now is looked at once.
+struct Sweep {
+    /// The chunk where it began.
+    from: u64,
+    /// It has passed the end of the disk.
+    wrapped: bool,
+}
+
+impl Sweep {
+    /// Goes from the cursor on to the next dirty chunk. Whether that is where it has been.
+    fn is_over(&mut self, cursor: u64, next: u64) -> bool {
+        let wraps = next < cursor;
+        let over = self.wrapped && (wraps || next >= self.from);
+        self.wrapped |= wraps;
+        over
     }
 }
 

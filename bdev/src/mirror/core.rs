@@ -62,6 +62,8 @@ pub(super) struct CoreConfig {
     pub copies: u16,
     /// The most bytes of one copy that reads, unless a chunk is larger.
     pub run: u64,
+    /// The same inside a hole.
+    pub hole_run: u64,
     /// Bytes that the copier reads at once.
     pub window: u32,
     /// Bytes that zero detection looks at as one.
@@ -236,8 +238,8 @@ pub(super) struct Core {
     pub wish: Wish,
     pub failure: Option<JobFailure>,
     pub io_status: IoStatus,
-    /// What the copier's last turn had left to look at: if nothing, it has not seen everything.
-    pub looks_left: usize,
+    /// When the copier's last turn wanted another, though nothing ends.
+    pub copier_due: Option<Nanos>,
     /// Where the copier looks next, a chunk.
     pub cursor: u64,
     /// The copier may go so far, bytes.
@@ -285,7 +287,7 @@ impl Core {
             wish: Wish::None,
             failure: None,
             io_status: IoStatus::Ok,
-            looks_left: 1,
+            copier_due: None,
             cursor: 0,
             scanned_upto: 0,
             limiter: Limiter::new(config.speed, Nanos::ZERO),

@@ -176,9 +176,9 @@ impl Core {
         match self.stage {
             Stage::Created | Stage::Running | Stage::Paused(_) => usual(self.config.copy_mode),
             Stage::Ready | Stage::Standby(_) => usual(self.config.copy_mode),
-            Stage::Waiting(_) => Mirroring::Both,
             Stage::Pending(_, Step::Freezing) => Mirroring::Behind,
-            Stage::Pending(..) => Mirroring::Switching,
+            // Waiting too, or a guest that discards all the time would keep the switch-over from ever being due.
+            Stage::Waiting(_) | Stage::Pending(..) => Mirroring::Switching,
             Stage::Leaving(_) => Mirroring::Detached,
         }
     }
@@ -674,17 +674,18 @@ impl Core {
     }
 
     /// When [`Core::turn`] must be called again though nothing has happened.
-    pub(super) fn deadline(&mut self, now: Nanos) -> Option<Nanos> {
+    pub(super) fn deadline(&self) -> Option<Nanos> {
         let target_busy = self.both_flying > 0
-            || self.lines[Side::Target as usize].line != Line::Idle
+            || matches!(self.lines[Side::Target as usize].line, Line::Flying { .. })
             || self.copies.iter().any(|copy| copy.state == CopyState::Writing);
-        let timeout = (self.config.target_timeout.is_some() && target_busy)
-            .then_some(self.next_timeout_check);
+        let watched =
+            self.config.target_timeout.is_some() && !matches!(self.stage, Stage::Leaving(_));
+        let timeout = (watched && target_busy).then_some(self.next_timeout_check);
         let retract = match self.record {
             Record::RetractAt(at) => Some(at),
             _ => None,
         };
-        let copier = self.copier_deadline(now);
+        let copier = self.copier_deadline();
         [timeout, retract, copier, self.errors.deadline()].into_iter().flatten().min()
     }
 
@@ -721,7 +722,10 @@ impl Core {
     }
 
     /// What there is to say.
-    pub(super) fn info(&self) -> JobInfo {
+    pub(super) fn info(&self, now: Nanos) -> JobInfo {
+        // A reactor that slept has not sampled the rates meanwhile.
+        let mut rates = self.rates;
+        rates.tick(now);
         let dirty_bytes = self.maps.dirty.bytes();
         let in_flight_bytes = self.copies.iter().map(|copy| copy.left()).sum();
         let left = dirty_bytes + in_flight_bytes;
@@ -745,10 +749,10 @@ impl Core {
             skipped_bytes: self.counters.skipped,
             dirty_bytes,
             in_flight_bytes,
-            copy_bytes_per_second: self.rates.copy_rate(),
-            guest_write_bytes_per_second: self.rates.write_rate(),
-            eta: self.rates.eta(left),
-            converging: left == 0 || self.rates.converging(),
+            copy_bytes_per_second: rates.copy_rate(),
+            guest_write_bytes_per_second: rates.write_rate(),
+            eta: rates.eta(left),
+            converging: left == 0 || rates.converging(),
             actively_synced: both && was_ready && self.in_sync(),
             target_undurable_bytes: self.lines[Side::Target as usize].undurable_bytes(),
             io_status: self.io_status,

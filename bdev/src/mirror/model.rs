@@ -144,6 +144,7 @@ impl World {
             units: 2,
             copies: u16::try_from(COPIES).unwrap(),
             run: chunk,
+            hole_run: chunk,
             window: u32::try_from(chunk).unwrap(),
             zero_unit: u32::try_from(BLOCK).unwrap(),
             max_zeroes: 1 << 20,
@@ -253,8 +254,7 @@ impl World {
                 self.core.retracted(done, self.now);
             }
             Event::Tick => {
-                let now = self.now;
-                self.now = self.core.deadline(now).expect("a tick has a deadline");
+                self.now = self.core.deadline().expect("a tick has a deadline");
             }
         }
         self.settle();
@@ -548,8 +548,7 @@ fn explore(scenario: Scenario) -> Result<usize, String> {
         let mut events = world.events();
         if events.is_empty() && world.core.wants() == JobWants::Nothing {
             // Time passes only when nothing else can happen: a rest after an error, a retraction to be asked again.
-            let deadline = world.core.clone().deadline(world.now);
-            if deadline.is_some_and(|deadline| deadline > world.now) {
+            if world.core.deadline().is_some_and(|deadline| deadline > world.now) {
                 events.push(Event::Tick);
             }
         }

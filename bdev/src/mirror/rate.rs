@@ -10,6 +10,8 @@ use crate::job::{ErrorAction, ErrorCounts, JobEvent, Side};
 /// How much of a second's allowance may be spent at once.
 const BURST: Nanos = Nanos::from_millis(100);
 const SECOND: u64 = 1_000_000_000;
+/// Samples after which nothing is left of a rate.
+const FORGOTTEN: u64 = 256;
 
 /// A limit on data copied, as a bucket of tokens that may be overdrawn once: whoever finds it in credit may start, and pays
 /// when the size is known.
@@ -109,7 +111,14 @@ impl Smoothed {
         let sampled = u128::from(self.new) * u128::from(SECOND) / u128::from(span.0.max(1));
         let sampled = u64::try_from(sampled).unwrap_or(u64::MAX);
         self.new = 0;
-        self.rate = if self.rate == 0 { sampled } else { self.rate - self.rate / 8 + sampled / 8 };
+        if self.rate == 0 {
+            self.rate = sampled;
+            return;
+        }
+        // A span of many periods, of a reactor that slept, weighs as many samples.
+        for _ in 0..(span.0 / Rates::PERIOD.0).min(FORGOTTEN) {
+            self.rate = self.rate - self.rate.div_ceil(8) + sampled / 8;
+        }
     }
 }
 

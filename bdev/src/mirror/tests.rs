@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use resilver_reactor::{Context, Nanos};
-use resilver_sys::{BufferSlice, Mapping, RegionId, RegionTable};
+use resilver_reactor::{Armed, Context, Nanos};
+use resilver_sys::{BufferSlice, Mapping, RegionId, RegionTable, WaitSet};
 
 use super::*;
 use crate::CompletionBatch;
@@ -85,6 +85,11 @@ impl Bench {
             self.turn();
         }
         panic!("not reached: {what}");
+    }
+
+    /// The reactor would sleep now.
+    fn arm(&mut self) -> Armed {
+        self.with(|mirror, cx| mirror.arm(cx, &mut WaitSet::with_capacity(8)))
     }
 
     fn info(&mut self) -> JobInfo {
@@ -620,4 +625,93 @@ fn a_discard_never_makes_the_legs_differ() {
     bench.turns_until("in sync", |bench| bench.info().actively_synced);
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
     assert!(bench.done.iter().all(|done| done.result.is_ok()));
+}
+
+#[test]
+fn a_chunk_that_is_shut_keeps_no_reactor_awake() {
+    let config = MirrorConfig {
+        on_target_error: OnError::Ignore,
+        target_timeout: Some(Nanos::from_millis(5)),
+        ..blocking()
+    };
+    let mut bench = Bench::started(config);
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, 1);
+    bench.write(1, 0, &[5; 512]);
+    bench.drain();
+    bench.turns(10);
+    assert_eq!(bench.info().dirty_bytes, 4096);
+    assert_ne!(bench.arm(), Armed::Ready, "there is nothing to do until the write ends");
+}
+
+#[test]
+fn a_copier_that_has_used_its_allowance_is_woken_however_late_the_sleep_begins() {
+    let mut bench = Bench::new(MirrorConfig { speed: 65536, ..MirrorConfig::default() });
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    for _ in 0..100 {
+        bench.turn();
+        let now = bench.now;
+        bench.now = now + Nanos::from_secs(3600);
+        assert_ne!(bench.arm(), Armed::Until(None), "nobody would wake the copier");
+        bench.now = now;
+    }
+}
+
+#[test]
+fn the_rates_of_a_disk_that_rests_are_none() {
+    let mut bench = Bench::new(MirrorConfig { speed: 65536, ..MirrorConfig::default() });
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    for _ in 0..1000 {
+        bench.now = bench.now + Nanos::from_millis(2);
+        bench.turn();
+    }
+    let rate = bench.info().copy_bytes_per_second;
+    assert!((1..262_144).contains(&rate), "{rate} bytes a second");
+    bench.verb(JobVerb::Pause).unwrap();
+    bench.turns(10);
+    // The reactor sleeps.
+    bench.now = bench.now + Nanos::from_secs(60);
+    assert_eq!(bench.info().copy_bytes_per_second, 0);
+    assert_eq!(bench.info().eta, None);
+}
+
+#[test]
+fn a_guest_that_discards_cannot_hold_a_switch_over_up() {
+    let mut bench = Bench::started(MirrorConfig { unmap: false, ..blocking() });
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Flush, Effect::Stall, 1);
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns(10);
+    assert_eq!(bench.status(), JobStatus::Waiting);
+    bench.submit(1, IoKind::Unmap, 0, 8192);
+    bench.drain();
+    assert_eq!((bench.done[0].result, bench.info().dirty_bytes), (Ok(()), 0));
+    bench.legs[1].clear();
+    bench.reach(JobStatus::Pending);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+#[test]
+fn a_hole_that_the_target_must_write_out_is_copied_in_pieces_like_data() {
+    let config = MirrorConfig { unmap: false, buf_size: 65536, ..MirrorConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.inject(Side::Target, IoKind::WriteZeroes, Effect::Stall, 1);
+    bench.with(|mirror, cx| {
+        mirror.attach(cx);
+        mirror.scanned(cx, ScanReport::Hole { offset: 0, length: SIZE });
+        mirror.scanned(cx, ScanReport::Done);
+    });
+    bench.turns(10);
+    assert_eq!(bench.info().in_flight_bytes, 65536, "a guest's write waits for no more");
+    bench.legs[1].clear();
+    bench.reach(JobStatus::Ready);
+    assert_eq!(bench.info().zero_bytes, SIZE);
 }

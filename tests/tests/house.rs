@@ -217,3 +217,31 @@ fn every_dependency_stands_in_one_table_with_its_reason() {
         assert!(!text.contains("version = \""), "{folder}/Cargo.toml names a version of its own");
     }
 }
+
+/// Names in a page that can only be tests: long, in code quotes, in lower case with underscores.
+fn tests_named_in(page: &str) -> impl Iterator<Item = &str> {
+    page.split('`').skip(1).step_by(2).filter(|word| {
+        word.matches('_').count() > 2
+            && word.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+    })
+}
+
+#[test]
+fn a_page_that_names_a_test_names_one_that_exists() {
+    let sources = sources(&["sys", "reactor", "bdev", "vhost", "rpc", "src", "tests"]);
+    let known = |word: &str| {
+        let word = format!("{word}(");
+        sources.iter().any(|(_, text)| text.contains(&format!("fn {word}")))
+    };
+    let page = fs::read_to_string(root().join("docs/mirror.md")).unwrap();
+    let shown: Vec<&str> =
+        page.lines().filter(|line| line.starts_with('|')).flat_map(tests_named_in).collect();
+    assert!(shown.len() > 60, "the tables of the page have gone");
+    let not_tests = ["bdev_mirror_finish", "bdev_mirror_start", "target_undurable_bytes"];
+    for word in shown.into_iter().filter(|word| !not_tests.contains(word)) {
+        assert!(
+            known(word),
+            "docs/mirror.md says that {word} shows something; there is no such test"
+        );
+    }
+}

@@ -1,5 +1,7 @@
 //! Scenarios of a mirror over disks in memory that fail and stall on demand, told top to bottom.
 
+mod checklist;
+
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context, Nanos};

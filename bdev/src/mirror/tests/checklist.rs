@@ -1,0 +1,154 @@
+//! Statements of QEMU's and Cloud Hypervisor's mirrors that stand in `docs/mirror.md`, each by itself.
+
+use super::*;
+
+fn with_policy(on_source_error: OnError, on_target_error: OnError) -> MirrorConfig {
+    MirrorConfig { on_source_error, on_target_error, ..blocking() }
+}
+
+#[test]
+fn reads_are_the_sources_and_wait_for_nobody() {
+    let mut bench = Bench::new(blocking());
+    bench.fill_source(0, &[7; 4096]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, FOREVER);
+    bench.inject(Side::Target, IoKind::Read, Effect::Stall, FOREVER);
+    bench.write(1, 0, &[8; 512]);
+    bench.turns(10);
+    bench.submit(2, IoKind::Read, 0, 512);
+    bench.turns(10);
+    assert_eq!(bench.done, [Completion { tag: Tag(2), result: Ok(()) }]);
+}
+
+#[test]
+fn a_source_error_reaches_the_guest_and_its_range_is_copied_again() {
+    let mut bench = Bench::started(with_policy(OnError::Ignore, OnError::Report));
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Source, IoKind::Write, Effect::Fail(IoError::IO), 1);
+    bench.write(1, 8192, &[9; 512]);
+    bench.drain();
+    assert_eq!(bench.done, [Completion { tag: Tag(1), result: Err(IoError::IO) }]);
+    let copied = bench.info().copied_bytes + bench.info().skipped_bytes + bench.info().zero_bytes;
+    bench.turns_until("in sync", |bench| bench.info().actively_synced);
+    let info = bench.info();
+    assert!(info.copied_bytes + info.skipped_bytes + info.zero_bytes > copied, "{info:?}");
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+#[test]
+fn the_first_reason_of_a_failure_stays_and_the_target_gets_nothing_more() {
+    let mut bench = Bench::started(with_policy(OnError::Report, OnError::Report));
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Fail(IoError::IO), 1);
+    bench.write(1, 0, &[1; 512]);
+    bench.drain();
+    let first = bench.info().failure;
+    let expected = JobFailure::Io {
+        side: Side::Target,
+        operation: IoKind::Write,
+        offset: 0,
+        error: IoError::IO,
+    };
+    assert_eq!((first, bench.status()), (Some(expected), JobStatus::Aborting));
+
+    bench.inject(Side::Source, IoKind::Write, Effect::Fail(IoError::NO_SPACE), 1);
+    let before = bench.contents(Side::Target);
+    bench.write(2, 4096, &[2; 512]);
+    bench.write(3, 8192, &[3; 512]);
+    bench.drain();
+    assert_eq!(bench.info().failure, first);
+    assert!(bench.contents(Side::Target) == before, "the target is still written");
+    assert_eq!(bench.contents(Side::Source)[8192..8704], [3; 512]);
+}
+
+#[test]
+fn the_target_is_flushed_before_the_job_is_ready() {
+    let mut bench = Bench::new(blocking());
+    bench.inject(Side::Target, IoKind::Flush, Effect::Stall, FOREVER);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    bench.turns_until("copied", |bench| bench.info().dirty_bytes == 0);
+    bench.turns(200);
+    assert_eq!(bench.status(), JobStatus::Running);
+    bench.legs[1].clear();
+    bench.reach(JobStatus::Ready);
+    assert_eq!(bench.info().target_undurable_bytes, 0);
+}
+
+#[test]
+fn a_guests_flush_waits_for_the_target_where_its_writes_do() {
+    for (copy_mode, waits) in [(CopyMode::WriteBlocking, true), (CopyMode::Background, false)] {
+        let mut bench = Bench::started(MirrorConfig { copy_mode, ..blocking() });
+        bench.reach(JobStatus::Ready);
+        bench.inject(Side::Target, IoKind::Flush, Effect::Stall, FOREVER);
+        bench.submit(1, IoKind::Flush, 0, 0);
+        bench.turns(100);
+        assert_eq!(bench.done.is_empty(), waits, "{copy_mode:?}");
+        bench.legs[1].clear();
+        bench.drain();
+        assert_eq!(bench.done, [Completion { tag: Tag(1), result: Ok(()) }]);
+    }
+}
+
+#[test]
+fn a_job_changes_its_copy_mode_both_ways() {
+    let mut bench = Bench::started(MirrorConfig { granularity: 4096, ..MirrorConfig::default() });
+    bench.reach(JobStatus::Ready);
+    assert!(!bench.info().actively_synced);
+    bench.verb(JobVerb::Change(CopyMode::WriteBlocking)).unwrap();
+    bench.write(1, 0, &[1; 512]);
+    bench.drain();
+    let info = bench.info();
+    assert_eq!((info.dirty_bytes, info.actively_synced), (0, true));
+
+    bench.verb(JobVerb::Change(CopyMode::Background)).unwrap();
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, FOREVER);
+    bench.write(2, 4096, &[2; 512]);
+    bench.drain();
+    assert_eq!(bench.done.len(), 2, "a hung target is not waited for any more");
+    assert!(!bench.info().actively_synced);
+}
+
+#[test]
+fn a_switch_asked_for_in_standby_waits_for_the_resume() {
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.verb(JobVerb::Pause).unwrap();
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns(200);
+    assert_eq!(bench.status(), JobStatus::Standby);
+    assert!(!bench.events.contains(&JobEvent::CommitRequest));
+    bench.verb(JobVerb::Resume).unwrap();
+    bench.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
+}
+
+#[test]
+fn a_job_that_stands_by_shows_what_the_guest_dirties() {
+    let mut bench = Bench::started(MirrorConfig { granularity: 4096, ..MirrorConfig::default() });
+    bench.reach(JobStatus::Ready);
+    bench.verb(JobVerb::Pause).unwrap();
+    assert_eq!(bench.info().dirty_bytes, 0);
+    bench.write(1, 4096, &[1; 4096]);
+    bench.write(2, 16384 + 512, &[2; 512]);
+    bench.drain();
+    bench.turns(100);
+    assert_eq!((bench.status(), bench.info().dirty_bytes), (JobStatus::Standby, 8192));
+}
+
+#[test]
+fn no_speed_limit_holds_up_a_guests_write() {
+    let mut bench = Bench::new(MirrorConfig { speed: 1, ..blocking() });
+    bench.fill_source(0, &[7; 1 << 16]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    bench.turns(100);
+    let begun = bench.now;
+    for tag in 1..=64 {
+        bench.write(tag, u64::from(tag) * 8192, &[1; 8192]);
+        bench.drain();
+    }
+    assert!(bench.now - begun < Nanos::from_millis(10), "half a megabyte at a byte a second");
+    assert_eq!(bench.status(), JobStatus::Running);
+}

@@ -173,6 +173,12 @@ impl Mirror {
         self.core.grid.granularity()
     }
 
+    /// The rows of the tables that it has come to: for tests, which want them all.
+    #[must_use]
+    pub fn rows(&self) -> super::Rows {
+        self.core.rows
+    }
+
     /// What a chunk is now: for tests, which compare the legs where it is clean.
     #[must_use]
     pub fn chunk_state(&self, index: u64) -> ChunkState {

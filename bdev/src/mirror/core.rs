@@ -26,6 +26,7 @@ use super::durable::FlushLine;
 use super::life::{JobFlush, Record, Stage, Wish};
 use super::ranges::{Entered, Holder, Ranges};
 use super::rate::{BackOff, ErrorLog, Limiter, Rates};
+use super::rows::Rows;
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
 use crate::bitmap::{Bitmap, Grid};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
@@ -250,6 +251,8 @@ pub(super) struct Core {
     pub errors: ErrorLog,
     pub counters: Counters,
     pub next_timeout_check: Nanos,
+    /// Rows of the tables come to so far.
+    pub rows: Rows,
     actions: VecDeque<Action>,
     pub events: VecDeque<JobEvent>,
 }
@@ -296,6 +299,7 @@ impl Core {
             errors: ErrorLog::default(),
             counters: Counters::default(),
             next_timeout_check: Nanos::ZERO,
+            rows: Rows::default(),
             actions: VecDeque::with_capacity(4 * (ops + copies)),
             events: VecDeque::with_capacity(Self::EVENTS),
             config,
@@ -512,6 +516,7 @@ impl Core {
     }
 
     fn send(&mut self, slot: Slot, row: WriteRow, units: u32, now: Nanos) {
+        self.rows.write.visit(row.row);
         let op = &mut self.ops[usize::from(slot)];
         op.state = OpState::Flying;
         op.bits = row.bits;

@@ -482,6 +482,7 @@ impl Core {
         now: Nanos,
     ) {
         let row = on_failure(failed, self.progress());
+        self.rows.failure.visit(row.row);
         let side = failed.side();
         match row.dirties {
             Dirties::Range => {

@@ -18,6 +18,7 @@ mod life;
 mod pieces;
 mod ranges;
 mod rate;
+mod rows;
 mod tables;
 
 #[cfg(test)]
@@ -29,6 +30,7 @@ use resilver_reactor::Nanos;
 
 pub use self::channel::{ChunkState, Mirror};
 use self::core::{BOUNCE_UNIT, BOUNCE_UNITS_MAX};
+pub use self::rows::{RowSet, Rows};
 use crate::channel::{IoChannel, Limits};
 use crate::device::BdevError;
 use crate::disk::DISK_DEPTH;

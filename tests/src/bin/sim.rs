@@ -6,6 +6,7 @@
 
 use std::process::ExitCode;
 
+use resilver_bdev::mirror::{RowSet, Rows};
 use resilver_tests::sim::{STEPS, run};
 
 /// What the command line says.
@@ -44,12 +45,13 @@ fn main() -> ExitCode {
         }
     };
     let keep = if options.trace { usize::MAX } else { 0 };
-    let mut requests = 0;
+    let (mut requests, mut rows) = (0, Rows::default());
     for seed in options.seed..options.seed.saturating_add(options.runs) {
         let (trace, result) = run(seed, options.steps, keep);
         match result {
             Ok(summary) => {
                 requests += summary.requests;
+                rows.merge(summary.rows);
                 if options.trace {
                     println!("{}", trace.tail().join("\n"));
                 }
@@ -63,6 +65,8 @@ fn main() -> ExitCode {
             }
         }
     }
-    println!("{} seeds, {requests} guest requests, nothing found", options.runs);
+    let Rows { write, failure, hang } = rows;
+    let visited = [write, failure, hang].map(RowSet::letters).join(", ");
+    println!("{} seeds, {requests} guest requests, rows {visited}, nothing found", options.runs);
     ExitCode::SUCCESS
 }

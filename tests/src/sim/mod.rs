@@ -26,6 +26,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use control::Reached;
+use resilver_bdev::mirror::Rows;
 use rng::Rng;
 use swarm::Swarm;
 use trace::Trace;
@@ -43,6 +44,8 @@ pub struct Summary {
     pub requests: u64,
     /// What became of its mirrors.
     pub reached: Reached,
+    /// Rows of the mirror's tables that it visited.
+    pub rows: Rows,
 }
 
 /// A run that found something.
@@ -89,6 +92,7 @@ pub fn run(seed: u64, steps: u32, keep: usize) -> (Trace, Result<Summary, Box<Fa
             hash: world.trace.hash(),
             requests: world.ended(),
             reached: world.control.reached,
+            rows: world.trace.rows(),
         })
     }));
     let result = result.unwrap_or_else(|panic| Err(words_of(panic.as_ref())));

@@ -5,7 +5,7 @@
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::job::{BlockJob, Dissolved, JobWants, ScanReport, Side};
-use resilver_bdev::mirror::{ChunkState, Mirror};
+use resilver_bdev::mirror::{ChunkState, Mirror, Rows};
 use resilver_bdev::{
     BdevIo, CompletionBatch, IoChannel, IoKind, JobEvent, JobInfo, JobStatus, JobVerb, Limits,
     VerbError,
@@ -112,6 +112,7 @@ impl IoChannel for Probe {
 
     fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch) {
         self.with(|mirror| mirror.poll(cx, done));
+        self.trace.visited(self.with(|mirror| mirror.rows()));
     }
 
     fn in_flight(&self) -> u32 {
@@ -138,6 +139,13 @@ impl IoChannel for Probe {
 impl BlockJob for Probe {
     fn verb(&mut self, cx: &Context<'_>, verb: JobVerb) -> Result<(), VerbError> {
         let status = self.info(cx.now).status;
+        for (hung, leg) in [(Side::Source, &self.source), (Side::Target, &self.target)] {
+            if verb.legal_in(status) && leg.stalled() > 0 {
+                let mut rows = Rows::default();
+                rows.visit_hang(verb, hung);
+                self.trace.visited(rows);
+            }
+        }
         let result = self.with(|mirror| mirror.verb(cx, verb));
         self.judge_verb(verb, status, &result);
         result

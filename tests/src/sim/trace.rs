@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
+use resilver_bdev::mirror::Rows;
 use resilver_reactor::Nanos;
 
 use super::lock;
@@ -19,6 +20,7 @@ struct State {
     tail: VecDeque<String>,
     keep: usize,
     findings: Vec<String>,
+    rows: Rows,
 }
 
 /// The record of a run, shared by all parts of its world.
@@ -56,6 +58,17 @@ impl Trace {
     pub fn finding(&self, text: impl fmt::Display) {
         self.line(format_args!("FOUND {text}"));
         lock(&self.0).findings.push(text.to_string());
+    }
+
+    /// Remembers rows of the mirror's tables that were visited.
+    pub fn visited(&self, rows: Rows) {
+        lock(&self.0).rows.merge(rows);
+    }
+
+    /// The rows visited so far.
+    #[must_use]
+    pub fn rows(&self) -> Rows {
+        lock(&self.0).rows
     }
 
     /// The first thing found wrong.

@@ -5,6 +5,7 @@
 //! command line without a line here. What is written by hand is what a person wants otherwise than the RPC gives it:
 //! tables, and mirrors that are waited for.
 
+mod bench;
 mod cmd_method;
 mod cmd_mirror;
 mod cmd_rpc;
@@ -49,6 +50,8 @@ enum Command {
     Rpc(cmd_rpc::RpcArgs),
     /// Serve a scratch disk, mirror it under load, switch over and check every byte.
     Demo(demo::DemoArgs),
+    /// Measure the latency and the throughput of vhost-user-blk back ends, and compare them.
+    Bench(bench::BenchArgs),
     /// Print shell completions.
     #[command(after_help = "Example: resilver completions bash > /etc/bash_completion.d/resilver")]
     Completions {
@@ -145,6 +148,7 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
         Command::Mirror(args) => cmd_mirror::run(&session, &args),
         Command::Rpc(args) => cmd_rpc::run(&session, &args),
         Command::Demo(args) => demo::run(&args, session.json),
+        Command::Bench(args) => bench::run(&args, session.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut command(), "resilver", &mut script);

@@ -1,0 +1,255 @@
+//! `resilver bench`: how fast and how even a vhost-user-blk back end answers: ours, SPDK's, QEMU's, any.
+//!
+//! A *cell* is one combination of pattern, block size, depth and queues. Each cell is run on every socket in turn, again
+//! and again, in changing order, so that what a machine does meanwhile falls on all of them alike; what is compared is the
+//! pairs of one round. A run that others disturbed is not thrown away: how much of the client's time was taken is shown
+//! beside it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{bail, ensure};
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+
+use crate::output;
+
+mod client;
+mod plot;
+mod report;
+
+use client::{Client, Run};
+use report::{Cell, Report, Target};
+
+const EXAMPLES: &str = "\
+Examples:
+  resilver bench --socket /run/resilver/vm1 --rw randread --iodepth 1,32
+  resilver bench --socket ours=/run/resilver/a --socket qemu=/tmp/qsd.sock --rw randread,randwrite --overwrite \\
+      --iodepth 1,32,128 --repeat 10 --markdown out.md --plot out.svg
+
+Back ends serve one front end at a time: a disk must not be in use by a machine while it is measured.";
+
+/// The most requests in flight.
+const DEPTH_MAX: u16 = 4096;
+/// The largest request.
+const BLOCK_MAX: u64 = 1 << 20;
+
+/// What requests do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Pattern {
+    /// Sequential reads.
+    Read,
+    /// Sequential writes.
+    Write,
+    /// Reads at random places.
+    Randread,
+    /// Writes at random places.
+    Randwrite,
+    /// Reads and writes at random places; see --rwmixread.
+    Randrw,
+}
+
+impl Pattern {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Randread => "randread",
+            Self::Randwrite => "randwrite",
+            Self::Randrw => "randrw",
+        }
+    }
+
+    /// Whether places are drawn.
+    pub(crate) fn is_random(self) -> bool {
+        matches!(self, Self::Randread | Self::Randwrite | Self::Randrw)
+    }
+
+    /// Of a hundred requests, so many read.
+    pub(crate) fn read_percent(self, mix: u8) -> u64 {
+        match self {
+            Self::Read | Self::Randread => 100,
+            Self::Write | Self::Randwrite => 0,
+            Self::Randrw => u64::from(mix),
+        }
+    }
+}
+
+/// What `resilver bench` is told.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct BenchArgs {
+    /// A back end's socket, with a name for the report if wanted; several are compared with the first.
+    #[arg(long = "socket", value_name = "[NAME=]PATH", required = true, value_parser = named_socket)]
+    sockets: Vec<(String, PathBuf)>,
+    /// What requests do.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "randread")]
+    rw: Vec<Pattern>,
+    /// Reads among a hundred requests of randrw.
+    #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
+    rwmixread: u8,
+    /// Bytes of a request; k and m are powers of 1024, as fio has them.
+    #[arg(long, value_delimiter = ',', default_value = "4k", value_parser = block_size)]
+    bs: Vec<ByteSize>,
+    /// Requests in flight, over all queues together.
+    #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u16).range(1..=i64::from(DEPTH_MAX)))]
+    iodepth: Vec<u16>,
+    /// Queues.
+    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: Vec<u16>,
+    /// How long one run is measured.
+    #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
+    time: Duration,
+    /// How long a run goes on before it is measured.
+    #[arg(long, default_value = "500ms", value_parser = humantime::parse_duration)]
+    warmup: Duration,
+    /// Runs of each cell on each socket.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
+    /// Sleep for interrupts instead of polling, as an ordinary guest does.
+    #[arg(long)]
+    interrupts: bool,
+    /// Pin the client to this core; give it one that no reactor uses.
+    #[arg(long, value_name = "N")]
+    core: Option<usize>,
+    /// The disk's content may be destroyed: needed for whatever writes.
+    #[arg(long)]
+    overwrite: bool,
+    /// Write the report as JSON into a file.
+    #[arg(long, value_name = "FILE")]
+    json_file: Option<PathBuf>,
+    /// Write the report as a Markdown table into a file.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Draw the latency distributions into an SVG file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+/// One cell: what is asked of every back end alike.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Job {
+    pub(crate) pattern: Pattern,
+    pub(crate) read_percent: u64,
+    /// Bytes of a request.
+    pub(crate) block: u32,
+    pub(crate) depth: u16,
+    pub(crate) queues: u16,
+    pub(crate) interrupts: bool,
+    pub(crate) warmup: Duration,
+    pub(crate) time: Duration,
+}
+
+impl BenchArgs {
+    /// Every combination.
+    fn jobs(&self) -> anyhow::Result<Vec<Job>> {
+        let mut jobs = Vec::new();
+        for pattern in &self.rw {
+            let read_percent = pattern.read_percent(self.rwmixread);
+            if read_percent < 100 && !self.overwrite {
+                bail!(
+                    "{} destroys what is on the disk; say --overwrite if that is wanted",
+                    pattern.name()
+                );
+            }
+            for block in &self.bs {
+                let bytes = block.as_u64();
+                ensure!(
+                    bytes > 0 && bytes.is_multiple_of(512) && bytes <= BLOCK_MAX,
+                    "--bs {block}: a request is a multiple of 512 bytes, at most {}",
+                    ByteSize(BLOCK_MAX)
+                );
+                for depth in &self.iodepth {
+                    for queues in &self.queues {
+                        jobs.push(Job {
+                            pattern: *pattern,
+                            read_percent,
+                            block: u32::try_from(bytes)?,
+                            depth: *depth,
+                            queues: *queues,
+                            interrupts: self.interrupts,
+                            warmup: self.warmup,
+                            time: self.time,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(jobs)
+    }
+}
+
+/// Measures, and reports.
+pub(crate) fn run(args: &BenchArgs, json: bool) -> anyhow::Result<()> {
+    let jobs = args.jobs()?;
+    if let Some(core) = args.core {
+        let pinned = core_affinity::set_for_current(core_affinity::CoreId { id: core });
+        ensure!(pinned, "the client cannot be pinned to core {core}");
+    }
+    let mut cells = Vec::new();
+    for job in &jobs {
+        let cell = measure(args, job)?;
+        if !json {
+            cell.lines().iter().for_each(|line| output::say(line));
+        }
+        cells.push(cell);
+    }
+    let report = Report::new(cells);
+    if json {
+        output::json(&report.to_json());
+    }
+    let files = [
+        (&args.json_file, format!("{:#}\n", report.to_json())),
+        (&args.markdown, report.to_markdown()),
+        (&args.plot, plot::distributions(&report)),
+    ];
+    for (path, text) in files {
+        if let Some(path) = path {
+            std::fs::write(path, text)
+                .map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.
+fn measure(args: &BenchArgs, job: &Job) -> anyhow::Result<Cell> {
+    let mut targets: Vec<Target> =
+        args.sockets.iter().map(|(name, _)| Target::new(name.clone())).collect();
+    for round in 0..args.repeat as usize {
+        for turn in 0..args.sockets.len() {
+            let at = (round + turn) % args.sockets.len();
+            let (name, path) = &args.sockets[at];
+            let seed = round as u64 + 1;
+            let run = Client::connect(path, job, seed)
+                .and_then(Client::run)
+                .map_err(|error| error.context(format!("{name}, {}", report::heading(job))))?;
+            targets[at].add(run);
+        }
+    }
+    Ok(Cell::new(*job, targets))
+}
+
+/// Reads a size as fio does, where bare letters mean powers of 1024, or with its unit written out.
+fn block_size(text: &str) -> Result<ByteSize, String> {
+    let bare = text.ends_with(['k', 'K', 'm', 'M']);
+    if bare { format!("{text}iB").parse() } else { text.parse() }
+}
+
+/// Reads `NAME=PATH` or `PATH`.
+fn named_socket(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !name.contains('/') && !path.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(path)))
+        }
+        _ if text.is_empty() => Err("a path is missing".to_owned()),
+        _ => {
+            let path = PathBuf::from(text);
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            Ok((name.unwrap_or_else(|| text.to_owned()), path))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

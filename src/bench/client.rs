@@ -1,0 +1,240 @@
+//! The client of a benchmark: keeps a number of requests in flight and takes the time of each.
+//!
+//! One thread polls all queues. The clock is read once a turn, when something has ended: what is submitted then begins at that
+//! moment. So a latency is what a driver in a guest would see, the client's own work included, and the clock costs little
+//! even at millions of requests a second. Nothing is allocated while it runs.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use hdrhistogram::Histogram;
+use resilver_sys::WaitSet;
+use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, DriverQueue, Request};
+
+use super::Job;
+use crate::content::Random;
+
+/// Latencies above this are counted as this, nanoseconds.
+const LATENCY_MAX: u64 = 60_000_000_000;
+/// Significant digits of a latency.
+const DIGITS: u8 = 3;
+/// The longest sleep, nanoseconds: a bound on how late the end of a run is seen.
+const SLEEP: u64 = 20_000_000;
+/// A back end that ends nothing for so long has failed.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Turns without an end before the clock is read all the same.
+const TURNS_BETWEEN_LOOKS: u32 = 1024;
+
+/// What one run found.
+#[derive(Debug, Clone)]
+pub(crate) struct Run {
+    pub(crate) requests: u64,
+    pub(crate) bytes: u64,
+    pub(crate) time: Duration,
+    /// Nanoseconds.
+    pub(crate) latency: Histogram<u64>,
+    /// How often another process took the client's core.
+    pub(crate) preempted: u64,
+}
+
+impl Run {
+    /// Requests a second.
+    #[allow(clippy::cast_precision_loss)]
+    pub(crate) fn iops(&self) -> f64 {
+        self.requests as f64 / self.time.as_secs_f64()
+    }
+}
+
+/// A request in flight.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    queue: usize,
+    begun: Instant,
+}
+
+/// A connected client.
+pub(crate) struct Client {
+    job: Job,
+    connection: Connection,
+    queues: Vec<DriverQueue>,
+    slots: Vec<Slot>,
+    random: Random,
+    /// Requests that fit on the disk.
+    places: u64,
+    /// Where a sequential pattern goes on.
+    next: u64,
+    histogram: Histogram<u64>,
+    requests: u64,
+}
+
+impl Client {
+    /// Connects to a back end.
+    pub(crate) fn connect(path: &Path, job: &Job, seed: u64) -> anyhow::Result<Self> {
+        let per_queue = job.depth.div_ceil(job.queues);
+        // Three descriptors a request where there are no indirect ones.
+        let queue_size = per_queue.saturating_mul(3).next_power_of_two().max(16);
+        let config = ConnectionConfig {
+            queues: job.queues,
+            queue_size,
+            segments: 1,
+            data_bytes: usize::from(job.depth) * resilver_sys::usize_from(u64::from(job.block)),
+            ..ConnectionConfig::default()
+        };
+        let (connection, queues) = Connection::connect(path, config)?;
+        let device = *connection.device();
+        ensure!(
+            job.read_percent == 100 || !device.read_only,
+            "the disk can only be read; measure read or randread"
+        );
+        ensure!(
+            job.block.is_multiple_of(device.block_size),
+            "the disk has blocks of {} bytes; --bs must be a multiple",
+            device.block_size
+        );
+        let places = device.capacity / u64::from(job.block);
+        ensure!(places > 0, "the disk is smaller than one request");
+        let now = Instant::now();
+        let slots = (0..usize::from(job.depth))
+            .map(|slot| Slot { queue: slot % queues.len(), begun: now })
+            .collect();
+        Ok(Self {
+            job: *job,
+            connection,
+            queues,
+            slots,
+            random: Random::new(seed),
+            places,
+            next: 0,
+            histogram: Histogram::new_with_bounds(1, LATENCY_MAX, DIGITS)?,
+            requests: 0,
+        })
+    }
+
+    /// Warms up, measures, and ends.
+    pub(crate) fn run(mut self) -> anyhow::Result<Run> {
+        let begun = Instant::now();
+        for slot in 0..self.slots.len() {
+            self.submit(slot, begun)?;
+        }
+        self.publish();
+        self.turns_until(begun + self.job.warmup)?;
+        self.histogram.reset();
+        self.requests = 0;
+        let (from, preempted) = (Instant::now(), preemptions());
+        let until = self.turns_until(from + self.job.time)?;
+        let preempted = preemptions().saturating_sub(preempted);
+        let (requests, time) = (self.requests, until - from);
+        let latency = self.histogram.clone();
+        self.drain()?;
+        let bytes = requests * u64::from(self.job.block);
+        Ok(Run { requests, bytes, time, latency, preempted })
+    }
+
+    /// Keeps the depth until then; says when it stopped.
+    fn turns_until(&mut self, end: Instant) -> anyhow::Result<Instant> {
+        let (mut idle, mut last) = (0, Instant::now());
+        loop {
+            let ended = self.turn(true)?;
+            idle = if ended { 0 } else { idle + 1 };
+            if ended || self.job.interrupts || idle % TURNS_BETWEEN_LOOKS == 0 {
+                let now = Instant::now();
+                last = if ended { now } else { last };
+                if now >= end {
+                    return Ok(now);
+                }
+                self.look(now, last)?;
+            }
+            if !ended && self.job.interrupts {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Ends what is in flight.
+    fn drain(&mut self) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        while self.queues.iter().any(|queue| queue.in_flight() > 0) {
+            self.turn(false)?;
+            self.look(Instant::now(), begun)?;
+        }
+        Ok(())
+    }
+
+    fn look(&self, now: Instant, last: Instant) -> anyhow::Result<()> {
+        if self.connection.is_closed() {
+            bail!("the back end closed the connection");
+        }
+        ensure!(now - last < PATIENCE, "the back end ended nothing for {PATIENCE:?}");
+        Ok(())
+    }
+
+    /// Takes what has ended and, if told to, asks for as much again. False if nothing had ended.
+    fn turn(&mut self, refill: bool) -> anyhow::Result<bool> {
+        let mut now = None;
+        for queue in 0..self.queues.len() {
+            while let Some(finished) = self.queues[queue].pop()? {
+                finished.result.context("a request failed")?;
+                let now = *now.get_or_insert_with(Instant::now);
+                let slot = resilver_sys::usize_from(finished.tag);
+                let begun = self.slots.get(slot).context("a request that nobody made")?.begun;
+                let latency = u64::try_from((now - begun).as_nanos()).unwrap_or(LATENCY_MAX);
+                self.histogram.saturating_record(latency);
+                self.requests += 1;
+                if refill {
+                    self.submit(slot, now)?;
+                }
+            }
+        }
+        if now.is_some() && refill {
+            self.publish();
+        }
+        Ok(now.is_some())
+    }
+
+    fn submit(&mut self, slot: usize, now: Instant) -> anyhow::Result<()> {
+        let place = if self.job.pattern.is_random() {
+            self.random.below(self.places)
+        } else {
+            let place = self.next;
+            self.next = if place + 1 == self.places { 0 } else { place + 1 };
+            place
+        };
+        let offset = place * u64::from(self.job.block);
+        let reads = match self.job.read_percent {
+            100 => true,
+            0 => false,
+            percent => self.random.below(100) < percent,
+        };
+        let request = if reads { Request::Read { offset } } else { Request::Write { offset } };
+        let buffer =
+            DataBuffer { offset: slot as u64 * u64::from(self.job.block), length: self.job.block };
+        self.slots[slot].begun = now;
+        Ok(self.queues[self.slots[slot].queue].submit(request, &[buffer], slot as u64)?)
+    }
+
+    fn publish(&mut self) {
+        self.queues.iter_mut().for_each(DriverQueue::publish);
+    }
+
+    /// Waits for an interrupt.
+    fn sleep(&mut self) {
+        let mut quiet = true;
+        for queue in &mut self.queues {
+            quiet &= queue.arm();
+        }
+        if quiet {
+            let mut set = WaitSet::with_capacity(self.queues.len());
+            self.queues.iter().for_each(|queue| set.add(queue.call_fd()));
+            set.sleep(Some(SLEEP));
+        }
+        self.queues.iter_mut().for_each(DriverQueue::disarm);
+    }
+}
+
+/// How often this thread lost its core to another.
+fn preemptions() -> u64 {
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
+    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}

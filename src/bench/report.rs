@@ -1,0 +1,290 @@
+//! What a benchmark found: cells, the targets measured in each, and how they are told.
+
+use std::fmt::Write as _;
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
+use super::{Job, Run};
+
+/// The percentiles that are told, and their names.
+pub(crate) const PERCENTILES: [(f64, &str); 4] =
+    [(50.0, "p50"), (99.0, "p99"), (99.9, "p99.9"), (99.99, "p99.99")];
+
+/// Median, least and most of something.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) min: f64,
+    pub(crate) max: f64,
+}
+
+impl Spread {
+    /// Of some values, at least one.
+    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let median = if values.len() % 2 == 1 {
+            values[middle]
+        } else {
+            f64::midpoint(values[middle - 1], values[middle])
+        };
+        Some(Self { median, min, max })
+    }
+
+    fn to_json(self) -> Value {
+        json!({ "median": self.median, "min": self.min, "max": self.max })
+    }
+}
+
+/// One back end in one cell.
+pub(crate) struct Target {
+    pub(crate) name: String,
+    runs: Vec<Run>,
+}
+
+impl Target {
+    pub(crate) fn new(name: String) -> Self {
+        Self { name, runs: Vec::new() }
+    }
+
+    pub(crate) fn add(&mut self, run: Run) {
+        self.runs.push(run);
+    }
+
+    /// Latencies of all runs, nanoseconds; none without a run.
+    pub(crate) fn latency(&self) -> Option<Histogram<u64>> {
+        let (first, rest) = self.runs.split_first()?;
+        let mut all = first.latency.clone();
+        for run in rest {
+            // The bounds are those of the first: nothing can be outside.
+            let _ = all.add(&run.latency);
+        }
+        Some(all)
+    }
+
+    fn iops(&self) -> Option<Spread> {
+        Spread::of(self.runs.iter().map(Run::iops))
+    }
+
+    #[allow(clippy::cast_precision_loss)]
+    fn bytes_per_second(&self) -> Option<f64> {
+        let rates = self.runs.iter().map(|run| run.bytes as f64 / run.time.as_secs_f64());
+        Spread::of(rates).map(|it| it.median)
+    }
+
+    /// Against another, run by run of the same round.
+    fn ratio(&self, base: &Self) -> Option<Spread> {
+        Spread::of(
+            self.runs.iter().zip(&base.runs).map(|(ours, theirs)| ours.iops() / theirs.iops()),
+        )
+    }
+
+    fn to_json(&self, base: &Self) -> Value {
+        let latency = self.latency();
+        let at = |percentile: f64| {
+            latency.as_ref().map_or(Value::Null, |it| it.value_at_percentile(percentile).into())
+        };
+        let mut percentiles: serde_json::Map<String, Value> =
+            PERCENTILES.iter().map(|(value, name)| ((*name).to_owned(), at(*value))).collect();
+        percentiles
+            .insert("max".to_owned(), latency.as_ref().map_or(Value::Null, |it| it.max().into()));
+        let runs: Vec<Value> = self
+            .runs
+            .iter()
+            .map(|run| {
+                json!({
+                    "iops": run.iops(), "requests": run.requests, "seconds": run.time.as_secs_f64(),
+                    "p50_ns": run.latency.value_at_percentile(50.0), "p99_ns": run.latency.value_at_percentile(99.0),
+                    "preempted": run.preempted,
+                })
+            })
+            .collect();
+        json!({
+            "name": self.name,
+            "iops": self.iops().map(Spread::to_json),
+            "bytes_per_second": self.bytes_per_second(),
+            "latency_ns": percentiles,
+            "iops_to_first": self.ratio(base).map(Spread::to_json),
+            "runs": runs,
+        })
+    }
+
+    /// What a row of a table shows, by [`HEADS`].
+    fn row(&self, base: &Self) -> Vec<String> {
+        let latency = self.latency();
+        let iops = self.iops();
+        let spread = iops.map(|it| (it.max - it.min) / it.median * 100.0);
+        let preempted: u64 = self.runs.iter().map(|run| run.preempted).sum();
+        let ratio = self.ratio(base).filter(|_| !std::ptr::eq(self, base));
+        let mut row = vec![
+            self.name.clone(),
+            iops.map_or_else(String::new, |it| thousands(it.median)),
+            spread.map_or_else(String::new, |it| format!("{it:.0}%")),
+            self.bytes_per_second()
+                .map_or_else(String::new, |it| format!("{:.0}", it / 1_048_576.0)),
+        ];
+        for (percentile, _) in PERCENTILES {
+            row.push(
+                latency
+                    .as_ref()
+                    .map_or_else(String::new, |it| micros(it.value_at_percentile(percentile))),
+            );
+        }
+        row.push(latency.as_ref().map_or_else(String::new, |it| micros(it.max())));
+        row.push(preempted.to_string());
+        row.push(ratio.map_or_else(
+            || "1".to_owned(),
+            |it| format!("{:.2} ({:.2}-{:.2})", it.median, it.min, it.max),
+        ));
+        row
+    }
+}
+
+/// Heads of a table of targets.
+const HEADS: [&str; 11] = [
+    "socket",
+    "IOPS",
+    "spread",
+    "MiB/s",
+    "p50 us",
+    "p99 us",
+    "p99.9 us",
+    "p99.99 us",
+    "max us",
+    "preempted",
+    "to the first",
+];
+
+/// One combination, on every back end.
+pub(crate) struct Cell {
+    pub(crate) job: Job,
+    pub(crate) targets: Vec<Target>,
+}
+
+impl Cell {
+    pub(crate) fn new(job: Job, targets: Vec<Target>) -> Self {
+        Self { job, targets }
+    }
+
+    fn rows(&self) -> Vec<Vec<String>> {
+        let Some(base) = self.targets.first() else { return Vec::new() };
+        self.targets.iter().map(|target| target.row(base)).collect()
+    }
+
+    /// As a terminal shows it.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let mut rows = vec![HEADS.map(str::to_owned).to_vec()];
+        rows.extend(self.rows());
+        let widths: Vec<usize> = (0..HEADS.len())
+            .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+            .collect();
+        let mut lines = vec![heading(&self.job)];
+        for row in &rows {
+            let mut line = String::from(" ");
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                // Names to the left, numbers to the right.
+                let _ = if column == 0 {
+                    write!(line, " {cell:width$}")
+                } else {
+                    write!(line, "  {cell:>width$}")
+                };
+            }
+            lines.push(line);
+        }
+        lines
+    }
+}
+
+/// A whole benchmark.
+pub(crate) struct Report {
+    pub(crate) cells: Vec<Cell>,
+}
+
+impl Report {
+    pub(crate) fn new(cells: Vec<Cell>) -> Self {
+        Self { cells }
+    }
+
+    pub(crate) fn to_json(&self) -> Value {
+        let cells: Vec<Value> = self
+            .cells
+            .iter()
+            .map(|cell| {
+                let job = &cell.job;
+                let base = cell.targets.first();
+                let targets: Vec<Value> =
+                    cell.targets.iter().filter_map(|target| Some(target.to_json(base?))).collect();
+                json!({
+                    "rw": job.pattern.name(), "read_percent": job.read_percent, "bs": job.block,
+                    "iodepth": job.depth, "queues": job.queues, "interrupts": job.interrupts,
+                    "targets": targets,
+                })
+            })
+            .collect();
+        json!({ "kernel": kernel(), "cpus": cpus(), "cells": cells })
+    }
+
+    pub(crate) fn to_markdown(&self) -> String {
+        let mut text = format!("Linux {}, {} CPUs.\n", kernel(), cpus());
+        for cell in &self.cells {
+            let _ = writeln!(text, "\n**{}**\n\n| {} |", heading(&cell.job), HEADS.join(" | "));
+            let _ = writeln!(text, "|{}", " --- |".repeat(HEADS.len()));
+            for row in cell.rows() {
+                let _ = writeln!(text, "| {} |", row.join(" | "));
+            }
+        }
+        text
+    }
+}
+
+/// What a cell is called.
+pub(crate) fn heading(job: &Job) -> String {
+    let mix = match job.read_percent {
+        0 | 100 => String::new(),
+        percent => format!(" {percent}% reads"),
+    };
+    let waits = if job.interrupts { ", sleeping for interrupts" } else { "" };
+    let queues =
+        if job.queues == 1 { "1 queue".to_owned() } else { format!("{} queues", job.queues) };
+    format!(
+        "{}{mix}, {} bytes, depth {}, {queues}{waits}",
+        job.pattern.name(),
+        job.block,
+        job.depth
+    )
+}
+
+fn kernel() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
+
+/// Nanoseconds as microseconds, with as many digits as mean something.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn micros(nanoseconds: u64) -> String {
+    let micros = nanoseconds as f64 / 1000.0;
+    if micros < 10.0 {
+        format!("{micros:.2}")
+    } else if micros < 100.0 {
+        format!("{micros:.1}")
+    } else {
+        format!("{micros:.0}")
+    }
+}
+
+/// A large number so that it can be read.
+fn thousands(value: f64) -> String {
+    if value >= 1e6 {
+        format!("{:.2} M", value / 1e6)
+    } else if value >= 1e4 {
+        format!("{:.1} k", value / 1e3)
+    } else {
+        format!("{value:.0}")
+    }
+}

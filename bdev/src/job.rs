@@ -12,6 +12,7 @@ use resilver_sys::RegionId;
 
 use crate::channel::IoChannel;
 use crate::io::IoError;
+use crate::verify::{VerifyInfo, VerifyRequest, VerifyState};
 
 /// The states of a job (QEMU `JobStatus`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -176,6 +177,10 @@ pub enum JobVerb {
     Change(CopyMode),
     /// Converge and leave the target as a point-in-time copy (QEMU's soft cancel).
     Finish,
+    /// Compare both legs while they are in use.
+    Verify(VerifyRequest),
+    /// Give the comparison up.
+    StopVerify,
 }
 
 impl JobVerb {
@@ -192,6 +197,8 @@ impl JobVerb {
             Self::Dismiss => "dismiss",
             Self::Change(_) => "change",
             Self::Finish => "finish",
+            Self::Verify(_) => "verify",
+            Self::StopVerify => "stop-verify",
         }
     }
 
@@ -207,6 +214,10 @@ impl JobVerb {
                 matches!(status, Created | Running | Paused | Ready | Standby)
             }
             Self::Complete | Self::Finish => matches!(status, Ready | Standby),
+            Self::Verify(_) => matches!(status, Running | Paused | Ready | Standby),
+            Self::StopVerify => {
+                matches!(status, Running | Paused | Ready | Standby | Waiting | Pending)
+            }
             Self::Finalize => status == Pending,
             Self::Dismiss => status == Concluded,
         }
@@ -232,6 +243,18 @@ pub enum VerbError {
     /// Nothing to resume.
     #[error("Can't resume a job that was not paused")]
     NotPaused,
+    /// It compares its legs already.
+    #[error("Job '{job}' is verifying already; wait for that pass to end, or cancel it")]
+    AlreadyVerifying {
+        /// The job.
+        job: String,
+    },
+    /// It does not compare its legs.
+    #[error("Job '{job}' is not verifying")]
+    NotVerifying {
+        /// The job.
+        job: String,
+    },
     /// The disk has no such job any more.
     #[error("Job '{job}' not found")]
     NotFound {
@@ -342,6 +365,11 @@ pub enum JobFailure {
     CommitRecord,
     /// A guest reset, with `on_guest_reset` = cancel.
     GuestReset,
+    /// The target differed from the source before a switch-over, was copied again, and differed again.
+    Differs {
+        /// First byte of the chunk.
+        offset: u64,
+    },
 }
 
 impl fmt::Display for JobFailure {
@@ -359,6 +387,10 @@ impl fmt::Display for JobFailure {
                 f.write_str("the switch-over was undone: its record could not be written")
             }
             Self::GuestReset => f.write_str("the guest reset the device"),
+            Self::Differs { offset } => write!(
+                f,
+                "the switch-over was undone: the target differs from the source at byte {offset} though it was copied again"
+            ),
         }
     }
 }
@@ -389,6 +421,34 @@ pub enum JobEvent {
     RetractRequest,
     /// The switch-over was given up and the job is ready again, for this reason.
     SwitchUndone(JobFailure),
+    /// Verification found clean chunks that differ; they are dirty now. One event a second at most.
+    VerifyMismatch {
+        /// First byte of the first of them.
+        offset: u64,
+        /// How many since the last event.
+        chunks: u64,
+    },
+    /// A verification pass is over; [`JobInfo::verify`] has its numbers.
+    VerifyEnded {
+        /// Which.
+        pass: u64,
+        /// How it ended.
+        state: VerifyState,
+    },
+}
+
+impl JobEvent {
+    /// Whether it asks for nothing: it may make room for newer events.
+    #[must_use]
+    pub fn is_news(&self) -> bool {
+        match self {
+            Self::Status(_)
+            | Self::Error { .. }
+            | Self::VerifyMismatch { .. }
+            | Self::VerifyEnded { .. } => true,
+            Self::CommitRequest | Self::RetractRequest | Self::SwitchUndone(_) => false,
+        }
+    }
 }
 
 /// How guest writes met the copy: what the tests of a switch-over under load count.
@@ -452,6 +512,8 @@ pub struct JobInfo {
     pub writes: WriteCounts,
     /// Errors so far.
     pub errors: ErrorCounts,
+    /// The last comparison of both legs.
+    pub verify: VerifyInfo,
 }
 
 /// What a job needs of its disk.

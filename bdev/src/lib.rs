@@ -29,6 +29,7 @@ pub mod passthru;
 pub mod slots;
 pub mod stats;
 pub mod uring;
+pub mod verify;
 
 pub use channel::{CompletionBatch, IoChannel, Limits};
 pub use device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
@@ -40,6 +41,7 @@ pub use io::{BdevIo, Completion, IoError, IoKind, Tag};
 pub use job::{BlockJob, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 pub use mirror::{Mirror, MirrorChannels, MirrorConfig};
 pub use stats::IoStats;
+pub use verify::{VerifyInfo, VerifyRequest, VerifyState};
 
 /// The most buffer slices that one I/O may carry.
 pub const SEGMENTS_MAX: usize = 128;

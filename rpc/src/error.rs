@@ -200,6 +200,12 @@ impl From<VerbError> for RpcError {
             ),
             VerbError::AlreadyPaused => Self::new(code::STATE, "job_paused", message, json!({})),
             VerbError::NotPaused => Self::new(code::STATE, "job_not_paused", message, json!({})),
+            VerbError::AlreadyVerifying { job } => {
+                Self::new(code::BUSY, "job_verifying", message, json!({ "job_id": job }))
+            }
+            VerbError::NotVerifying { job } => {
+                Self::new(code::STATE, "job_not_verifying", message, json!({ "job_id": job }))
+            }
             VerbError::NotFound { job } => {
                 Self::new(code::NOT_FOUND, "job_not_found", message, json!({ "job_id": job }))
             }

@@ -132,6 +132,10 @@ fn way_out(failure: JobFailure, info: &JobInfo, id: &str) -> String {
         JobFailure::Io { side, .. } if standing => {
             format!("; repair the {}, then job_resume '{id}' goes on where it stopped", side.name())
         }
+        JobFailure::Differs { .. } if info.status.is_live() => format!(
+            "; the guest runs on from the source; repair the target or mirror to another one, then job_complete '{id}' \
+             tries again"
+        ),
         JobFailure::HoldTimedOut { .. } | JobFailure::CommitRecord if info.status.is_live() => {
             format!("; the guest runs on from the source; job_complete '{id}' tries again")
         }
@@ -139,6 +143,7 @@ fn way_out(failure: JobFailure, info: &JobInfo, id: &str) -> String {
         | JobFailure::Cancelled
         | JobFailure::HoldTimedOut { .. }
         | JobFailure::CommitRecord
+        | JobFailure::Differs { .. }
         | JobFailure::GuestReset => String::new(),
     }
 }
@@ -203,6 +208,9 @@ impl Job {
             "auto_dismiss": self.auto_dismiss,
             "started": self.started,
         });
+        if info.verify.pass > 0 {
+            json["verify"] = crate::verify::numbers(&info.verify);
+        }
         if let Some(eta) = info.eta {
             json["eta_seconds"] = eta.as_secs_f64().into();
         }
@@ -318,6 +326,21 @@ impl Target {
             JobEvent::SwitchUndone(failure) => {
                 tracing::warn!(job = id, %failure, "the switch-over was undone");
                 self.events.add("job_switch_undone", &id, json!({ "error": failure.to_string() }));
+            }
+            JobEvent::VerifyMismatch { offset, chunks } => {
+                tracing::warn!(
+                    job = id,
+                    offset,
+                    chunks,
+                    "the legs differed; what differs is copied again"
+                );
+                let facts = json!({ "offset": offset, "chunks": chunks });
+                self.events.add("verify_mismatch", &id, facts);
+            }
+            JobEvent::VerifyEnded { pass, state } => {
+                tracing::info!(job = id, pass, state = state.name(), "verification ended");
+                let facts = json!({ "pass": pass, "state": state.name() });
+                self.events.add("verify_ended", &id, facts);
             }
         }
     }

@@ -28,6 +28,7 @@ pub mod serve;
 pub mod server;
 pub mod state;
 mod target;
+mod verify;
 
 pub use client::{Client, ClientError};
 pub use error::RpcError;

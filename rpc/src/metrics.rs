@@ -220,6 +220,10 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_job(s, |info| number(info.guest_write_bytes_per_second));
     "resilver_mirror_errors_total", Counter, ["job", "side", "action"], "I/O errors, by leg and by what was done about them.",
         mirror_errors;
+    "resilver_mirror_verify_checked_bytes_total", Counter, ["job"], "Bytes compared on both legs by verification.",
+        |s| per_job(s, |info| number(info.verify.checked_ever));
+    "resilver_mirror_verify_mismatches_total", Counter, ["job"], "Chunks that verification found to differ.",
+        |s| per_job(s, |info| number(info.verify.mismatches_ever));
     "resilver_mirror_eta_seconds", Gauge, ["job"], "Time until the job is ready, where it can be told.", mirror_eta;
     "resilver_mirror_converging", Gauge, ["job"], "1 if the dirty bytes shrink faster than the guest makes them.",
         |s| per_job(s, |info| f64::from(u8::from(info.converging)));

@@ -265,6 +265,20 @@ impl RegionTable {
         Ok(unsafe { raw_is_zero(start, slice.length as usize) })
     }
 
+    /// Whether two slices of one length hold the same bytes. Meant for pools that nobody else writes.
+    ///
+    /// # Errors
+    /// A bad slice, or two lengths.
+    pub fn equal(&self, one: BufferSlice, other: BufferSlice) -> Result<bool, BadSlice> {
+        if one.length != other.length {
+            return Err(BadSlice::LengthMismatch);
+        }
+        let (first, second) = (self.resolve(one)?, self.resolve(other)?);
+        // SAFETY: `resolve` gives `length` mapped bytes each, which stay mapped while `self` is borrowed.
+        let order = unsafe { libc::memcmp(first.cast(), second.cast(), one.length as usize) };
+        Ok(order == 0)
+    }
+
     /// Address of the slice, and a lease on its region that [`RegionTable::release`] gives back.
     pub(crate) fn lease(&self, slice: BufferSlice) -> Result<*mut u8, BadSlice> {
         let address = self.resolve(slice)?;

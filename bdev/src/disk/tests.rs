@@ -165,6 +165,7 @@ fn info() -> JobInfo {
         failure: None,
         writes: crate::job::WriteCounts::default(),
         errors: crate::job::ErrorCounts::default(),
+        verify: crate::VerifyInfo::default(),
     }
 }
 

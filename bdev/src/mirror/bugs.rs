@@ -37,11 +37,13 @@ pub enum Bug {
     FailedCopyForgotten,
     /// After the commit record a write that the target lacks is acknowledged: a crash now loses it.
     AcknowledgedBeforeRetract,
+    /// A comparison of the legs takes no range: a guest write between its two reads looks like a difference.
+    VerifyTakesNoRange,
 }
 
 impl Bug {
     /// All of them, for whoever plants one after the other.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::WriteNotDirtied,
         Self::TargetErrorForgotten,
         Self::NoBounceCopy,
@@ -57,6 +59,7 @@ impl Bug {
         Self::ZeroDetectionShort,
         Self::FailedCopyForgotten,
         Self::AcknowledgedBeforeRetract,
+        Self::VerifyTakesNoRange,
     ];
 }
 

@@ -14,6 +14,7 @@ use super::bugs::{Bug, planted};
 use super::core::{Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, OpState, Slot};
 use super::life::Refused;
 use super::pieces::{UNITS as ZERO_UNITS, UNITS_U32 as ZERO_UNITS_U32, UnitMap};
+use super::verify::CHECKS;
 use super::{COPIES, MirrorChannels, MirrorConfig, QUARANTINE, combined_limits, validate};
 use crate::SEGMENTS_MAX;
 use crate::bitmap::Grid;
@@ -42,6 +43,8 @@ const BATCH: usize = 256;
 const READ: u32 = 1 << 16;
 /// In a tag: a write of the copier, on the target.
 const COPY: u32 = 1 << 17;
+/// In a tag: a read of the comparison, on either leg.
+const CHECK: u32 = 1 << 19;
 /// The tag of a flush.
 const FLUSH: Tag = Tag(1 << 18);
 
@@ -153,7 +156,7 @@ impl Mirror {
             free_reads: (0..DISK_DEPTH as u16).rev().collect(),
             bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
             free_units: (0..UNITS as u16).rev().collect(),
-            buffers: Pool::new(copies, window)?,
+            buffers: Pool::new(copies + 2 * u32::from(CHECKS), window)?,
             zero_unit,
             answers: VecDeque::with_capacity(OPS as usize + DISK_DEPTH as usize),
             done: CompletionBatch::with_capacity(BATCH),
@@ -231,6 +234,19 @@ impl Mirror {
                     let buffer = self.buffers.slice(copy, 0, length);
                     self.copy_source.submit(cx, io, &[buffer]);
                     self.uncommitted = true;
+                }
+                Action::CheckRead { check, side, offset, length } => {
+                    let tag = Tag(CHECK | u32::from(check));
+                    let buffer = self.check_buffer(check, side, 0, length);
+                    let leg = match side {
+                        Side::Source => &mut self.copy_source,
+                        Side::Target => &mut self.target,
+                    };
+                    leg.submit(cx, transfer(tag, IoKind::Read, offset, length), &[buffer]);
+                    self.uncommitted = true;
+                }
+                Action::Compare { check, offset, length } => {
+                    self.compare(cx, check, offset, length);
                 }
                 Action::CopyWrite { copy, offset, length, skip } => {
                     let io = transfer(Tag(COPY | u32::from(copy)), IoKind::Write, offset, length);
@@ -324,8 +340,12 @@ impl Mirror {
         while let Some(Completion { tag, result }) = self.done.get(at) {
             at += 1;
             let copy = slot_of(tag);
-            let zeroes = result.map(|()| self.zero_map(cx, copy));
-            self.core.read_done(copy, zeroes, cx.now);
+            if tag.0 & CHECK != 0 {
+                self.core.check_read_done(copy, Side::Source, result, cx.now);
+            } else {
+                let zeroes = result.map(|()| self.zero_map(cx, copy));
+                self.core.read_done(copy, zeroes, cx.now);
+            }
             self.perform(cx);
         }
     }
@@ -339,6 +359,8 @@ impl Mirror {
             at += 1;
             if tag == FLUSH {
                 self.core.flush_done(Side::Target, result, cx.now);
+            } else if tag.0 & CHECK != 0 {
+                self.core.check_read_done(slot_of(tag), Side::Target, result, cx.now);
             } else if tag.0 & COPY != 0 {
                 self.core.write_done(slot_of(tag), result, cx.now);
             } else {
@@ -346,6 +368,28 @@ impl Mirror {
             }
             self.perform(cx);
         }
+    }
+
+    /// A part of the buffer that a check reads a leg into: those of the checks come behind those of the copies.
+    fn check_buffer(&self, check: u16, side: Side, skip: u32, length: u32) -> BufferSlice {
+        let part = self.core.config.copies + 2 * check + side as u16;
+        self.buffers.slice(part, skip, length)
+    }
+
+    /// Compares what both legs gave for a window, chunk by chunk.
+    fn compare(&mut self, cx: &Context<'_>, check: u16, offset: u64, length: u32) {
+        let window = offset..offset + u64::from(length);
+        for chunk in self.core.grid.touched(offset, u64::from(length)) {
+            let bytes = self.core.grid.bytes(&(chunk..chunk + 1));
+            let (start, end) = (bytes.start.max(window.start), bytes.end.min(window.end));
+            #[allow(clippy::cast_possible_truncation)] // within a window
+            let (skip, part) = ((start - offset) as u32, (end - start) as u32);
+            let side = |side| self.check_buffer(check, side, skip, part);
+            if cx.memory.equal(side(Side::Source), side(Side::Target)) != Ok(true) {
+                self.core.chunk_differs(chunk);
+            }
+        }
+        self.core.compared(check, cx.now);
     }
 
     /// Looks which units of a window are zero.
@@ -415,6 +459,7 @@ fn core_config(
         target_is_zero: config.target_is_zero,
         auto_finalize: config.auto_finalize,
         cancel_on_guest_reset: config.cancel_on_guest_reset,
+        verify_before_complete: config.verify_before_complete,
         speed: config.speed,
         zeroes_unmap: limits.zeroes_unmap && config.unmap,
         ops: OPS as u16,
@@ -573,6 +618,8 @@ impl BlockJob for Mirror {
             }
             Refused::AlreadyPaused => VerbError::AlreadyPaused,
             Refused::NotPaused => VerbError::NotPaused,
+            Refused::AlreadyVerifying => VerbError::AlreadyVerifying { job: self.job_id.clone() },
+            Refused::NotVerifying => VerbError::NotVerifying { job: self.job_id.clone() },
         })
     }
 

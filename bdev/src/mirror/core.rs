@@ -28,6 +28,7 @@ use super::ranges::{Entered, Holder, Ranges};
 use super::rate::{BackOff, ErrorLog, Limiter, Rates};
 use super::rows::Rows;
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
+use super::verify::{CHECKS, Verify};
 use crate::bitmap::{Bitmap, Grid};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::job::{CopyMode, IoStatus, JobEvent, JobFailure, OnError, Side};
@@ -50,6 +51,7 @@ pub(super) struct CoreConfig {
     pub target_is_zero: bool,
     pub auto_finalize: bool,
     pub cancel_on_guest_reset: bool,
+    pub verify_before_complete: bool,
     pub speed: u64,
     /// Both legs write zeroes by deallocating.
     pub zeroes_unmap: bool,
@@ -93,6 +95,10 @@ pub(super) enum Action {
     CopyRead { copy: u16, offset: u64, length: u32 },
     /// Write to the target, from `skip` bytes into the copy's buffer.
     CopyWrite { copy: u16, offset: u64, length: u32, skip: u32 },
+    /// Read a window of a leg into that leg's buffer of the check.
+    CheckRead { check: u16, side: Side, offset: u64, length: u32 },
+    /// Compare what both legs gave, chunk by chunk.
+    Compare { check: u16, offset: u64, length: u32 },
     /// Make a range of the target zero.
     CopyZero { copy: u16, offset: u64, length: u64 },
 }
@@ -250,6 +256,7 @@ pub(super) struct Core {
     pub back_off: BackOff,
     pub errors: ErrorLog,
     pub counters: Counters,
+    pub verify: Verify,
     pub next_timeout_check: Nanos,
     /// Rows of the tables come to so far.
     pub rows: Rows,
@@ -276,7 +283,7 @@ impl Core {
             ops: vec![Op::FREE; ops].into_boxed_slice(),
             free_ops: (0..config.ops).rev().collect(),
             copies: vec![Copy::FREE; copies].into_boxed_slice(),
-            ranges: Ranges::new(grid, ops + copies),
+            ranges: Ranges::new(grid, ops + copies + usize::from(CHECKS)),
             units_free: config.units,
             pooling: VecDeque::with_capacity(ops),
             lost_ops: 0,
@@ -298,6 +305,7 @@ impl Core {
             back_off: BackOff::default(),
             errors: ErrorLog::default(),
             counters: Counters::default(),
+            verify: Verify::new(grid, config.window),
             next_timeout_check: Nanos::ZERO,
             rows: Rows::default(),
             actions: VecDeque::with_capacity(4 * (ops + copies)),
@@ -425,9 +433,10 @@ impl Core {
     pub(super) fn pump(&mut self, now: Nanos) {
         loop {
             while let Some(holder) = self.ranges.next_granted() {
-                match self.copy_of(holder) {
-                    Some(copy) => self.copy_granted(copy, now),
-                    None => self.launch(holder, now),
+                match (self.check_of(holder), self.copy_of(holder)) {
+                    (Some(check), _) => self.check_granted(check, now),
+                    (None, Some(copy)) => self.copy_granted(copy, now),
+                    (None, None) => self.launch(holder, now),
                 }
             }
             let Some(slot) = self.pooling.front().copied() else { return };

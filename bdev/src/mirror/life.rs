@@ -161,6 +161,8 @@ pub(super) enum Refused {
     State(JobStatus),
     AlreadyPaused,
     NotPaused,
+    AlreadyVerifying,
+    NotVerifying,
 }
 
 impl Core {
@@ -219,9 +221,7 @@ impl Core {
 
     pub(super) fn tell(&mut self, event: JobEvent) {
         if self.events.len() >= Self::EVENTS {
-            let news =
-                |event: &JobEvent| matches!(event, JobEvent::Status(_) | JobEvent::Error { .. });
-            let oldest = self.events.iter().position(news);
+            let oldest = self.events.iter().position(JobEvent::is_news);
             debug_assert!(oldest.is_some(), "control was asked {} things", self.events.len());
             self.events.remove(oldest.unwrap_or(0));
         }
@@ -267,6 +267,10 @@ impl Core {
                 _ => return Err(Refused::State(status)),
             },
             JobVerb::Dismiss => {}
+            JobVerb::Verify(_) if self.verifies() => return Err(Refused::AlreadyVerifying),
+            JobVerb::Verify(request) => self.start_verify(&request, now),
+            JobVerb::StopVerify if !self.verifies() => return Err(Refused::NotVerifying),
+            JobVerb::StopVerify => self.stop_verify(now),
         }
         self.pump(now);
         Ok(())
@@ -324,6 +328,11 @@ impl Core {
         self.undo(None, Then::Abort, now);
     }
 
+    /// Takes a switch-over back, for its legs differ though they were made equal again.
+    pub(super) fn undo_unequal(&mut self, reason: JobFailure, now: Nanos) {
+        self.undo(Some(reason), Then::Ready, now);
+    }
+
     /// Takes a switch-over back: at once if there is no record, else when the record is gone.
     fn undo(&mut self, reason: Option<JobFailure>, then: Then, now: Nanos) {
         if let (Some(reason), Then::Ready) = (reason, then) {
@@ -354,6 +363,7 @@ impl Core {
             Then::Abort => self.leave(Ending::Aborted, now),
             Then::Ready => {
                 self.enter(Stage::Ready);
+                self.reopen_demand(now);
                 if let Some(reason) = self.failure {
                     self.tell(JobEvent::SwitchUndone(reason));
                 }
@@ -450,6 +460,7 @@ impl Core {
     fn leave(&mut self, ending: Ending, now: Nanos) {
         self.enter(Stage::Leaving(ending));
         self.drop_copies();
+        self.leave_verify(now);
         let (_, outcome) = on_hang(JobVerb::Cancel, Side::Target);
         debug_assert_eq!(outcome, Outcome::DetachesTarget);
         if planted(Bug::CancelKeepsTarget) {
@@ -564,6 +575,7 @@ impl Core {
         self.check_timeouts(now);
         self.advance(now);
         self.start_copies(guest_busy, now);
+        self.start_checks(guest_busy, now);
         // What is skipped without I/O can have been the last.
         self.advance(now);
         self.rates.tick(now);
@@ -588,7 +600,9 @@ impl Core {
         let stage = self.stage;
         match stage {
             Stage::Running if self.flushed_in_sync(now) => self.enter(Stage::Ready),
-            Stage::Waiting(goal) if self.flushed_in_sync(now) && self.in_sync() => {
+            Stage::Waiting(goal)
+                if self.flushed_in_sync(now) && self.in_sync() && self.verified(goal, now) =>
+            {
                 self.enter(Stage::Pending(goal, Step::AwaitFinalize));
                 if self.config.auto_finalize {
                     self.finalize(goal);
@@ -672,13 +686,15 @@ impl Core {
                 self.lose_copy_write(copy, now);
             }
         }
+        self.lose_late_checks(late, now);
     }
 
     /// When [`Core::turn`] must be called again though nothing has happened.
     pub(super) fn deadline(&self) -> Option<Nanos> {
         let target_busy = self.both_flying > 0
             || matches!(self.lines[Side::Target as usize].line, Line::Flying { .. })
-            || self.copies.iter().any(|copy| copy.state == CopyState::Writing);
+            || self.copies.iter().any(|copy| copy.state == CopyState::Writing)
+            || self.verify.reads_target();
         let watched =
             self.config.target_timeout.is_some() && !matches!(self.stage, Stage::Leaving(_));
         let timeout = (watched && target_busy).then_some(self.next_timeout_check);
@@ -687,7 +703,8 @@ impl Core {
             _ => None,
         };
         let copier = self.copier_deadline();
-        [timeout, retract, copier, self.errors.deadline()].into_iter().flatten().min()
+        let others = [self.errors.deadline(), self.verify_deadline()];
+        [timeout, retract, copier].into_iter().chain(others).flatten().min()
     }
 
     /// A part of the source's allocation map.
@@ -760,6 +777,7 @@ impl Core {
             failure: self.failure,
             writes: self.counters.writes,
             errors: self.errors.total(),
+            verify: self.verify.info(),
         }
     }
 }

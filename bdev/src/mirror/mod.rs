@@ -20,6 +20,7 @@ mod ranges;
 mod rate;
 mod rows;
 mod tables;
+mod verify;
 
 #[cfg(test)]
 mod model;
@@ -79,6 +80,8 @@ pub struct MirrorConfig {
     pub auto_finalize: bool,
     /// Cancel when the guest resets its device.
     pub cancel_on_guest_reset: bool,
+    /// Compare the legs whole before a switch-over, and undo it if they differ for good.
+    pub verify_before_complete: bool,
 }
 
 impl Default for MirrorConfig {
@@ -96,6 +99,7 @@ impl Default for MirrorConfig {
             target_is_zero: false,
             auto_finalize: true,
             cancel_on_guest_reset: false,
+            verify_before_complete: false,
         }
     }
 }
@@ -158,7 +162,12 @@ fn check_depth(channels: &MirrorChannels) -> Result<(), BdevError> {
     let needs = [
         ("source", channels.source.free(IoKind::Read), DISK_DEPTH),
         ("source", channels.source.free(IoKind::Write), DISK_DEPTH),
-        ("copy source", channels.copy_source.free(IoKind::Read), u32::from(COPIES)),
+        (
+            "copy source",
+            channels.copy_source.free(IoKind::Read),
+            u32::from(COPIES + verify::CHECKS),
+        ),
+        ("target", channels.target.free(IoKind::Read), u32::from(verify::CHECKS)),
         ("target", channels.target.free(IoKind::Write), DISK_DEPTH + COPY_DEPTH),
     ];
     for (name, free, needed) in needs {

@@ -137,6 +137,7 @@ impl World {
             target_is_zero: false,
             auto_finalize: true,
             cancel_on_guest_reset: false,
+            verify_before_complete: false,
             speed: 0,
             zeroes_unmap: false,
             ops: u16::try_from(OPS).unwrap(),
@@ -347,7 +348,11 @@ impl World {
                 JobEvent::CommitRequest => self.commit_asked = true,
                 JobEvent::RetractRequest => self.retract_asked = true,
                 JobEvent::Status(JobStatus::Ready) => self.check_ready(),
-                JobEvent::Status(_) | JobEvent::Error { .. } | JobEvent::SwitchUndone(_) => {}
+                JobEvent::Status(_)
+                | JobEvent::Error { .. }
+                | JobEvent::SwitchUndone(_)
+                | JobEvent::VerifyMismatch { .. }
+                | JobEvent::VerifyEnded { .. } => {}
             }
         }
         self.check();
@@ -378,6 +383,9 @@ impl World {
                 Action::CopyWrite { copy, offset, length, .. } => {
                     let (start, end) = (block(offset), block(offset + u64::from(length)));
                     self.flying.push(Io::Write(copy, start, end));
+                }
+                Action::CheckRead { .. } | Action::Compare { .. } => {
+                    panic!("nobody asked for a comparison")
                 }
                 Action::CopyZero { copy, offset, length } => {
                     self.flying.push(Io::Zero(copy, block(offset), block(offset + length)));

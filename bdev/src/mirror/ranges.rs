@@ -1,7 +1,7 @@
 //! Who is where on the disk, and who waits for whom.
 //!
 //! Guest writes exclude each other where they overlap in bytes; a guest write and a copy exclude each other where they
-//! touch one chunk. Whoever comes later waits for all that were there before and conflict, granted or waiting themselves:
+//! touch one chunk; so do a comparison of the legs and either. Whoever comes later waits for all that were there before and conflict, granted or waiting themselves:
 //! waiting is only ever for an older operation, so there is no cycle and nobody starves. Copies never overlap each other.
 //!
 //! The usual case, no conflict, is found without a look at the others: guest writes are counted in buckets of
@@ -41,6 +41,8 @@ pub(super) enum Entered {
 enum Class {
     Guest,
     Copy,
+    /// A comparison of both legs.
+    Check,
 }
 
 /// One operation's place.
@@ -100,6 +102,12 @@ impl Ranges {
         self.enter(holder, Class::Copy, bytes, true)
     }
 
+    /// A comparison comes, of whole chunks: as a copy, but guest writes that wait for it have not met a copy.
+    pub(super) fn enter_check(&mut self, holder: Holder, bytes: &Range<u64>) -> Entered {
+        self.copies += 1;
+        self.enter(holder, Class::Check, bytes, true)
+    }
+
     /// How far from its start a copy of these chunks would meet nobody: its own start if somebody is there.
     pub(super) fn free_until(&self, bytes: &Range<u64>) -> u64 {
         if planted(Bug::CopierIgnoresGuestWrites) {
@@ -124,7 +132,7 @@ impl Ranges {
         }
         match left.class {
             Class::Guest => self.count(&(left.start..left.end), -1),
-            Class::Copy => self.copies -= 1,
+            Class::Copy | Class::Check => self.copies -= 1,
         }
         if left.blockers > 0 {
             self.waiting -= 1;
@@ -198,12 +206,16 @@ impl Ranges {
             (Class::Guest, Class::Guest) => {
                 one.start < two.end && two.start < one.end && !planted(Bug::OverlapOrderLost)
             }
-            (Class::Copy, Class::Copy) => false,
-            (Class::Guest, Class::Copy) | (Class::Copy, Class::Guest) => {
+            (Class::Copy, Class::Copy) | (Class::Check, Class::Check) => false,
+            (Class::Guest, Class::Copy | Class::Check)
+            | (Class::Copy | Class::Check, Class::Guest)
+            | (Class::Copy, Class::Check)
+            | (Class::Check, Class::Copy) => {
                 let (one_chunks, two_chunks) = (self.chunks_of(one), self.chunks_of(two));
                 let older = if one.age < two.age { one.class } else { two.class };
                 let ignored = match older {
                     Class::Copy => planted(Bug::GuestIgnoresCopier),
+                    Class::Check => false,
                     Class::Guest => planted(Bug::CopierIgnoresGuestWrites),
                 };
                 one_chunks.start < two_chunks.end && two_chunks.start < one_chunks.end && !ignored

@@ -146,12 +146,14 @@ pub(super) enum Failed {
     CopyWrite,
     /// A flush of the target that the job asked for.
     JobFlush,
+    /// A read of one leg, to be compared with the other.
+    CheckRead(Side),
 }
 
 impl Failed {
     /// All of them.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::GuestWrite(Side::Source),
         Self::GuestWrite(Side::Target),
         Self::GuestFlush(Side::Source),
@@ -159,12 +161,14 @@ impl Failed {
         Self::CopyRead,
         Self::CopyWrite,
         Self::JobFlush,
+        Self::CheckRead(Side::Source),
+        Self::CheckRead(Side::Target),
     ];
 
     /// The leg that failed.
     pub(super) fn side(self) -> Side {
         match self {
-            Self::GuestWrite(side) | Self::GuestFlush(side) => side,
+            Self::GuestWrite(side) | Self::GuestFlush(side) | Self::CheckRead(side) => side,
             Self::CopyRead => Side::Source,
             Self::CopyWrite | Self::JobFlush => Side::Target,
         }
@@ -246,7 +250,7 @@ pub(super) struct FailureRow {
 /// | B | guest write, target | mirroring | the source's result | range | policy |
 /// | C | guest flush, source | mirroring | the error | undurable | policy |
 /// | D | guest flush, target | mirroring | the source's result | undurable | policy |
-/// | E | copy read, copy write | mirroring | nothing | range | policy |
+/// | E | copy read, copy write, either read of a comparison | mirroring | nothing | range | policy |
 /// | F | job flush | mirroring | nothing | undurable | policy |
 /// | G | a to f | switching | as before | as before | undoes the switch |
 /// | H | a to f | recorded | as before, but the source's result waits for the retraction | as before | undoes the switch |
@@ -260,7 +264,9 @@ pub(super) fn on_failure(failed: Failed, progress: Progress) -> FailureRow {
         Failed::GuestWrite(Side::Target) => ('B', GuestHears::TheSource, Dirties::Range),
         Failed::GuestFlush(Side::Source) => ('C', GuestHears::TheError, Dirties::Undurable),
         Failed::GuestFlush(Side::Target) => ('D', GuestHears::TheSource, Dirties::Undurable),
-        Failed::CopyRead | Failed::CopyWrite => ('E', GuestHears::Nothing, Dirties::Range),
+        Failed::CopyRead | Failed::CopyWrite | Failed::CheckRead(_) => {
+            ('E', GuestHears::Nothing, Dirties::Range)
+        }
         Failed::JobFlush => ('F', GuestHears::Nothing, Dirties::Undurable),
     };
     match (progress, guest) {
@@ -299,7 +305,7 @@ pub(super) enum Outcome {
 ///
 /// | | verb | target hung | source hung |
 /// | --- | --- | --- | --- |
-/// | A | pause, resume, set-speed, change, dismiss | at once | at once |
+/// | A | pause, resume, set-speed, change, verify, stop-verify, dismiss | at once | at once |
 /// | B | cancel | detaches the target | waits for the source |
 /// | C | complete, finish, finalize | waits for the I/O | waits for the I/O |
 pub(super) fn on_hang(verb: JobVerb, hung: Side) -> (char, Outcome) {
@@ -309,6 +315,8 @@ pub(super) fn on_hang(verb: JobVerb, hung: Side) -> (char, Outcome) {
             | JobVerb::Resume
             | JobVerb::SetSpeed(_)
             | JobVerb::Change(_)
+            | JobVerb::Verify(_)
+            | JobVerb::StopVerify
             | JobVerb::Dismiss,
             Side::Source | Side::Target,
         ) => ('A', Outcome::AtOnce),

@@ -18,6 +18,8 @@ use crate::job::{
 };
 use crate::malloc::Malloc;
 
+mod verify;
+
 const BLOCK: u32 = 512;
 const SIZE: u64 = (1 << 20) + 512;
 
@@ -188,7 +190,12 @@ impl Bench {
 
     /// Puts content on the source before the mirror is inserted.
     fn fill_source(&self, offset: u64, bytes: &[u8]) {
-        let mut channel = self.disks[0].open_channel(4).unwrap();
+        self.fill(Side::Source, offset, bytes);
+    }
+
+    /// Changes a disk behind the mirror's back.
+    fn fill(&self, side: Side, offset: u64, bytes: &[u8]) {
+        let mut channel = self.disks[side as usize].open_channel(4).unwrap();
         let memory = RegionTable::with_capacity(4);
         let cx = Context { now: Nanos::ZERO, memory: &memory };
         let region = memory.insert(Mapping::anonymous(bytes.len()).unwrap()).unwrap();

@@ -162,9 +162,10 @@ pub(super) struct BdevMirrorStart {
     /// Not in this version, but for `false`.
     #[serde(default)]
     auto_converge: Option<Value>,
-    /// Not in this version, but for `false`.
+    /// Compare source and target whole before a switch-over. What differs is copied again; if it differs then, the
+    /// switch-over is undone with the reason.
     #[serde(default)]
-    verify_before_complete: Option<Value>,
+    verify_before_complete: bool,
     /// Whether zeroes may be unallocated on the target.
     #[serde(default = "yes")]
     unmap: bool,
@@ -196,7 +197,6 @@ impl BdevMirrorStart {
             ("observer_policy", &self.observer_policy, Some(json!("drop"))),
             ("latency_ceiling_us", &self.latency_ceiling_us, None),
             ("auto_converge", &self.auto_converge, Some(json!(false))),
-            ("verify_before_complete", &self.verify_before_complete, Some(json!(false))),
             ("keep_source", &self.keep_source, None),
         ];
         for (name, given, harmless) in refused {
@@ -228,6 +228,7 @@ impl BdevMirrorStart {
                 target_is_zero: self.target_is_zero,
                 auto_finalize: self.auto_finalize,
                 cancel_on_guest_reset: self.on_guest_reset == OnGuestReset::Cancel,
+                verify_before_complete: self.verify_before_complete,
             },
             auto_dismiss: self.auto_dismiss,
         }

@@ -19,6 +19,7 @@ use super::lock;
 use super::probe::Probe;
 use super::rng::Rng;
 use super::sector::SECTOR;
+use super::verify;
 use super::world::World;
 
 /// How long a cancelled job may take, where its source answers.
@@ -57,6 +58,7 @@ impl MirrorPlan {
             target_is_zero: rng.chance(300),
             auto_finalize: rng.chance(700),
             cancel_on_guest_reset: rng.chance(200),
+            verify_before_complete: rng.chance(300),
         };
         Self { target, config }
     }
@@ -124,6 +126,10 @@ pub struct Job {
     /// When it was told to finish, as the oracle counts: the copy is of a moment since.
     finishing: Option<u64>,
     before: Option<JobInfo>,
+    /// Sectors of the target that were spoilt without a word.
+    pub(super) spoilt: u64,
+    /// A switch-over of this job compares the legs before.
+    pub(super) verifies: bool,
 }
 
 /// The hole scan of a source, which runs behind what happens to it.
@@ -198,6 +204,11 @@ impl Control {
         self.job.as_ref()
     }
 
+    /// The same, to change what is known of it.
+    pub(super) fn job_mut(&mut self) -> Option<&mut Job> {
+        self.job.as_mut()
+    }
+
     /// Channels that a job released and that are not empty yet.
     #[must_use]
     pub fn releasing(&self) -> usize {
@@ -258,6 +269,8 @@ impl World {
             cancelled: None,
             finishing: None,
             before: None,
+            spoilt: 0,
+            verifies: plan.config.verify_before_complete,
         });
         let heard = Arc::clone(&control.heard);
         let start = StartJob {
@@ -303,6 +316,7 @@ impl World {
         self.keep_record();
         match self.control.operator {
             Operator::Whimsical => {
+                self.let_target_rot();
                 self.scan_now_and_then(100);
                 self.act_on_a_whim();
             }
@@ -397,7 +411,9 @@ impl World {
                 job.writing = Some(Writing { says, due: now + takes });
             }
             JobEvent::SwitchUndone(_) => self.control.reached.undone += 1,
-            JobEvent::Error { .. } => {}
+            JobEvent::Error { .. }
+            | JobEvent::VerifyMismatch { .. }
+            | JobEvent::VerifyEnded { .. } => {}
         }
     }
 
@@ -420,6 +436,8 @@ impl World {
             self.trace.finding(format_args!("ended {}", info.status));
         }
         match (info.failure, side, job.finishing) {
+            // To finish a copy compares nothing: one that has rotted is wrong, and nobody promised otherwise.
+            (None, Side::Source, Some(_)) if job.spoilt > 0 => {}
             (None, Side::Source, Some(since)) => self.judge_copy(&job.target, since),
             (None, Side::Source, None) => self.trace.finding("finished, and nobody asked"),
             _ => {}
@@ -550,6 +568,9 @@ impl World {
             return;
         };
         let announced = job.announced;
+        if let Some(verb) = verify::whim(&mut self.control.rng) {
+            return self.tell(verb);
+        }
         let rng = &mut self.control.rng;
         let mode = rng.pick(&[CopyMode::Background, CopyMode::WriteBlocking]);
         let wise = match announced {

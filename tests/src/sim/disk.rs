@@ -153,6 +153,8 @@ struct Cell {
     /// What has landed since the last flush, with the landing's number.
     unflushed: Vec<(u64, Sector)>,
     allocated: bool,
+    /// It has rotted: what it holds was never written there.
+    rotten: bool,
 }
 
 struct Medium {
@@ -206,7 +208,13 @@ impl SimDisk {
         let cell = |sector: usize| {
             let stamp = Stamp { write: GARBAGE, sector: sector as u16, version: 0 };
             let content = Sector::filled(stamp.word());
-            Cell { durable: content.clone(), content, unflushed: Vec::new(), allocated: true }
+            Cell {
+                durable: content.clone(),
+                content,
+                unflushed: Vec::new(),
+                allocated: true,
+                rotten: false,
+            }
         };
         let medium = Medium {
             name: name.to_owned(),
@@ -248,6 +256,24 @@ impl SimDisk {
         cell.allocated = content.is_some();
         cell.content = content.unwrap_or_else(Sector::zero);
         cell.durable = cell.content.clone();
+    }
+
+    /// Rots a sector: from now on it holds something else, and no I/O says so.
+    pub fn rot(&self, sector: usize) {
+        let medium = &mut *lock(&self.medium);
+        let version = (medium.landings as u8).wrapping_add(3);
+        let stamp = Stamp { write: GARBAGE, sector: sector as u16, version };
+        let cell = &mut medium.cells[sector];
+        cell.content = Sector::filled(stamp.word());
+        cell.durable = cell.content.clone();
+        cell.unflushed.clear();
+        cell.rotten = true;
+    }
+
+    /// Whether a sector has rotted and was not written since.
+    #[must_use]
+    pub fn is_rotten(&self, sector: usize) -> bool {
+        lock(&self.medium).cells[sector].rotten
     }
 
     /// What a read of the sector would return now.
@@ -530,6 +556,7 @@ impl Medium {
             cell.unflushed.push((self.landings, content.clone()));
             cell.content = content;
             cell.allocated = allocated;
+            cell.rotten = false;
         }
     }
 

@@ -19,6 +19,7 @@ pub mod sector;
 pub mod session;
 pub mod swarm;
 pub mod trace;
+pub mod verify;
 pub mod world;
 
 use std::fmt;

@@ -70,6 +70,8 @@ impl Probe {
             Err(VerbError::State { .. }) => !legal || verb == JobVerb::Finalize,
             Err(VerbError::AlreadyPaused) => verb == JobVerb::Pause,
             Err(VerbError::NotPaused) => verb == JobVerb::Resume,
+            Err(VerbError::AlreadyVerifying { .. }) => matches!(verb, JobVerb::Verify(_)),
+            Err(VerbError::NotVerifying { .. }) => verb == JobVerb::StopVerify,
             Err(VerbError::NotSupported { .. } | VerbError::NotFound { .. }) => true,
         };
         if !fits {

@@ -233,6 +233,7 @@ impl World {
         }
         self.judge_cancel();
         self.judge_numbers();
+        self.judge_verification(self.now);
         if self.steps.is_multiple_of(CHECK_EVERY) {
             self.check_medium();
         }
@@ -309,6 +310,7 @@ impl World {
             let end = size.min((chunk + 1) * granularity) / SECTOR;
             let sectors = chunk * granularity / SECTOR..end;
             if job.probe.chunk_state(chunk as u64) != Some(ChunkState::Clean)
+                || sectors.clone().any(|sector| job.target.is_rotten(sector))
                 || self.source.changing(&sectors)
                 || job.target.changing(&sectors)
                 || self.seats.iter().any(|seat| seat.guest.changing(&sectors))

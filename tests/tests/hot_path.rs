@@ -289,7 +289,7 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
         unmap: true,
         target_is_zero: false,
         auto_finalize: true,
-        cancel_on_guest_reset: false,
+        ..MirrorConfig::default()
     };
     let channels = MirrorChannels {
         source: bdev.open_channel(DISK_DEPTH).unwrap(),

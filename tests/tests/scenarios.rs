@@ -61,7 +61,7 @@ fn plan() -> MirrorPlan {
         unmap: true,
         target_is_zero: false,
         auto_finalize: true,
-        cancel_on_guest_reset: false,
+        ..MirrorConfig::default()
     };
     MirrorPlan { target: calm_disk(), config }
 }

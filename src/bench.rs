@@ -5,16 +5,17 @@
 //! pairs of one round. A run that others disturbed is not thrown away: how much of the client's time was taken is shown
 //! beside it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 
-use crate::output;
+use crate::{Session, output};
 
 mod client;
+mod life;
 mod plot;
 mod report;
 
@@ -27,6 +28,10 @@ Examples:
   resilver bench --socket ours=/run/resilver/a --socket qemu=/tmp/qsd.sock --rw randread,randwrite --overwrite \\
       --iodepth 1,32,128 --repeat 10 --markdown out.md --plot out.svg
 
+  resilver bench --socket /run/resilver/vm1 --rw randwrite --overwrite --iodepth 32 --mirror vm1 --mirror-target /mnt/b/vm1.raw \
+      --plot life.svg
+
+With --mirror the disk's whole move is one timeline: before, copying, in sync, switching over, after.
 Back ends serve one front end at a time: a disk must not be in use by a machine while it is measured.";
 
 /// The most requests in flight.
@@ -115,6 +120,15 @@ pub(crate) struct BenchArgs {
     /// The disk's content may be destroyed: needed for whatever writes.
     #[arg(long)]
     overwrite: bool,
+    /// Mirror this bdev to --mirror-target and switch over meanwhile: one timeline of the first cell.
+    #[arg(long, value_name = "BDEV", requires = "mirror_target", conflicts_with_all = ["repeat", "interrupts"])]
+    mirror: Option<String>,
+    /// The file to mirror to; it is made.
+    #[arg(long, value_name = "FILE", requires = "mirror")]
+    mirror_target: Option<PathBuf>,
+    /// How guest writes reach the target meanwhile.
+    #[arg(long, value_name = "MODE", default_value = "write-blocking", value_parser = ["background", "write-blocking"])]
+    copy_mode: String,
     /// Write the report as JSON into a file.
     #[arg(long, value_name = "FILE")]
     json_file: Option<PathBuf>,
@@ -141,6 +155,18 @@ pub(crate) struct Job {
 }
 
 impl BenchArgs {
+    /// Writes the files that were asked for.
+    fn write(&self, json: &str, markdown: &str, svg: &str) -> anyhow::Result<()> {
+        let files = [(&self.json_file, json), (&self.markdown, markdown), (&self.plot, svg)];
+        for (path, text) in files {
+            if let Some(path) = path {
+                std::fs::write(path, text)
+                    .with_context(|| format!("cannot write {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Every combination.
     fn jobs(&self) -> anyhow::Result<Vec<Job>> {
         let mut jobs = Vec::new();
@@ -180,11 +206,15 @@ impl BenchArgs {
 }
 
 /// Measures, and reports.
-pub(crate) fn run(args: &BenchArgs, json: bool) -> anyhow::Result<()> {
+pub(crate) fn run(session: &Session, args: &BenchArgs) -> anyhow::Result<()> {
+    let json = session.json;
     let jobs = args.jobs()?;
     if let Some(core) = args.core {
         let pinned = core_affinity::set_for_current(core_affinity::CoreId { id: core });
         ensure!(pinned, "the client cannot be pinned to core {core}");
+    }
+    if let (Some(source), Some(target)) = (&args.mirror, &args.mirror_target) {
+        return run_life(session, args, &jobs, source, target);
     }
     let mut cells = Vec::new();
     for job in &jobs {
@@ -198,18 +228,31 @@ pub(crate) fn run(args: &BenchArgs, json: bool) -> anyhow::Result<()> {
     if json {
         output::json(&report.to_json());
     }
-    let files = [
-        (&args.json_file, format!("{:#}\n", report.to_json())),
-        (&args.markdown, report.to_markdown()),
-        (&args.plot, plot::distributions(&report)),
-    ];
-    for (path, text) in files {
-        if let Some(path) = path {
-            std::fs::write(path, text)
-                .map_err(|error| anyhow::anyhow!("cannot write {}: {error}", path.display()))?;
-        }
-    }
-    Ok(())
+    args.write(
+        &format!("{:#}\n", report.to_json()),
+        &report.to_markdown(),
+        &plot::distributions(&report),
+    )
+}
+
+/// Takes the timeline of a mirror.
+fn run_life(
+    session: &Session,
+    args: &BenchArgs,
+    jobs: &[Job],
+    source: &str,
+    target: &Path,
+) -> anyhow::Result<()> {
+    let ([job], [(_, socket)]) = (jobs, args.sockets.as_slice()) else {
+        bail!(
+            "a timeline is of one cell on one socket; name one --iodepth, --bs, --rw and --socket"
+        );
+    };
+    let (copy_mode, interlude) = (args.copy_mode.as_str(), args.time);
+    let plan = life::Plan { source, target, copy_mode, interlude };
+    let life = life::run(socket, job, &plan, session.connect()?)?;
+    life.show(session.json);
+    args.write(&format!("{:#}\n", life.to_json()), &life.to_markdown(), &plot::timeline(&life))
 }
 
 /// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.

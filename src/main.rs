@@ -148,7 +148,7 @@ fn run(matches: &ArgMatches) -> anyhow::Result<()> {
         Command::Mirror(args) => cmd_mirror::run(&session, &args),
         Command::Rpc(args) => cmd_rpc::run(&session, &args),
         Command::Demo(args) => demo::run(&args, session.json),
-        Command::Bench(args) => bench::run(&args, session.json),
+        Command::Bench(args) => bench::run(&session, &args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut command(), "resilver", &mut script);

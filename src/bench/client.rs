@@ -5,6 +5,7 @@
 //! even at millions of requests a second. Nothing is allocated while it runs.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -13,6 +14,7 @@ use resilver_sys::WaitSet;
 use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, DriverQueue, Request};
 
 use super::Job;
+use super::life::{Recorder, Shared};
 use crate::content::Random;
 
 /// Latencies above this are counted as this, nanoseconds.
@@ -23,6 +25,8 @@ const DIGITS: u8 = 3;
 const SLEEP: u64 = 20_000_000;
 /// A back end that ends nothing for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a timeline goes on before it looks whether it is to stop.
+const STRETCH: Duration = Duration::from_millis(5);
 /// Turns without an end before the clock is read all the same.
 const TURNS_BETWEEN_LOOKS: u32 = 1024;
 
@@ -66,6 +70,8 @@ pub(crate) struct Client {
     next: u64,
     histogram: Histogram<u64>,
     requests: u64,
+    /// Where latencies go besides, on a timeline.
+    recorder: Option<Recorder>,
 }
 
 impl Client {
@@ -108,6 +114,7 @@ impl Client {
             next: 0,
             histogram: Histogram::new_with_bounds(1, LATENCY_MAX, DIGITS)?,
             requests: 0,
+            recorder: None,
         })
     }
 
@@ -129,6 +136,21 @@ impl Client {
         self.drain()?;
         let bytes = requests * u64::from(self.job.block);
         Ok(Run { requests, bytes, time, latency, preempted })
+    }
+
+    /// Keeps the depth until it is told to stop, and records all the while.
+    pub(crate) fn run_life(mut self, shared: &Arc<Shared>) -> anyhow::Result<Recorder> {
+        self.recorder = Some(Recorder::new(shared, &self.histogram));
+        let begun = Instant::now();
+        for slot in 0..self.slots.len() {
+            self.submit(slot, begun)?;
+        }
+        self.publish();
+        while !shared.stops() {
+            self.turns_until(Instant::now() + STRETCH)?;
+        }
+        self.drain()?;
+        self.recorder.context("a client that has recorded nothing")
     }
 
     /// Keeps the depth until then; says when it stopped.
@@ -181,6 +203,9 @@ impl Client {
                 let latency = u64::try_from((now - begun).as_nanos()).unwrap_or(LATENCY_MAX);
                 self.histogram.saturating_record(latency);
                 self.requests += 1;
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.record(latency, now);
+                }
                 if refill {
                     self.submit(slot, now)?;
                 }

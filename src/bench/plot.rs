@@ -1,14 +1,17 @@
-//! Latency distributions as an SVG picture: a panel for each cell, a line for each back end.
+//! SVG pictures: latency distributions, a panel for each cell and a line for each back end; and a mirror's life.
 //!
-//! The x axis is the share of requests that are slower, 1 in 10, 1 in 100 and so on, to the right ever rarer; the y axis
-//! is the latency, logarithmic. A good back end's line is low and flat. Written by hand: a library for it weighs more than the
+//! Of a distribution, the x axis is the share of requests that are slower, 1 in 10, 1 in 100 and so on, to the right ever rarer; the y axis
+//! is the latency, logarithmic. Of a life, the x axis is time; above, what was done in each slice of it, below, the longest
+//! latency there, logarithmic; the phases lie behind both as bands. A good back end's line is low and flat. Written by hand: a library for it weighs more than the
 //! binary.
 
 use std::fmt::Write as _;
 
 use hdrhistogram::Histogram;
 
+use super::life::{Life, SLICE};
 use super::report::{Cell, Report, heading, micros};
+use crate::load::Phase;
 
 const WIDTH: f64 = 760.0;
 const PANEL: f64 = 300.0;
@@ -133,5 +136,99 @@ fn text(svg: &mut String, x: f64, y: f64, anchor: &str, colour: &str, words: &st
     let _ = writeln!(
         svg,
         "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" fill=\"{colour}\">{words}</text>"
+    );
+}
+
+/// Bands behind the phases of a life: pale, so that lines show.
+const BANDS: [&str; 5] = ["#f4f4f4", "#fdebd0", "#d5f0e3", "#fadbd8", "#e3edf7"];
+/// Points of a line across a life.
+const COLUMNS: usize = 600;
+
+/// The picture of a mirror's life.
+pub(crate) fn timeline(life: &Life) -> String {
+    let height = 2.0 * PANEL;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
+         font-family=\"system-ui, sans-serif\" font-size=\"12\">\n\
+         <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#fff\"/>\n"
+    );
+    let total = life.ends.last().map_or(0.0, |end| end.as_secs_f64()).max(f64::MIN_POSITIVE);
+    let x = |seconds: f64| LEFT + (WIDTH - LEFT - 20.0) * (seconds / total).min(1.0);
+    text(&mut svg, LEFT, 22.0, "start", "#000", &heading(&life.job));
+    let mut begin = 0.0;
+    for (index, (phase, end)) in Phase::ALL.iter().zip(&life.ends).enumerate() {
+        let end = end.as_secs_f64();
+        let _ = writeln!(
+            svg,
+            "<rect x=\"{:.1}\" y=\"{TOP}\" width=\"{:.1}\" height=\"{:.1}\" fill=\"{}\"/>",
+            x(begin),
+            (x(end) - x(begin)).max(1.0),
+            height - TOP - BOTTOM,
+            BANDS[index]
+        );
+        // A switch-over is too narrow for its name: it stands lower.
+        let y = if *phase == Phase::Switching {
+            height - BOTTOM + 32.0
+        } else {
+            height - BOTTOM + 16.0
+        };
+        text(&mut svg, x(f64::midpoint(begin, end)), y, "middle", "#555", phase.name());
+        begin = end;
+    }
+    let columns = columns(life);
+    let most = columns.iter().map(|column| column.0).fold(1.0, f64::max);
+    let high = columns.iter().map(|column| column.1).fold(1.0, f64::max).log10().ceil();
+    let rate = |value: f64| PANEL - 10.0 - (PANEL - TOP - 10.0) * value / most;
+    let latency = |nanoseconds: f64| {
+        let at = (nanoseconds.max(1000.0).log10() - 3.0) / (high - 3.0).max(1.0);
+        height - BOTTOM - (PANEL - BOTTOM - 10.0) * at
+    };
+    curve(&mut svg, &columns, total, COLOURS[0], |column| rate(column.0), x);
+    curve(&mut svg, &columns, total, COLOURS[1], |column| latency(column.1), x);
+    text(&mut svg, LEFT - 8.0, rate(most) + 10.0, "end", COLOURS[0], &format!("{most:.0}/s"));
+    text(&mut svg, LEFT - 8.0, rate(0.0), "end", COLOURS[0], "0");
+    let mut power = 3.0;
+    while power <= high {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // at most a minute
+        let label = format!("{} us", micros(10_f64.powf(power) as u64));
+        let y = latency(10_f64.powf(power));
+        line(&mut svg, LEFT, y, WIDTH - 20.0, y);
+        text(&mut svg, LEFT - 8.0, y + 4.0, "end", COLOURS[1], &label);
+        power += 1.0;
+    }
+    svg.push_str("</svg>\n");
+    svg
+}
+
+/// Requests a second and the longest latency, nanoseconds, of each column of the picture.
+#[allow(clippy::cast_precision_loss)]
+fn columns(life: &Life) -> Vec<(f64, f64)> {
+    let wide = life.slices.len().div_ceil(COLUMNS).max(1);
+    let column = |slices: &[super::life::Slice]| {
+        let requests: u64 = slices.iter().map(|it| u64::from(it.requests)).sum();
+        let longest = slices.iter().map(|it| it.longest).max().unwrap_or(0);
+        (requests as f64 / (SLICE.as_secs_f64() * slices.len() as f64), longest as f64)
+    };
+    life.slices.chunks(wide).map(column).collect()
+}
+
+fn curve(
+    svg: &mut String,
+    columns: &[(f64, f64)],
+    total: f64,
+    colour: &str,
+    y: impl Fn(&(f64, f64)) -> f64,
+    x: impl Fn(f64) -> f64,
+) {
+    let mut path = String::new();
+    for (index, column) in columns.iter().enumerate() {
+        #[allow(clippy::cast_precision_loss)] // a few hundred
+        let at = total * (index as f64 + 0.5) / columns.len() as f64;
+        let letter = if index == 0 { 'M' } else { 'L' };
+        let _ = write!(path, "{letter}{:.1} {:.1}", x(at), y(column));
+    }
+    let _ = writeln!(
+        svg,
+        "<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.2\"/>"
     );
 }

@@ -96,3 +96,11 @@ fn a_spread_is_the_middle_and_the_ends() {
     assert_eq!((spread.median, spread.min, spread.max), (2.5, 1.0, 10.0));
     assert_eq!(report::Spread::of([]), None);
 }
+
+#[test]
+fn a_timeline_is_asked_for_with_both_ends_of_the_move() {
+    let one = Line::try_parse_from(["bench", "--socket", "s", "--mirror", "a"]);
+    assert!(one.is_err());
+    let both = args(&["--socket", "s", "--mirror", "a", "--mirror-target", "b"]);
+    assert_eq!(both.copy_mode, "write-blocking");
+}

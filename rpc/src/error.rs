@@ -120,6 +120,15 @@ impl RpcError {
         VerbError::NotFound { job: id.to_owned() }.into()
     }
 
+    /// A job of this name exists already.
+    #[must_use]
+    pub(crate) fn job_exists(id: &str) -> Self {
+        let message = format!(
+            "Job ID '{id}' already in use; choose another job_id, or job_dismiss it if it is over"
+        );
+        Self::new(code::EXISTS, "job_exists", message, json!({ "job_id": id }))
+    }
+
     /// Something that the reactors did not answer: the target is going down.
     #[must_use]
     pub fn gone() -> Self {

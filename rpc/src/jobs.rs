@@ -248,7 +248,9 @@ impl Target {
 
     /// The jobs, with numbers of this moment.
     pub(crate) async fn job_list(&self, id: Option<&str>) -> Result<Vec<Value>, RpcError> {
+        let verifies = self.verify_list(id).await;
         let ids: Vec<String> = match id {
+            Some(_) if !verifies.is_empty() => vec![],
             Some(id) => vec![self.graph().job(id)?.id.clone()],
             None => self.graph().jobs.keys().cloned().collect(),
         };
@@ -259,11 +261,20 @@ impl Target {
                 list.extend(self.graph().jobs.get(&id).map(Job::to_json));
             }
         }
+        list.extend(verifies);
         Ok(list)
     }
 
     /// Tells a job something.
     pub(crate) async fn job_verb(&self, id: &str, verb: JobVerb) -> Result<(), RpcError> {
+        match self.verify_verb(id, verb).await {
+            Some(answer) => answer,
+            None => self.mirror_verb(id, verb).await,
+        }
+    }
+
+    /// Tells a mirror something.
+    pub(crate) async fn mirror_verb(&self, id: &str, verb: JobVerb) -> Result<(), RpcError> {
         let (handle, status, live) = {
             let graph = self.graph();
             let job = graph.job(id)?;
@@ -338,9 +349,9 @@ impl Target {
                 self.events.add("verify_mismatch", &id, facts);
             }
             JobEvent::VerifyEnded { pass, state } => {
-                tracing::info!(job = id, pass, state = state.name(), "verification ended");
                 let facts = json!({ "pass": pass, "state": state.name() });
                 self.events.add("verify_ended", &id, facts);
+                self.verify_ended(&id, pass, state).await;
             }
         }
     }
@@ -421,6 +432,7 @@ impl Target {
         }
         graph.close_released(disk);
         drop(graph);
+        self.verify_mirror_ended(&id);
         self.state.settled(&id);
         tracing::info!(
             job = id,

@@ -15,10 +15,9 @@ use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::job::ScanReport;
 use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
-use serde_json::json;
 
 use crate::disks::{DiskId, ask};
-use crate::error::{RpcError, code};
+use crate::error::RpcError;
 use crate::events::unix_seconds;
 use crate::jobs::{Job, Stage, untouched};
 use crate::modules::Made;
@@ -104,16 +103,8 @@ impl Target {
             _source: self.engage(Space::Bdev, &start.source)?,
         };
         let graph = self.graph();
-        if graph.jobs.contains_key(id) {
-            let message = format!(
-                "Job ID '{id}' already in use; choose another job_id, or job_dismiss it if it is over"
-            );
-            return Err(RpcError::new(
-                code::EXISTS,
-                "job_exists",
-                message,
-                json!({ "job_id": id }),
-            ));
+        if graph.jobs.contains_key(id) || graph.verifies.contains_key(id) {
+            return Err(RpcError::job_exists(id));
         }
         // Controllers are what a mirror is for; any other use excludes it.
         let others = graph.uses_of(&start.source);
@@ -241,7 +232,7 @@ fn itself(target: &str) -> RpcError {
 }
 
 /// Refuses job ids that QEMU would not take.
-fn check_job_id(id: &str) -> Result<(), RpcError> {
+pub(crate) fn check_job_id(id: &str) -> Result<(), RpcError> {
     let mut characters = id.chars();
     let first = characters.next().is_some_and(|it| it.is_ascii_alphabetic());
     if first && characters.all(|it| it.is_ascii_alphanumeric() || matches!(it, '-' | '.' | '_')) {

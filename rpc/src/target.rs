@@ -27,6 +27,7 @@ use crate::jobs::{Ended, Job};
 use crate::modules::BdevEntry;
 use crate::reactors::Reactors;
 use crate::state::StateStore;
+use crate::verify::VerifyJob;
 
 /// What a target is made of.
 pub struct TargetConfig {
@@ -88,6 +89,8 @@ pub(crate) struct Graph {
     pub(crate) disks: BTreeMap<DiskId, DiskEntry>,
     pub(crate) controllers: BTreeMap<String, ControllerEntry>,
     pub(crate) jobs: BTreeMap<String, Job>,
+    /// Verifications of mirrors, by the name of their job.
+    pub(crate) verifies: BTreeMap<String, VerifyJob>,
     pub(crate) ended: Ended,
     pub(crate) next_disk: u64,
 }

@@ -413,3 +413,23 @@ fn metrics_are_scraped_while_a_mirror_runs() {
         assert!(text.contains(line), "{line} is missing in {text}");
     }
 }
+
+#[test]
+fn a_mirror_is_verified_by_a_job_of_its_own_that_ends_by_itself() {
+    let (_dir, mut target) = served();
+    target.malloc("a", 8);
+    target.malloc("b", 8);
+    let legs = json!({ "source": "a", "target": "b", "auto_dismiss": false });
+    let refused = target.refused("bdev_verify_start", legs.clone());
+    assert!(refused.message.contains("start one with bdev_mirror_start"), "{}", refused.message);
+    target.call("bdev_mirror_start", json!({ "source": "a", "target": "b", "job_id": "job" }));
+    target.wait_for_status("job", "ready");
+    assert_eq!(target.call("bdev_verify_start", legs), json!({ "job_id": "verify-job" }));
+    target.wait_for_status("verify-job", "concluded");
+    let job = target.call("job_get_list", json!({ "job_id": "verify-job" }))[0].clone();
+    assert_eq!((&job["type"], &job["phase"]), (&json!("verify"), &json!("completed")));
+    assert_eq!((&job["checked_bytes"], &job["mismatched_bytes"]), (&json!(8 * MIB), &json!(0)));
+    target.call("job_dismiss", json!({ "job_id": "verify-job" }));
+    let history = target.call("job_get_history", json!({}));
+    assert_eq!(history[0]["id"], "verify-job");
+}

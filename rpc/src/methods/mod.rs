@@ -13,6 +13,7 @@ mod framework;
 mod job;
 mod mirror;
 mod state;
+mod verify;
 mod vhost;
 
 use std::pin::Pin;
@@ -116,6 +117,7 @@ pub static METHODS: &[Method] = &[
     Method::of::<vhost::VhostGetControllers>(),
     Method::of::<mirror::BdevMirrorStart>(),
     Method::of::<mirror::BdevMirrorFinish>(),
+    Method::of::<verify::BdevVerifyStart>(),
     Method::of::<job::JobGetList>(),
     Method::of::<job::JobGetHistory>(),
     Method::of::<job::JobComplete>(),

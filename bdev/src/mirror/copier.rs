@@ -17,12 +17,43 @@ use super::core::{Action, Core};
 use super::life::{JobFlush, Stage};
 use super::pieces::{Kind, Plan, UnitMap};
 use super::ranges::Entered;
-use super::tables::Failed;
+use super::tables::{Failed, Mirroring};
 use crate::io::{IoError, IoKind};
 use crate::job::WriteCounts;
 
-/// Copies in flight while the guest has requests in flight: the guest comes first.
-const COPIES_BESIDE_GUEST: usize = 4;
+/// How much room the copier takes on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Pace {
+    /// All: nobody else is there.
+    Alone,
+    /// As little as brings the job to its end: a guest is at work, and meets copies on the device and in its chunks.
+    Gentle,
+    /// A guest is at work and makes chunks dirty faster than a gentle copier cleans them.
+    Firm,
+}
+
+impl Pace {
+    /// Copies in flight.
+    fn copies(self) -> usize {
+        match self {
+            Self::Alone => usize::MAX,
+            Self::Gentle => 1,
+            Self::Firm => 4,
+        }
+    }
+
+    /// Bytes of one copy of data.
+    fn run(self) -> u64 {
+        match self {
+            Self::Alone | Self::Firm => u64::MAX,
+            Self::Gentle => 128 << 10,
+        }
+    }
+}
+
+/// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
+/// between two requests of a guest that makes one at a time.
+const GUEST_RESTS: Nanos = Nanos::from_millis(2);
 /// Places looked at in one turn: bounded work.
 const LOOKS: usize = 32;
 
@@ -128,8 +159,23 @@ impl Core {
         self.copier_due.filter(|_| self.copier_runs())
     }
 
+    /// How much room the copier may take now.
+    pub(super) fn pace(&mut self, guest_busy: bool, now: Nanos) -> Pace {
+        if guest_busy {
+            self.guest_seen = Some(now);
+        }
+        let at_work = self.guest_seen.is_some_and(|seen| now < seen + GUEST_RESTS);
+        match (at_work, self.mirroring()) {
+            (false, _) => Pace::Alone,
+            // What goes to both legs makes nothing dirty, so any pace gets there.
+            (true, Mirroring::Both | Mirroring::Switching) => Pace::Gentle,
+            (true, _) if self.shrinking.seen(self.maps.dirty.bytes(), now) => Pace::Gentle,
+            (true, Mirroring::Behind | Mirroring::Detached) => Pace::Firm,
+        }
+    }
+
     /// Begins copies, as many as may be in flight.
-    pub(super) fn start_copies(&mut self, guest_busy: bool, now: Nanos) {
+    pub(super) fn start_copies(&mut self, pace: Pace, now: Nanos) {
         self.copier_due = None;
         if !self.copier_runs() {
             return;
@@ -138,7 +184,7 @@ impl Core {
             self.copier_due = Some(self.back_off.until());
             return;
         }
-        let most = if guest_busy { COPIES_BESIDE_GUEST } else { usize::MAX };
+        let most = pace.copies();
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let (mut busy, mut looks) = (None, 0);
         let mut sweep = Sweep { from: self.cursor, wrapped: false };
@@ -162,7 +208,7 @@ impl Core {
             looks += 1;
             #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
             let free = free as u16;
-            match self.look(&mut sweep) {
+            match self.look(&mut sweep, pace) {
                 Look::Nothing => break,
                 Look::Free { run, hole } => self.begin(free, run, hole, now),
                 Look::Shut => {}
@@ -176,7 +222,7 @@ impl Core {
     }
 
     /// Looks at the next dirty run, once round the disk.
-    fn look(&mut self, sweep: &mut Sweep) -> Look {
+    fn look(&mut self, sweep: &mut Sweep, pace: Pace) -> Look {
         let limit = self.scanned_upto / self.grid.granularity();
         let limit = if self.scanned_upto >= self.grid.size() { self.grid.chunks() } else { limit };
         let dirty = &self.maps.dirty;
@@ -186,8 +232,11 @@ impl Core {
             return Look::Nothing;
         }
         let hole = self.maps.hole.get(first);
-        let largest =
-            if hole { self.config.hole_run } else { self.config.run.min(self.limiter.largest()) };
+        let largest = match (hole, pace) {
+            (true, Pace::Alone) => self.config.hole_run,
+            (true, Pace::Gentle | Pace::Firm) => self.config.run,
+            (false, _) => self.config.run.min(pace.run()).min(self.limiter.largest()),
+        };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
         end = if hole {

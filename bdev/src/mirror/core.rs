@@ -25,7 +25,7 @@ use super::copier::{Copy, Counters};
 use super::durable::FlushLine;
 use super::life::{JobFlush, Record, Stage, Wish};
 use super::ranges::{Entered, Holder, Ranges};
-use super::rate::{BackOff, ErrorLog, Limiter, Rates};
+use super::rate::{BackOff, ErrorLog, Limiter, Rates, Shrinking};
 use super::rows::Rows;
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
 use super::verify::{CHECKS, Verify};
@@ -247,6 +247,10 @@ pub(super) struct Core {
     pub io_status: IoStatus,
     /// When the copier's last turn wanted another, though nothing ends.
     pub copier_due: Option<Nanos>,
+    /// Whether what is dirty gets less.
+    pub shrinking: Shrinking,
+    /// When the guest last had something in flight.
+    pub guest_seen: Option<Nanos>,
     /// Where the copier looks next, a chunk.
     pub cursor: u64,
     /// The copier may go so far, bytes.
@@ -298,6 +302,8 @@ impl Core {
             failure: None,
             io_status: IoStatus::Ok,
             copier_due: None,
+            guest_seen: None,
+            shrinking: Shrinking::default(),
             cursor: 0,
             scanned_upto: 0,
             limiter: Limiter::new(config.speed, Nanos::ZERO),

@@ -574,7 +574,8 @@ impl Core {
     pub(super) fn turn(&mut self, guest_busy: bool, now: Nanos) {
         self.check_timeouts(now);
         self.advance(now);
-        self.start_copies(guest_busy, now);
+        let pace = self.pace(guest_busy, now);
+        self.start_copies(pace, now);
         self.start_checks(guest_busy, now);
         // What is skipped without I/O can have been the last.
         self.advance(now);

@@ -280,6 +280,34 @@ impl ErrorLog {
     }
 }
 
+/// Over which time it is looked whether the dirty bytes get less.
+const SHRINKS_WITHIN: Nanos = Nanos::from_millis(500);
+
+/// Whether what is dirty gets less by a gentle copier's work, beside a guest that makes more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shrinking {
+    since: Nanos,
+    dirty: u64,
+    yes: bool,
+}
+
+impl Default for Shrinking {
+    fn default() -> Self {
+        Self { since: Nanos::ZERO, dirty: u64::MAX, yes: true }
+    }
+}
+
+impl Shrinking {
+    /// So many bytes are dirty now. Whether they got less by a sixteenth in the last stretch.
+    pub(super) fn seen(&mut self, dirty: u64, now: Nanos) -> bool {
+        if now >= self.since + SHRINKS_WITHIN {
+            self.yes = dirty < self.dirty - self.dirty / 16;
+            (self.since, self.dirty) = (now, dirty);
+        }
+        self.yes
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -372,5 +400,17 @@ mod tests {
         stuck.dirtied(10);
         stuck.tick(Nanos::from_secs(1));
         assert_eq!((stuck.eta(1), stuck.converging()), (None, false));
+    }
+
+    #[test]
+    fn what_does_not_get_less_in_a_stretch_is_not_shrinking() {
+        let mut shrinking = Shrinking::default();
+        let mut at = |millis, dirty| shrinking.seen(dirty, Nanos::from_millis(millis));
+        assert!(at(1000, 1600));
+        assert!(at(1200, 1600), "the stretch is not over");
+        assert!(at(1500, 1400));
+        assert!(!at(2000, 1350));
+        assert!(!at(2100, 10));
+        assert!(at(2500, 10));
     }
 }

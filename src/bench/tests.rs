@@ -1,3 +1,5 @@
+//! What the command line of a benchmark takes, and one small benchmark told in every form.
+
 use clap::Parser;
 use resilver_tests::e2e::StorageDaemon;
 

@@ -20,7 +20,7 @@ use resilver_reactor::Nanos;
 
 use super::bugs::{Bug, planted};
 use super::core::{Action, Core};
-use super::life::{Goal, Stage};
+use super::life::{Goal, JobFlush, Stage};
 use super::ranges::{Entered, Holder};
 use super::rate::Limiter;
 use super::tables::Failed;
@@ -321,6 +321,10 @@ impl Core {
             && state == VerifyState::Completed
         {
             self.verify.demand = Demand::Met;
+            // What was compared may be a write that only the target's cache has: it is flushed before the switch goes on.
+            if self.job_flush == JobFlush::Good {
+                self.job_flush = JobFlush::Idle;
+            }
         }
         self.verify.info.state = state;
         self.tell(JobEvent::VerifyEnded { pass: self.verify.info.pass, state });

@@ -220,3 +220,16 @@ fn a_verification_demanded_by_a_switch_over_is_cancelled_with_it() {
     bench.verb(JobVerb::Cancel).unwrap();
     assert_eq!(bench.dissolve().side, Side::Source);
 }
+
+#[test]
+fn what_was_compared_before_a_switch_over_is_flushed_before_its_record() {
+    let mut bench = ready(MirrorConfig { verify_before_complete: true, ..blocking() });
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns_until("the pass runs", |bench| bench.info().verify.state == VerifyState::Running);
+    bench.inject(Side::Target, IoKind::Flush, Effect::Stall, FOREVER);
+    bench.turns_until("compared", |bench| bench.info().verify.state == VerifyState::Completed);
+    bench.turns(200);
+    assert_eq!(bench.status(), JobStatus::Waiting);
+    bench.legs[1].clear();
+    bench.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
+}

@@ -151,6 +151,21 @@ impl Graph {
         self.jobs.values().find(|job| job.disk == disk && job.is_live())
     }
 
+    /// Refuses a controller whose disk has a live job.
+    pub(crate) fn must_not_be_mirrored(&self, controller: &str) -> Result<(), RpcError> {
+        let disk = self.controllers.get(controller).map(|it| it.disk);
+        let Some(job) = disk.and_then(|disk| self.job_on(disk)) else { return Ok(()) };
+        Err(RpcError::new(
+            code::BUSY,
+            "busy",
+            format!(
+                "controller '{controller}' serves the disk that job '{}' mirrors; job_complete or job_cancel it first",
+                job.id
+            ),
+            json!({ "controller": controller, "job_id": job.id }),
+        ))
+    }
+
     /// Who uses a bdev.
     pub(crate) fn uses_of(&self, bdev: &str) -> Vec<Use> {
         let mut uses = Vec::new();

@@ -186,6 +186,8 @@ fn a_mirror_is_refused_in_the_reply_for_whatever_is_wrong_with_it() {
     assert_eq!(refused(there).code, code::BUSY);
     let id = json!({ "source": "source", "target": "target", "job_id": "9bad" });
     assert!(refused(id).message.contains("Invalid job ID '9bad'"));
+    let never = json!({ "source": "source", "target": "target", "target_timeout_ms": 0 });
+    assert_eq!(refused(never).data.unwrap()["parameter"], "target_timeout_ms");
     let odd = json!({ "source": "source", "target": "target", "granularity": 1000 });
     assert!(refused(odd).message.contains("expects a power of 2"));
     for later in
@@ -284,6 +286,40 @@ fn a_configuration_from_before_the_switch_serves_everything_but_the_superseded_d
     let controllers = target.call("vhost_get_controllers", json!({}));
     assert_eq!(controllers.as_array().unwrap().len(), 1);
     assert_eq!(controllers[0]["ctrlr"], "stays.sock");
+}
+
+#[test]
+fn what_a_mirror_is_about_stays_until_it_is_over() {
+    let (_dir, mut target) = served();
+    for name in ["a", "b", "c"] {
+        let params = json!({ "name": name, "num_blocks": 2048, "block_size": 512 });
+        target.call("bdev_null_create", params);
+    }
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "a" }));
+    target.call("bdev_mirror_start", json!({ "source": "a", "target": "b", "job_id": "job" }));
+    target.wait_for_status("job", "ready");
+    let gone = target.refused("vhost_delete_controller", json!({ "ctrlr": "vm" }));
+    assert_eq!((gone.code, &gone.data.unwrap()["job_id"]), (code::BUSY, &json!("job")));
+    for readonly in [false, true] {
+        let export = json!({ "ctrlr": "x", "dev_name": "b", "readonly": readonly });
+        assert_eq!(target.refused("vhost_create_blk_controller", export).code, code::BUSY);
+    }
+    for (source, other) in [("a", "c"), ("c", "a"), ("b", "c"), ("c", "b")] {
+        let second = json!({ "source": source, "target": other, "job_id": "second" });
+        assert_eq!(
+            target.refused("bdev_mirror_start", second).code,
+            code::BUSY,
+            "{source} to {other}"
+        );
+    }
+    for name in ["a", "b"] {
+        assert_eq!(target.refused("bdev_null_delete", json!({ "name": name })).code, code::BUSY);
+        let resize = json!({ "name": name, "new_size": 2 });
+        assert_eq!(target.refused("bdev_null_resize", resize).code, code::BUSY, "{name}");
+    }
+    target.call("job_cancel", json!({ "job_id": "job" }));
+    target.wait_for("job", |event| event["event"] == "job_completed");
+    target.call("vhost_delete_controller", json!({ "ctrlr": "vm" }));
 }
 
 #[test]

@@ -204,6 +204,10 @@ impl BdevMirrorStart {
                 return Err(RpcError::not_yet(name, value.clone(), leave_out));
             }
         }
+        if self.target_timeout_ms == Some(0) {
+            let expected = "at least 1 millisecond; leave it out to wait without limit";
+            return Err(RpcError::parameter("target_timeout_ms", 0, expected));
+        }
         match self.target_format.as_deref() {
             None | Some("raw") => Ok(()),
             Some(format) => Err(RpcError::not_yet("target_format", format, "only 'raw' is")),

@@ -72,7 +72,7 @@ impl Rpc for VhostCreateBlkController {
     }
 }
 
-/// Ends a controller. Its bdev stays.
+/// Ends a controller. Its bdev stays. Refused while its disk is mirrored: complete or cancel the job first.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct VhostDeleteController {
     /// Name of the controller.
@@ -85,6 +85,8 @@ impl Rpc for VhostDeleteController {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        // Only here: a target that stops gives jobs up first, and must not be refused.
+        caller.target.graph().must_not_be_mirrored(&self.ctrlr)?;
         caller.target.delete_controller(&self.ctrlr).await?;
         Ok(Answer::done())
     }

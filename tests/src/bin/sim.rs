@@ -1,10 +1,12 @@
 //! Runs seeds of the simulator by hand.
 //!
 //! `sim --seed N [--runs K] [--steps M] [--trace]`: K seeds from N on, M turns each; with `--trace` every line of the run.
+//! `sim --fresh SECONDS`: seeds that nobody has tried, for so long.
 
 #![allow(clippy::print_stdout)] // a program for a terminal
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use resilver_bdev::mirror::{RowSet, Rows};
 use resilver_tests::sim::{STEPS, run};
@@ -13,12 +15,14 @@ use resilver_tests::sim::{STEPS, run};
 struct Options {
     seed: u64,
     runs: u64,
+    /// Seeds after these are tried no longer than that.
+    fresh: Option<Duration>,
     steps: u32,
     trace: bool,
 }
 
 fn options() -> Result<Options, String> {
-    let mut options = Options { seed: 1, runs: 1, steps: STEPS, trace: false };
+    let mut options = Options { seed: 1, runs: 1, fresh: None, steps: STEPS, trace: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -29,8 +33,20 @@ fn options() -> Result<Options, String> {
             "--seed" => options.seed = number()?,
             "--runs" => options.runs = number()?,
             "--steps" => options.steps = u32::try_from(number()?).map_err(|e| e.to_string())?,
+            "--fresh" => {
+                options.fresh = Some(Duration::from_secs(number()?));
+                let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+                // The lowest digits, so that a seed can be typed again.
+                options.seed =
+                    since_1970.map_err(|e| e.to_string())?.as_micros() as u64 % 1_000_000_000_000;
+                options.runs = u64::MAX;
+            }
             "--trace" => options.trace = true,
-            _ => return Err(format!("'{word}'? sim --seed N [--runs K] [--steps M] [--trace]")),
+            _ => {
+                return Err(format!(
+                    "'{word}'? sim --seed N [--runs K] [--steps M] [--trace] | --fresh SECONDS"
+                ));
+            }
         }
     }
     Ok(options)
@@ -45,8 +61,13 @@ fn main() -> ExitCode {
         }
     };
     let keep = if options.trace { usize::MAX } else { 0 };
-    let (mut requests, mut rows) = (0, Rows::default());
+    let (mut requests, mut rows, mut runs) = (0, Rows::default(), 0_u64);
+    let begun = Instant::now();
     for seed in options.seed..options.seed.saturating_add(options.runs) {
+        if options.fresh.is_some_and(|long| begun.elapsed() >= long) {
+            break;
+        }
+        runs += 1;
         let (trace, result) = run(seed, options.steps, keep);
         match result {
             Ok(summary) => {
@@ -67,6 +88,7 @@ fn main() -> ExitCode {
     }
     let Rows { write, failure, hang } = rows;
     let visited = [write, failure, hang].map(RowSet::letters).join(", ");
-    println!("{} seeds, {requests} guest requests, rows {visited}, nothing found", options.runs);
+    let first = options.seed;
+    println!("{runs} seeds from {first}, {requests} guest requests, rows {visited}, nothing found");
     ExitCode::SUCCESS
 }

@@ -356,6 +356,13 @@ impl SimDisk {
         lock(&self.medium).faults = faults;
     }
 
+    /// Nothing is wrong any more, and no I/O takes longer than the longest latency: else one could outlive every time-out.
+    pub fn heal(&self) {
+        let mut medium = lock(&self.medium);
+        medium.faults = Faults::default();
+        medium.options.slow_per_mille = 0;
+    }
+
     /// Changes what is wrong with the disk.
     pub fn change_faults(&self, change: impl FnOnce(&mut Faults)) {
         change(&mut lock(&self.medium).faults);

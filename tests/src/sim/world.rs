@@ -13,7 +13,7 @@ use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Work};
 use resilver_sys::{RegionTable, WaitSet};
 
 use super::control::{Control, Job, MirrorPlan, Operator};
-use super::disk::{Faults, SimDisk};
+use super::disk::SimDisk;
 use super::guest::{Failure, SimGuest, Transport};
 use super::lock;
 use super::oracle::Oracle;
@@ -383,14 +383,14 @@ impl World {
         MirrorPlan::new(&mut self.rng, target, limits.block_size)
     }
 
-    /// The liveness phase: nothing fails any more, and everything must come to its end in time.
+    /// The liveness phase: nothing fails or dawdles any more, and everything must come to its end in time.
     ///
     /// # Errors
     /// The first finding, or what did not end.
     pub fn be_live(&mut self) -> Result<(), String> {
         self.control.operator = Operator::Quiet;
         for disk in self.control.disks().chain([&self.source]) {
-            disk.set_faults(Faults::default());
+            disk.heal();
             disk.release_stalled(self.now);
         }
         for seat in &self.seats {

@@ -488,6 +488,12 @@ pub struct JobInfo {
     pub zero_bytes: u64,
     /// Needed nothing: zero on both sides already.
     pub skipped_bytes: u64,
+    /// Bytes of guest writes that the target has taken directly.
+    pub mirrored_bytes: u64,
+    /// Guest writes that an observer did not get and that are not remembered for it.
+    pub dropped_writes: u64,
+    /// Their bytes.
+    pub dropped_bytes: u64,
     /// Still to be copied.
     pub dirty_bytes: u64,
     /// Being copied.
@@ -530,6 +536,13 @@ pub enum JobWants {
 pub enum ScanReport {
     /// The range reads zero, as of a moment after the job was inserted.
     Hole {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// The range is allocated in the top image: what sync mode `top` brings over.
+    Allocated {
         /// First byte.
         offset: u64,
         /// Bytes.

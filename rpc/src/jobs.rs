@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Side};
+use resilver_bdev::mirror::{ObserverPolicy, SyncMode};
 use resilver_bdev::{Bdev, DiskCommand, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 use serde_json::{Value, json};
 
@@ -50,6 +51,10 @@ pub(crate) struct Job {
     pub(crate) mirror: String,
     pub(crate) disk: DiskId,
     pub(crate) auto_finalize: bool,
+    /// What it brings over.
+    pub(crate) sync: SyncMode,
+    /// Who waits for a target that only observes.
+    pub(crate) observer: ObserverPolicy,
     pub(crate) auto_dismiss: bool,
     /// The last that is known of it; asked anew where it matters.
     pub(crate) info: JobInfo,
@@ -186,12 +191,14 @@ impl Job {
             "source": self.source,
             "target": self.target,
             "mirror": self.mirror,
+            "sync": self.sync.name(),
             "copy_mode": info.copy_mode.name(),
             "speed": info.speed,
             "total_bytes": info.total_bytes,
             "copied_bytes": info.copied_bytes,
             "zero_bytes": info.zero_bytes,
             "skipped_bytes": info.skipped_bytes,
+            "mirrored_bytes": info.mirrored_bytes,
             "dirty_bytes": info.dirty_bytes,
             "in_flight_bytes": info.in_flight_bytes,
             "copy_bytes_per_second": info.copy_bytes_per_second,
@@ -208,6 +215,11 @@ impl Job {
             "auto_dismiss": self.auto_dismiss,
             "started": self.started,
         });
+        if self.sync == SyncMode::None {
+            json["observer_policy"] = self.observer.name().into();
+            json["dropped_writes"] = info.dropped_writes.into();
+            json["dropped_bytes"] = info.dropped_bytes.into();
+        }
         if info.verify.pass > 0 {
             json["verify"] = crate::verify::numbers(&info.verify);
         }

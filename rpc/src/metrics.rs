@@ -218,6 +218,11 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_job(s, |info| number(info.copy_bytes_per_second));
     "resilver_mirror_guest_write_bytes_per_second", Gauge, ["job"], "Rate of guest writes, smoothed.",
         |s| per_job(s, |info| number(info.guest_write_bytes_per_second));
+    "resilver_mirror_guest_written_bytes_total", Counter, ["job"], "Bytes of guest writes that went to both legs.",
+        |s| per_job(s, |info| number(info.mirrored_bytes));
+    "resilver_mirror_dropped_writes_total", Counter, ["job"], "Guest writes that an observer did not get (observer_policy drop).",
+        |s| per_job(s, |info| number(info.dropped_writes));
+    "resilver_mirror_dropped_bytes_total", Counter, ["job"], "Their bytes.", |s| per_job(s, |info| number(info.dropped_bytes));
     "resilver_mirror_errors_total", Counter, ["job", "side", "action"], "I/O errors, by leg and by what was done about them.",
         mirror_errors;
     "resilver_mirror_verify_checked_bytes_total", Counter, ["job"], "Bytes compared on both legs by verification.",

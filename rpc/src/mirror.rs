@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::job::ScanReport;
-use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode};
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
 
 use crate::disks::{DiskId, ask};
@@ -140,6 +140,7 @@ impl Target {
             target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
         };
         let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
+        let (sync, observer) = (start.config.sync, start.config.observer);
         let mirror = Box::new(Mirror::new(start.config, channels)?);
         let disk = self.disk_over(&source, None)?;
         let scan_stop = Arc::new(AtomicBool::new(false));
@@ -155,6 +156,8 @@ impl Target {
             origin,
             mirror: start.mirror,
             disk,
+            sync,
+            observer,
             auto_finalize,
             auto_dismiss: start.auto_dismiss,
             info: untouched(mirror.as_ref()),
@@ -182,7 +185,9 @@ impl Target {
                     target = target.name(),
                     "mirror started"
                 );
-                tokio::task::spawn_blocking(move || scan(source.as_ref(), &handle, &scan_stop));
+                if sync != SyncMode::None {
+                    tokio::task::spawn_blocking(move || scan(source.as_ref(), &handle, &scan_stop));
+                }
                 Ok(())
             }
             Err(error) => {

@@ -190,9 +190,11 @@ fn a_mirror_is_refused_in_the_reply_for_whatever_is_wrong_with_it() {
     assert_eq!(refused(never).data.unwrap()["parameter"], "target_timeout_ms");
     let odd = json!({ "source": "source", "target": "target", "granularity": 1000 });
     assert!(refused(odd).message.contains("expects a power of 2"));
-    for later in
-        [json!({ "sync": "top" }), json!({ "bitmap": "b" }), json!({ "keep_source": "track" })]
-    {
+    let alone = json!({ "source": "source", "target": "target", "observer_policy": "drop" });
+    assert_eq!(refused(alone).data.unwrap()["parameter"], "observer_policy");
+    let never = json!({ "source": "source", "target": "target", "sync": "none", "verify_before_complete": true });
+    assert_eq!(refused(never).data.unwrap()["parameter"], "verify_before_complete");
+    for later in [json!({ "bitmap": "b" }), json!({ "keep_source": "track" })] {
         let mut params = start("target");
         params.as_object_mut().unwrap().extend(later.as_object().unwrap().clone());
         let error = refused(params);
@@ -205,6 +207,28 @@ fn a_mirror_is_refused_in_the_reply_for_whatever_is_wrong_with_it() {
     for name in ["source", "small", "target"] {
         target.call("bdev_malloc_delete", json!({ "name": name }));
     }
+}
+
+#[test]
+fn a_target_that_only_observes_is_finished_and_never_switched_to() {
+    let (_dir, mut target) = served();
+    target.malloc("disk", 4);
+    target.malloc("watcher", 4);
+    let start = json!({ "source": "disk", "target": "watcher", "job_id": "watch", "sync": "none", "observer_policy": "drop" });
+    target.call("bdev_mirror_start", start);
+    target.wait_for_status("watch", "ready");
+    let job = &target.call("job_get_list", json!({ "job_id": "watch" }))[0];
+    assert_eq!((&job["sync"], &job["observer_policy"]), (&json!("none"), &json!("drop")));
+    assert_eq!((&job["total_bytes"], &job["dropped_writes"]), (&json!(0), &json!(0)));
+    let complete = target.refused("job_complete", json!({ "job_id": "watch" }));
+    assert!(complete.message.contains("bdev_mirror_finish"), "{complete}");
+    let change = json!({ "job_id": "watch", "copy_mode": "background" });
+    assert!(target.refused("job_change", change).message.contains("observer policy"));
+    let verify = json!({ "source": "disk", "target": "watcher" });
+    assert!(target.refused("bdev_verify_start", verify).message.contains("new writes only"));
+    target.call("bdev_mirror_finish", json!({ "job_id": "watch" }));
+    target.wait_for("watch", |event| event["event"] == "job_completed");
+    target.call("bdev_malloc_delete", json!({ "name": "watcher" }));
 }
 
 #[test]

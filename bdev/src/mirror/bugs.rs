@@ -39,11 +39,15 @@ pub enum Bug {
     AcknowledgedBeforeRetract,
     /// A comparison of the legs takes no range: a guest write between its two reads looks like a difference.
     VerifyTakesNoRange,
+    /// Writes to an observer that nobody waits for do not shut their chunks: newer bytes are overtaken by them.
+    TrailingForgotten,
+    /// A part of a cluster is written to a difference image that has nothing of it: the rest of its base is hidden.
+    ClusterNotFilled,
 }
 
 impl Bug {
     /// All of them, for whoever plants one after the other.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::WriteNotDirtied,
         Self::TargetErrorForgotten,
         Self::NoBounceCopy,
@@ -60,6 +64,8 @@ impl Bug {
         Self::FailedCopyForgotten,
         Self::AcknowledgedBeforeRetract,
         Self::VerifyTakesNoRange,
+        Self::TrailingForgotten,
+        Self::ClusterNotFilled,
     ];
 }
 

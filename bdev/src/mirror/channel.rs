@@ -39,6 +39,12 @@ const HOLE_RUN: u64 = 16 << 20;
 /// Completions taken from a leg in one turn.
 const BATCH: usize = 256;
 
+const NO_COPY_TO_SWITCH_TO: &str = "it mirrors new writes only (sync 'none'), so its target is no copy of the disk; end \
+     it with bdev_mirror_finish or job_cancel";
+const NO_COPY_TO_VERIFY: &str = "it mirrors new writes only (sync 'none'), so its target differs from its source wherever nothing was written";
+const OBSERVER_IN_BACKGROUND: &str = "its observer policy gives the target writes as they are made; start another mirror for \
+     background copies";
+
 /// In a tag: a read of the guest, on the source.
 const READ: u32 = 1 << 16;
 /// In a tag: a write of the copier, on the target.
@@ -413,6 +419,11 @@ impl Mirror {
         zeroes
     }
 
+    fn cannot(&self, verb: JobVerb, reason: &str) -> VerbError {
+        let (job, reason) = (self.job_id.clone(), reason.to_owned());
+        VerbError::NotSupported { job, verb: verb.name(), reason }
+    }
+
     fn guest_busy(&self) -> bool {
         self.core.guest_live > 0 || self.free_reads.len() < self.reads.len()
     }
@@ -449,25 +460,31 @@ fn core_config(
     // A window is whole units of zero detection, and no more of them than their map has.
     let window = (window / zero_unit).clamp(1, ZERO_UNITS_U32) * zero_unit;
     let copies = (buf_size / u64::from(window)).clamp(1, u64::from(COPIES));
+    // Where a difference image has nothing its base shows.
+    let unmap = config.unmap && config.diff_cluster.is_none();
     #[allow(clippy::cast_possible_truncation)] // small constants, and clamped above
     CoreConfig {
         grid: Grid::new(limits.size(), config.granularity),
         copy_mode: config.copy_mode,
         on_error: [config.on_source_error, config.on_target_error],
         target_timeout: config.target_timeout,
-        unmap: config.unmap,
+        unmap,
         target_is_zero: config.target_is_zero,
         auto_finalize: config.auto_finalize,
         cancel_on_guest_reset: config.cancel_on_guest_reset,
         verify_before_complete: config.verify_before_complete,
+        sync: config.sync,
+        by_bitmap: false,
+        observer: config.observer,
+        diff: config.diff_cluster.is_some(),
         speed: config.speed,
-        zeroes_unmap: limits.zeroes_unmap && config.unmap,
+        zeroes_unmap: limits.zeroes_unmap && unmap,
         ops: OPS as u16,
         quarantine: u32::from(QUARANTINE),
         units: UNITS,
         copies: copies as u16,
         run: u64::from(window),
-        hole_run: if target.zeroes_unmap && config.unmap { HOLE_RUN } else { u64::from(window) },
+        hole_run: if target.zeroes_unmap && unmap { HOLE_RUN } else { u64::from(window) },
         window,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
@@ -620,6 +637,9 @@ impl BlockJob for Mirror {
             Refused::NotPaused => VerbError::NotPaused,
             Refused::AlreadyVerifying => VerbError::AlreadyVerifying { job: self.job_id.clone() },
             Refused::NotVerifying => VerbError::NotVerifying { job: self.job_id.clone() },
+            Refused::NoCopyToSwitchTo => self.cannot(verb, NO_COPY_TO_SWITCH_TO),
+            Refused::NoCopyToVerify => self.cannot(verb, NO_COPY_TO_VERIFY),
+            Refused::ObserverInBackground => self.cannot(verb, OBSERVER_IN_BACKGROUND),
         })
     }
 

@@ -66,6 +66,11 @@ pub(super) struct Counters {
     pub zero: u64,
     /// Bytes that were zero on both legs.
     pub skipped: u64,
+    /// Bytes of guest writes that the target has taken.
+    pub mirrored: u64,
+    /// Guest writes, and their bytes, that an observer did not get.
+    pub dropped_writes: u64,
+    pub dropped: u64,
     /// Guest writes by what they met.
     pub writes: WriteCounts,
 }
@@ -435,6 +440,8 @@ impl Core {
     }
 
     fn copy_succeeded(&mut self, copy: u16) {
+        let Copy { start, end, .. } = self.copies[usize::from(copy)];
+        self.now_on_target(&(start..end));
         self.ranges.leave(self.holder_of(copy));
         self.copies[usize::from(copy)] = Copy::FREE;
     }
@@ -470,26 +477,40 @@ impl Core {
         self.ranges.leave(self.holder_of(copy));
     }
 
-    /// Gives up every copy: those in line go, those at work end unheard.
+    /// Gives up every copy.
     pub(super) fn drop_copies(&mut self) {
         for copy in 0..self.config.copies {
-            let Copy { state, start, end, .. } = self.copies[usize::from(copy)];
-            let lost = match state {
-                CopyState::Reading => CopyState::LostRead,
-                CopyState::Writing => {
-                    self.lost_copies += 1;
-                    CopyState::LostWrite
-                }
-                CopyState::Waiting => {
-                    self.forget_copy(copy);
-                    continue;
-                }
-                CopyState::Free | CopyState::LostRead | CopyState::LostWrite => continue,
-            };
-            self.copies[usize::from(copy)].state = lost;
-            self.dirty(&self.grid.touched(start, end - start));
-            self.ranges.leave(self.holder_of(copy));
+            self.drop_copy(copy);
         }
+    }
+
+    /// Gives up the copies that are in a guest's way, where nobody waits for the target.
+    pub(super) fn drop_copies_in(&mut self, bytes: &Range<u64>) {
+        let touched = self.grid.touched(bytes.start, bytes.end - bytes.start);
+        let touched = self.grid.bytes(&touched);
+        for copy in 0..self.config.copies {
+            let Copy { start, end, .. } = self.copies[usize::from(copy)];
+            if start < touched.end && touched.start < end {
+                self.drop_copy(copy);
+            }
+        }
+    }
+
+    /// Gives up a copy: one in line goes, one at work ends unheard.
+    fn drop_copy(&mut self, copy: u16) {
+        let Copy { state, start, end, .. } = self.copies[usize::from(copy)];
+        let lost = match state {
+            CopyState::Reading => CopyState::LostRead,
+            CopyState::Writing => {
+                self.lost_copies += 1;
+                CopyState::LostWrite
+            }
+            CopyState::Waiting => return self.forget_copy(copy),
+            CopyState::Free | CopyState::LostRead | CopyState::LostWrite => return,
+        };
+        self.copies[usize::from(copy)].state = lost;
+        self.dirty(&self.grid.touched(start, end - start));
+        self.ranges.leave(self.holder_of(copy));
     }
 
     /// Forgets copies that are in line: the job pauses.

@@ -27,6 +27,7 @@ use super::life::{JobFlush, Record, Stage, Wish};
 use super::ranges::{Entered, Holder, Ranges};
 use super::rate::{BackOff, ErrorLog, Limiter, Rates, Shrinking};
 use super::rows::Rows;
+use super::scope::{ObserverPolicy, SyncMode};
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
 use super::verify::{CHECKS, Verify};
 use crate::bitmap::{Bitmap, Grid};
@@ -52,6 +53,12 @@ pub(super) struct CoreConfig {
     pub auto_finalize: bool,
     pub cancel_on_guest_reset: bool,
     pub verify_before_complete: bool,
+    pub sync: SyncMode,
+    /// A bitmap says what is to be brought over.
+    pub by_bitmap: bool,
+    pub observer: ObserverPolicy,
+    /// The target is a difference image without its base.
+    pub diff: bool,
     pub speed: u64,
     /// Both legs write zeroes by deallocating.
     pub zeroes_unmap: bool,
@@ -148,7 +155,7 @@ pub(super) enum OpState {
     Flying,
     /// The record of the switch-over must be taken back before the answer.
     Parked,
-    /// Answered; the target leg was given up and has not ended.
+    /// Answered; the target leg trails or was given up, and has not ended.
     Answered,
 }
 
@@ -213,6 +220,8 @@ pub(super) struct Maps {
     pub hole: Bitmap,
     /// Written by the guest since the mirror was inserted.
     pub guest_wrote: Bitmap,
+    /// Whole on a target that is a difference image.
+    pub on_target: Option<Bitmap>,
 }
 
 /// The state of a mirror.
@@ -233,8 +242,10 @@ pub(super) struct Core {
     /// Target I/O given up and not ended: of guest requests, and of copies.
     pub lost_ops: u32,
     pub lost_copies: u32,
-    /// Bounce memory that the former hold.
-    lost_units: u32,
+    /// Guest requests answered while their target leg flies.
+    pub trailing: u32,
+    /// Bounce memory that those hold, and the requests given up.
+    pub held_units: u32,
     /// Guest requests not answered.
     pub guest_live: u32,
     /// Guest requests whose target leg flies.
@@ -269,19 +280,21 @@ pub(super) struct Core {
 }
 
 impl Core {
-    /// A core whose chunks are all dirty.
+    /// A core whose chunks are dirty as far as its scope says so already.
     pub(super) fn new(config: CoreConfig) -> Self {
         let grid = config.grid;
         let (ops, copies) = (usize::from(config.ops), usize::from(config.copies));
         let empty = || Bitmap::empty(grid);
+        let all = config.sync == SyncMode::Full && !config.by_bitmap;
         let target_zero = if config.target_is_zero { Bitmap::full(grid) } else { empty() };
         Self {
             grid,
             maps: Maps {
-                dirty: Bitmap::full(grid),
+                dirty: if all { Bitmap::full(grid) } else { empty() },
                 target_zero,
                 hole: empty(),
                 guest_wrote: empty(),
+                on_target: config.diff.then(empty),
             },
             lines: [FlushLine::new(grid), FlushLine::new(grid)],
             ops: vec![Op::FREE; ops].into_boxed_slice(),
@@ -292,7 +305,8 @@ impl Core {
             pooling: VecDeque::with_capacity(ops),
             lost_ops: 0,
             lost_copies: 0,
-            lost_units: 0,
+            trailing: 0,
+            held_units: 0,
             guest_live: 0,
             both_flying: 0,
             stage: Stage::Created,
@@ -305,7 +319,8 @@ impl Core {
             guest_seen: None,
             shrinking: Shrinking::default(),
             cursor: 0,
-            scanned_upto: 0,
+            // Where nothing is brought over, nobody looks for holes.
+            scanned_upto: if config.sync == SyncMode::None { u64::MAX } else { 0 },
             limiter: Limiter::new(config.speed, Nanos::ZERO),
             rates: Rates::default(),
             back_off: BackOff::default(),
@@ -355,6 +370,9 @@ impl Core {
                 self.maps.hole.clear_range(&touched);
             }
             let bytes = io.offset..io.offset + io.length;
+            if self.config.observer != ObserverPolicy::Block {
+                self.drop_copies_in(&bytes);
+            }
             match self.ranges.enter_guest(slot, &bytes) {
                 Entered::Granted => self.launch(slot, now),
                 Entered::Waits => {}
@@ -392,7 +410,7 @@ impl Core {
                 // A late landing: the range has been dirty all the while, and shut.
                 self.ops[usize::from(slot)].legs[side as usize] = Leg::Failed;
                 self.lost_ops -= 1;
-                self.lost_units -= u32::from(self.ops[usize::from(slot)].units);
+                self.held_units -= u32::from(self.ops[usize::from(slot)].units);
                 self.free_if_done(slot);
             }
             Leg::Unused | Leg::Ok | Leg::Failed => {
@@ -412,10 +430,17 @@ impl Core {
     ) {
         if side == Side::Target {
             self.both_flying -= 1;
+            self.trailed(slot);
         }
         let touched = self.grid.touched(bytes.start, bytes.end - bytes.start);
         match result {
-            Ok(()) => self.lines[side as usize].wrote(&touched),
+            Ok(()) => {
+                self.lines[side as usize].wrote(&touched);
+                if side == Side::Target {
+                    self.counters.mirrored += bytes.end - bytes.start;
+                    self.now_on_target(bytes);
+                }
+            }
             Err(error) => {
                 let op = self.op(slot);
                 let (kind, guests_fault) = (op.kind, error == IoError::FAULT && op.units == 0);
@@ -433,6 +458,8 @@ impl Core {
             }
         }
         self.settle(slot, now);
+        // One that trailed has been answered before.
+        self.free_if_done(slot);
     }
 
     /// Lets those go on that an event has freed: the next in a range, the next for bounce memory.
@@ -499,10 +526,18 @@ impl Core {
             dirty_part: dirty > dirty_whole,
         };
         // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
-        let full =
-            self.lost_ops >= self.config.quarantine || self.lost_units > self.config.units / 2;
-        let shut = full || self.shuts(&self.grid.bytes(&touched));
-        let hindrance = if shut { TargetHindrance::Shut } else { TargetHindrance::None };
+        let full = self.lost_ops + self.trailing >= self.config.quarantine
+            || self.held_units > self.config.units / 2;
+        let hindrance = if full || self.shuts(&self.grid.bytes(&touched)) {
+            match self.config.observer {
+                ObserverPolicy::Block | ObserverPolicy::Track => TargetHindrance::Shut,
+                ObserverPolicy::Drop => TargetHindrance::Forgotten,
+            }
+        } else if self.needs_fill(op) {
+            TargetHindrance::Unfilled
+        } else {
+            TargetHindrance::None
+        };
         on_write(op.kind, self.mirroring(), span, hindrance, self.config.zeroes_unmap)
     }
 
@@ -516,16 +551,23 @@ impl Core {
         u32::try_from(units).unwrap_or(u32::MAX).min(BOUNCE_UNITS_MAX)
     }
 
-    /// Whether an I/O that was given up may still land in these bytes of whole chunks.
+    /// Whether an I/O that nobody waits for may still land in these bytes of whole chunks.
     pub(super) fn shuts(&self, bytes: &Range<u64>) -> bool {
-        if self.lost_ops + self.lost_copies == 0 || planted(Bug::LateLandingForgotten) {
+        if self.lost_ops + self.lost_copies + self.trailing == 0
+            || planted(Bug::LateLandingForgotten)
+        {
             return false;
         }
         let chunks = |bytes: &Range<u64>| {
             self.grid.bytes(&self.grid.touched(bytes.start, bytes.end - bytes.start))
         };
         let meets = |other: Range<u64>| other.start < bytes.end && bytes.start < other.end;
-        let of_op = |op: &Op| op.leg(Side::Target) == Leg::Lost && meets(chunks(&op.bytes()));
+        let nobody_waits = |op: &Op| match op.leg(Side::Target) {
+            Leg::Lost => true,
+            Leg::Flying => op.state == OpState::Answered && !planted(Bug::TrailingForgotten),
+            Leg::Unused | Leg::Ok | Leg::Failed => false,
+        };
+        let of_op = |op: &Op| nobody_waits(op) && meets(chunks(&op.bytes()));
         self.ops.iter().any(of_op)
             || self.copies.iter().any(|copy| copy.is_shut() && meets(copy.start..copy.end))
     }
@@ -541,6 +583,10 @@ impl Core {
         let (kind, touched) = (op.kind, self.grid.touched(op.offset, op.length));
         if row.bits == Bits::Dirty && !planted(Bug::WriteNotDirtied) {
             self.dirty(&touched);
+        }
+        if row.bits == Bits::Forget {
+            let dropped = self.op(slot).length;
+            self.count_dropped(dropped);
         }
         match row.legs {
             Legs::Neither => self.settle(slot, now),
@@ -572,7 +618,11 @@ impl Core {
     /// Answers a request whose legs have all ended or been given up.
     pub(super) fn settle(&mut self, slot: Slot, now: Nanos) {
         let op = self.ops[usize::from(slot)];
-        if op.state != OpState::Flying || op.legs.contains(&Leg::Flying) {
+        if op.state != OpState::Flying || op.leg(Side::Source) == Leg::Flying {
+            return;
+        }
+        if op.leg(Side::Target) == Leg::Flying {
+            self.let_trail(slot);
             return;
         }
         if let Some(error) = op.error {
@@ -640,8 +690,9 @@ impl Core {
         debug_assert_eq!(op.leg(Side::Target), Leg::Flying);
         op.legs[Side::Target as usize] = Leg::Lost;
         let units = op.units;
+        self.trailed(slot);
         self.lost_ops += 1;
-        self.lost_units += u32::from(units);
+        self.held_units += u32::from(units);
         self.both_flying -= 1;
     }
 }

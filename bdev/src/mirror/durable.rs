@@ -177,8 +177,10 @@ impl Core {
         }
         for slot in 0..self.ops.len() {
             let op = &mut self.ops[slot];
-            let unanswered = op.state == OpState::Flying && op.kind != IoKind::Flush;
-            if unanswered && matches!(op.leg(side), Leg::Flying | Leg::Ok) {
+            // One that trails has been answered, and what it has written may be lost all the same.
+            let at_work =
+                matches!(op.state, OpState::Flying | OpState::Answered) && op.kind != IoKind::Flush;
+            if at_work && matches!(op.leg(side), Leg::Flying | Leg::Ok) {
                 op.tainted = true;
                 let touched = self.grid.touched(op.offset, op.length);
                 self.dirty(&touched);

@@ -26,6 +26,7 @@ use super::bugs::{Bug, planted};
 use super::copier::CopyState;
 use super::core::{Core, Leg, OpState, Ticket};
 use super::durable::Line;
+use super::scope::ObserverPolicy;
 use super::tables::{
     Dirties, Failed, JobDoes, Mirroring, Outcome, Progress, on_failure, on_hang, usual,
 };
@@ -163,6 +164,11 @@ pub(super) enum Refused {
     NotPaused,
     AlreadyVerifying,
     NotVerifying,
+    /// The target has new writes only.
+    NoCopyToSwitchTo,
+    NoCopyToVerify,
+    /// An observer gets writes as they are made.
+    ObserverInBackground,
 }
 
 impl Core {
@@ -187,7 +193,8 @@ impl Core {
 
     /// Whether a guest's flush goes to the target.
     pub(super) fn flushes_target(&self) -> bool {
-        matches!(self.mirroring(), Mirroring::Both | Mirroring::Switching)
+        let both = matches!(self.mirroring(), Mirroring::Both | Mirroring::Switching);
+        both && self.config.observer == ObserverPolicy::Block
     }
 
     fn progress(&self) -> Progress {
@@ -254,6 +261,7 @@ impl Core {
         if !verb.legal_in(status) {
             return Err(Refused::State(status));
         }
+        self.refuse_out_of_scope(verb)?;
         match verb {
             JobVerb::Cancel => self.cancel(JobFailure::Cancelled, now),
             JobVerb::Pause => self.pause()?,
@@ -492,6 +500,9 @@ impl Core {
         error: IoError,
         now: Nanos,
     ) {
+        if self.drop_for_observer(failed, operation, bytes, error, now) {
+            return;
+        }
         let row = on_failure(failed, self.progress());
         self.rows.failure.visit(row.row);
         let side = failed.side();
@@ -555,7 +566,7 @@ impl Core {
         self.forget_waiting_copies();
     }
 
-    fn log_error(
+    pub(super) fn log_error(
         &mut self,
         side: Side,
         operation: IoKind,
@@ -600,7 +611,9 @@ impl Core {
     fn step(&mut self, now: Nanos) {
         let stage = self.stage;
         match stage {
-            Stage::Running if self.flushed_in_sync(now) => self.enter(Stage::Ready),
+            Stage::Running if self.scope_is_known() && self.flushed_in_sync(now) => {
+                self.enter(Stage::Ready);
+            }
             Stage::Waiting(goal)
                 if self.flushed_in_sync(now) && self.in_sync() && self.verified(goal, now) =>
             {
@@ -712,6 +725,7 @@ impl Core {
     pub(super) fn scanned(&mut self, report: ScanReport) {
         match report {
             ScanReport::Hole { offset, length } => self.hole_reported(offset, length),
+            ScanReport::Allocated { offset, length } => self.allocated_reported(offset, length),
             ScanReport::Upto(bytes) => self.scanned_upto = self.scanned_upto.max(bytes),
             ScanReport::Done => self.scanned_upto = u64::MAX,
         }
@@ -762,17 +776,20 @@ impl Core {
             paused_by_operator: by_operator,
             copy_mode: self.config.copy_mode,
             speed: self.limiter.speed(),
-            total_bytes: self.grid.size(),
+            total_bytes: self.total_bytes(left),
             copied_bytes: self.counters.copied,
             zero_bytes: self.counters.zero,
             skipped_bytes: self.counters.skipped,
+            mirrored_bytes: self.counters.mirrored,
+            dropped_writes: self.counters.dropped_writes,
+            dropped_bytes: self.counters.dropped,
             dirty_bytes,
             in_flight_bytes,
             copy_bytes_per_second: rates.copy_rate(),
             guest_write_bytes_per_second: rates.write_rate(),
             eta: rates.eta(left),
             converging: left == 0 || rates.converging(),
-            actively_synced: both && was_ready && self.in_sync(),
+            actively_synced: both && was_ready && self.in_sync() && self.trailing == 0,
             target_undurable_bytes: self.lines[Side::Target as usize].undurable_bytes(),
             io_status: self.io_status,
             failure: self.failure,

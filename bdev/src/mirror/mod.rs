@@ -19,6 +19,7 @@ mod pieces;
 mod ranges;
 mod rate;
 mod rows;
+mod scope;
 mod tables;
 mod verify;
 
@@ -32,6 +33,7 @@ use resilver_reactor::Nanos;
 pub use self::channel::{ChunkState, Mirror};
 use self::core::{BOUNCE_UNIT, BOUNCE_UNITS_MAX};
 pub use self::rows::{RowSet, Rows};
+pub use self::scope::{ObserverPolicy, SyncMode};
 use crate::channel::{IoChannel, Limits};
 use crate::device::BdevError;
 use crate::disk::DISK_DEPTH;
@@ -82,6 +84,12 @@ pub struct MirrorConfig {
     pub cancel_on_guest_reset: bool,
     /// Compare the legs whole before a switch-over, and undo it if they differ for good.
     pub verify_before_complete: bool,
+    /// What is brought over besides the guest's writes.
+    pub sync: SyncMode,
+    /// Who waits for a target that only observes: other than `Block` with [`SyncMode::None`] and write-blocking only.
+    pub observer: ObserverPolicy,
+    /// The target is a difference image whose base is not opened, with clusters of so many bytes.
+    pub diff_cluster: Option<u32>,
 }
 
 impl Default for MirrorConfig {
@@ -100,6 +108,9 @@ impl Default for MirrorConfig {
             auto_finalize: true,
             cancel_on_guest_reset: false,
             verify_before_complete: false,
+            sync: SyncMode::Full,
+            observer: ObserverPolicy::Block,
+            diff_cluster: None,
         }
     }
 }
@@ -154,7 +165,46 @@ fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), Bdev
     if target.read_only {
         return invalid("target", "read-only".to_owned(), "expects a target that can be written");
     }
+    validate_scope(config)?;
     check_depth(channels)
+}
+
+/// Refuses combinations that make no sense.
+fn validate_scope(config: &MirrorConfig) -> Result<(), BdevError> {
+    let invalid = |parameter, value: &str, expected: String| {
+        Err(BdevError::Invalid { parameter, value: value.to_owned(), expected })
+    };
+    let none = config.sync == SyncMode::None;
+    if config.observer != ObserverPolicy::Block
+        && !(none && config.copy_mode == CopyMode::WriteBlocking)
+    {
+        let expected = "goes with sync 'none' and copy_mode 'write-blocking' only".to_owned();
+        return invalid("observer_policy", config.observer.name(), expected);
+    }
+    if none && config.verify_before_complete {
+        let expected =
+            "does not go with sync 'none', whose target is no copy of the disk".to_owned();
+        return invalid("verify_before_complete", "true", expected);
+    }
+    match config.diff_cluster {
+        Some(cluster) if cluster == 0 || !config.granularity.is_multiple_of(cluster) => {
+            let expected = format!(
+                "Bitmap granularity {} is not a multiple of the target image's cluster size {cluster}",
+                config.granularity
+            );
+            invalid("granularity", &config.granularity.to_string(), expected)
+        }
+        _ if config.sync == SyncMode::Top && config.target_is_zero => {
+            let expected =
+                "does not go with sync 'top', whose target has a base that shows".to_owned();
+            invalid("target_is_zero", "true", expected)
+        }
+        Some(_) if config.sync != SyncMode::Top => {
+            let expected = "goes with sync 'top' only".to_owned();
+            invalid("diff_cluster", config.sync.name(), expected)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Capacity is decided when a stack is built: the channels must have what the core will count on.

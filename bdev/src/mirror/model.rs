@@ -22,6 +22,7 @@ use super::copier::CopyState;
 use super::core::{Action, Core, CoreConfig, Slot};
 use super::durable::Line;
 use super::life::{Ending, Stage};
+use super::scope::{ObserverPolicy, SyncMode};
 use crate::bitmap::Grid;
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::job::{CopyMode, JobEvent, JobStatus, JobVerb, JobWants, OnError, ScanReport, Side};
@@ -138,6 +139,10 @@ impl World {
             auto_finalize: true,
             cancel_on_guest_reset: false,
             verify_before_complete: false,
+            sync: SyncMode::Full,
+            by_bitmap: false,
+            observer: ObserverPolicy::Block,
+            diff: false,
             speed: 0,
             zeroes_unmap: false,
             ops: u16::try_from(OPS).unwrap(),

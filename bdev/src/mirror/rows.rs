@@ -45,7 +45,7 @@ pub struct Rows {
 impl Rows {
     /// Every row there is.
     pub const ALL: Self = Self {
-        write: RowSet::of("ABCDEFUV"),
+        write: RowSet::of("ABCDEFORUV"),
         failure: RowSet::of("ABCDEFGHI"),
         hang: RowSet::of("ABC"),
     };

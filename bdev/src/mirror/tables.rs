@@ -45,6 +45,10 @@ pub(super) enum TargetHindrance {
     /// An I/O that was given up may still land in these chunks, after anything sent now; or so many were given up that no
     /// more are risked.
     Shut,
+    /// As `Shut`, and the target is an observer for which nothing is remembered.
+    Forgotten,
+    /// The target is a difference image that lacks the rest of a chunk which the request touches in part.
+    Unfilled,
 }
 
 /// Which legs get a request.
@@ -67,6 +71,8 @@ pub(super) enum Bits {
     Dirty,
     /// Chunks covered whole are clean once both legs have succeeded.
     Clean,
+    /// They stay as they are though the target goes without: the write is counted as dropped.
+    Forget,
 }
 
 /// A row of the write table.
@@ -92,6 +98,8 @@ pub(super) struct WriteRow {
 /// | D | both, switching | dirty chunks covered whole, or those and clean ones | both | clean |
 /// | E | both, switching | dirty chunks in part only | source | keep: still dirty |
 /// | F | both, switching | dirty chunks in part, and clean ones or dirty ones covered whole | both | clean what is covered |
+/// | O | both, switching | range shut, for an observer that things are dropped for | source | forget |
+/// | R | both, switching | a clean chunk in part, of which a difference image has nothing | source | dirty |
 /// | U | both | discard, not both legs zero by deallocating | source, as it is | dirty |
 /// | V | switching | the same | neither | keep |
 ///
@@ -126,6 +134,8 @@ pub(super) fn on_write(
     let sent = if kind == IoKind::Unmap { IoKind::WriteZeroes } else { kind };
     match (hindrance, span.dirty_part, span.dirty_whole, span.clean) {
         (TargetHindrance::Shut, ..) => row('B', Legs::Source, Bits::Dirty, sent),
+        (TargetHindrance::Forgotten, ..) => row('O', Legs::Source, Bits::Forget, sent),
+        (TargetHindrance::Unfilled, ..) => row('R', Legs::Source, Bits::Dirty, sent),
         (TargetHindrance::None, false, false, _) => row('C', Legs::Both, Bits::Keep, sent),
         (TargetHindrance::None, false, true, _) => row('D', Legs::Both, Bits::Clean, sent),
         (TargetHindrance::None, true, false, false) => row('E', Legs::Source, Bits::Keep, sent),
@@ -343,16 +353,21 @@ mod tests {
     use std::collections::BTreeSet;
 
     const BOOLS: [bool; 2] = [false, true];
+    const HINDRANCES: [TargetHindrance; 4] = [
+        TargetHindrance::None,
+        TargetHindrance::Shut,
+        TargetHindrance::Forgotten,
+        TargetHindrance::Unfilled,
+    ];
     const KINDS: [IoKind; 3] = [IoKind::Write, IoKind::Unmap, IoKind::WriteZeroes];
 
     fn every_write() -> impl Iterator<Item = (IoKind, Mirroring, Span, TargetHindrance, bool)> {
         KINDS.into_iter().flat_map(|kind| {
             Mirroring::ALL.into_iter().flat_map(move |mirroring| {
-                (0..32).map(move |bits| {
-                    let bit = |at: u32| bits & (1 << at) != 0;
+                (0..16 * HINDRANCES.len()).map(move |case| {
+                    let bit = |at: usize| case & (1 << at) != 0;
                     let span = Span { clean: bit(0), dirty_whole: bit(1), dirty_part: bit(2) };
-                    let shut = if bit(3) { TargetHindrance::Shut } else { TargetHindrance::None };
-                    (kind, mirroring, span, shut, bit(4))
+                    (kind, mirroring, span, HINDRANCES[case / 16], bit(3))
                 })
             })
         })
@@ -371,7 +386,9 @@ mod tests {
             let row = on_write(kind, mirroring, span, hindrance, zeroes_unmap);
             if row.legs == Legs::Source {
                 let already = !span.clean && !span.dirty_whole;
-                assert!(row.bits == Bits::Dirty || already, "{row:?} with {span:?}");
+                let forgotten = row.bits == Bits::Forget && hindrance == TargetHindrance::Forgotten;
+                let dirty = row.bits == Bits::Dirty || already || forgotten;
+                assert!(dirty, "{row:?} with {span:?}");
             }
         }
     }

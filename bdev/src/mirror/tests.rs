@@ -18,6 +18,7 @@ use crate::job::{
 };
 use crate::malloc::Malloc;
 
+mod scope;
 mod verify;
 
 const BLOCK: u32 = 512;

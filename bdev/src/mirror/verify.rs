@@ -355,7 +355,8 @@ impl Core {
             | (PassOf::Switch, Stage::Waiting(Goal::Complete)) => true,
             (PassOf::Operator | PassOf::Switch, _) => false,
         };
-        runs.then_some(pass)
+        // What the scan has not named yet is clean, and need not be equal.
+        (runs && self.scope_is_known()).then_some(pass)
     }
 
     /// When verification must be looked after again though nothing has happened.

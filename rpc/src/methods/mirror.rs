@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use resilver_bdev::JobVerb;
 use resilver_bdev::job::OnError;
-use resilver_bdev::mirror::{GRANULARITY_DEFAULT, MirrorConfig};
+use resilver_bdev::mirror::{GRANULARITY_DEFAULT, MirrorConfig, ObserverPolicy, SyncMode};
 use resilver_reactor::Nanos;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -32,6 +32,28 @@ enum SyncName {
     Incremental,
     /// What a bitmap says.
     Bitmap,
+}
+
+/// Who waits for a target that only observes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum ObserverName {
+    /// Nobody; what it missed is forgotten.
+    Drop,
+    /// Nobody; what it missed is copied later.
+    Track,
+    /// The guest.
+    Block,
+}
+
+impl From<ObserverName> for ObserverPolicy {
+    fn from(name: ObserverName) -> Self {
+        match name {
+            ObserverName::Drop => Self::Drop,
+            ObserverName::Track => Self::Track,
+            ObserverName::Block => Self::Block,
+        }
+    }
 }
 
 /// What is done about an error (QEMU `BlockdevOnError`).
@@ -120,7 +142,8 @@ pub(super) struct BdevMirrorStart {
     /// Name of the mirror itself among the bdevs; `mirror-<job_id>` if not given.
     #[serde(default)]
     name: Option<String>,
-    /// What is copied; only `full` in this version.
+    /// What is copied besides the guest's writes: `full`, everything; `none`, nothing; `top`, what the image on top has, which is
+    /// everything where there is no base, as in this version.
     #[serde(default)]
     sync: SyncName,
     /// How guest writes reach the target meanwhile.
@@ -150,9 +173,10 @@ pub(super) struct BdevMirrorStart {
     /// Target I/O that takes longer counts as failed, milliseconds; it is waited for without limit if not given.
     #[serde(default)]
     target_timeout_ms: Option<u64>,
-    /// Not in this version, but for `drop`.
+    /// With sync `none` and write-blocking: who waits for a target that lags. `block`: the guest. `track`: nobody, and what it
+    /// missed is copied later. `drop`: nobody, and what it missed is counted and forgotten. `block` if not given.
     #[serde(default)]
-    observer_policy: Option<Value>,
+    observer_policy: Option<ObserverName>,
     /// What a guest's reset does to the mirror.
     #[serde(default)]
     on_guest_reset: OnGuestReset,
@@ -186,15 +210,14 @@ pub(super) struct BdevMirrorStart {
 impl BdevMirrorStart {
     /// Refuses what this version cannot do.
     fn refuse_what_is_not_there_yet(&self) -> Result<(), RpcError> {
-        if self.sync != SyncName::Full {
+        if matches!(self.sync, SyncName::Incremental | SyncName::Bitmap) {
             let given = format!("{:?}", self.sync).to_lowercase();
-            return Err(RpcError::not_yet("sync", given, "only 'full' is"));
+            return Err(RpcError::not_yet("sync", given, "'full', 'top' and 'none' are"));
         }
         let leave_out = "leave it out";
         let refused = [
             ("bitmap", &self.bitmap, None),
             ("bitmap_mode", &self.bitmap_mode, None),
-            ("observer_policy", &self.observer_policy, Some(json!("drop"))),
             ("latency_ceiling_us", &self.latency_ceiling_us, None),
             ("auto_converge", &self.auto_converge, Some(json!(false))),
             ("keep_source", &self.keep_source, None),
@@ -233,6 +256,13 @@ impl BdevMirrorStart {
                 auto_finalize: self.auto_finalize,
                 cancel_on_guest_reset: self.on_guest_reset == OnGuestReset::Cancel,
                 verify_before_complete: self.verify_before_complete,
+                sync: match self.sync {
+                    SyncName::None => SyncMode::None,
+                    // No bdev has a base yet, so that the top image is all there is.
+                    _ => SyncMode::Full,
+                },
+                observer: self.observer_policy.map_or(ObserverPolicy::Block, Into::into),
+                diff_cluster: None,
             },
             auto_dismiss: self.auto_dismiss,
         }

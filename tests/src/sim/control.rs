@@ -18,6 +18,7 @@ use super::disk::{DiskOptions, FailedFlush, SimDisk};
 use super::lock;
 use super::probe::Probe;
 use super::rng::Rng;
+use super::scope::{self, Scope};
 use super::sector::SECTOR;
 use super::verify;
 use super::world::World;
@@ -41,7 +42,7 @@ impl MirrorPlan {
         const POLICIES: [OnError; 4] =
             [OnError::Report, OnError::Ignore, OnError::Stop, OnError::Enospc];
         let granularity = rng.pick(&[512, 1 << 10, 4 << 10, 16 << 10, 64 << 10]).max(block_size);
-        let config = MirrorConfig {
+        let mut config = MirrorConfig {
             job_id: "m".to_owned(),
             copy_mode: rng.pick(&[CopyMode::Background, CopyMode::WriteBlocking]),
             granularity,
@@ -59,7 +60,9 @@ impl MirrorPlan {
             auto_finalize: rng.chance(700),
             cancel_on_guest_reset: rng.chance(200),
             verify_before_complete: rng.chance(300),
+            ..MirrorConfig::default()
         };
+        scope::draw(rng, &mut config);
         Self { target, config }
     }
 }
@@ -121,6 +124,8 @@ pub struct Job {
     record: Record,
     writing: Option<Writing>,
     scan: Scan,
+    /// What it brings over.
+    pub(super) scope: Scope,
     /// When it was told to cancel.
     cancelled: Option<Nanos>,
     /// When it was told to finish, as the oracle counts: the copy is of a moment since.
@@ -228,6 +233,11 @@ impl Job {
         self.granularity
     }
 
+    /// Whether the scan has told all.
+    pub(super) fn scanned(&self) -> bool {
+        self.scan.at.is_none() && self.scan.seen.is_empty()
+    }
+
     /// The disks that may be authoritative after a power loss: source, target.
     #[must_use]
     pub fn authoritative(&self) -> (bool, bool) {
@@ -241,14 +251,15 @@ impl World {
     /// # Errors
     /// The mirror refused its configuration.
     pub fn start_mirror(&mut self, plan: &MirrorPlan) -> Result<(), BdevError> {
+        self.control.disks += 1;
         let control = &mut self.control;
-        control.disks += 1;
         let name = format!("target{}", control.disks);
         let target = SimDisk::new(&name, plan.target, control.rng.fork(), &self.trace);
         target.set_failed_flush(FailedFlush::Loses);
         if plan.config.target_is_zero {
             (0..target.sectors()).for_each(|sector| target.preset(sector, None));
         }
+        let scope = self.preset_scope(&plan.config, &target);
         let channels = MirrorChannels {
             source: self.source.open_channel(DISK_DEPTH)?,
             copy_source: self.source.open_channel(COPY_DEPTH)?,
@@ -257,7 +268,8 @@ impl World {
         self.trace.line(format_args!("mirror to {name}: {plan:?}"));
         let mirror = Mirror::new(plan.config.clone(), channels)?;
         let probe = Probe::new(mirror, &self.source, &target, &self.trace);
-        control.job = Some(Job {
+        self.control.job = Some(Job {
+            scope,
             probe: probe.clone(),
             target: target.clone(),
             granularity: u64::from(plan.config.granularity),
@@ -272,7 +284,7 @@ impl World {
             spoilt: 0,
             verifies: plan.config.verify_before_complete,
         });
-        let heard = Arc::clone(&control.heard);
+        let heard = Arc::clone(&self.control.heard);
         let start = StartJob {
             job: Box::new(probe),
             target_stats: Arc::clone(target.stats()),
@@ -295,6 +307,7 @@ impl World {
         if let (JobVerb::Finish, Some(job)) = (verb, &mut self.control.job) {
             // The first one told is the oldest that the copy can be of, whichever takes effect.
             job.finishing.get_or_insert_with(|| lock(&self.oracle).begin_read());
+            self.scope_finishes();
         }
         let heard = Arc::clone(&self.control.heard);
         let reply = move |result| lock(&heard).push_back(Heard::Verb(verb, result));
@@ -343,6 +356,7 @@ impl World {
                     if let Some(job) = &mut self.control.job {
                         job.stage = Stage::Running;
                     }
+                    self.scope_begins();
                 }
                 Heard::NotStarted(why) => {
                     self.trace.line(format_args!("not started: {why}"));
@@ -438,10 +452,11 @@ impl World {
         match (info.failure, side, job.finishing) {
             // To finish a copy compares nothing: one that has rotted is wrong, and nobody promised otherwise.
             (None, Side::Source, Some(_)) if job.spoilt > 0 => {}
-            (None, Side::Source, Some(since)) => self.judge_copy(&job.target, since),
+            (None, Side::Source, Some(since)) => self.judge_copy(&job, since),
             (None, Side::Source, None) => self.trace.finding("finished, and nobody asked"),
             _ => {}
         }
+        self.scope_ends(&job.scope);
         if let Some(since) = job.finishing {
             let _ = lock(&self.oracle).end_read(since, 0, None);
         }
@@ -455,6 +470,7 @@ impl World {
             Side::Source => job.target,
             Side::Target => {
                 job.target.set_failed_flush(FailedFlush::Keeps);
+                job.target.find_base();
                 std::mem::replace(&mut self.source, job.target)
             }
         };
@@ -462,10 +478,10 @@ impl World {
     }
 
     /// A finished copy is what the guests could have read at a moment since it was asked for, and survives a power loss.
-    fn judge_copy(&self, copy: &SimDisk, since: u64) {
+    fn judge_copy(&self, job: &Job, since: u64) {
         let oracle = lock(&self.oracle);
-        for sector in 0..self.sectors {
-            for left in copy.after_power_loss(sector) {
+        for sector in (0..self.sectors).filter(|sector| job.scope.copy_has(*sector)) {
+            for left in job.target.after_power_loss(sector) {
                 if let Err(wrong) = oracle.check_since(sector, &left, since) {
                     self.trace.finding(format_args!("the finished copy is wrong: {wrong}"));
                 }
@@ -528,6 +544,7 @@ impl World {
             let (offset, length) = ((at * SECTOR) as u64, ((end - at) * SECTOR) as u64);
             job.scan.seen.push_back(ScanReport::Hole { offset, length });
         }
+        job.scan.seen.extend(job.scope.allocated(at, end));
         job.scan.seen.push_back(ScanReport::Upto((end * SECTOR) as u64));
         job.scan.at = Some(end).filter(|end| *end < sectors);
         if job.scan.at.is_none() {
@@ -540,7 +557,9 @@ impl World {
         let Some(job) = self.control.job.as_mut().filter(|job| job.stage == Stage::Running) else {
             return;
         };
-        if job.scan.at.take().is_some() {
+        if let Some(at) = job.scan.at.take() {
+            // What it leaves out it must say all the same.
+            job.scan.seen.extend(job.scope.allocated(at, self.source.sectors()));
             job.scan.seen.push_back(ScanReport::Done);
         }
     }
@@ -607,7 +626,10 @@ impl World {
             JobStatus::Aborting | JobStatus::Concluded => {}
             _ if goal == JobVerb::Cancel => self.tell(goal),
             JobStatus::Paused | JobStatus::Standby => self.tell(JobVerb::Resume),
-            JobStatus::Ready => self.tell(goal),
+            JobStatus::Ready => {
+                let goal = job.scope.fits(goal);
+                self.tell(goal);
+            }
             JobStatus::Pending => self.tell(JobVerb::Finalize),
             JobStatus::Running if limited => self.tell(JobVerb::SetSpeed(0)),
             _ => {}
@@ -636,7 +658,7 @@ impl World {
         let Some(info) = job.probe.look(self.now) else { return };
         let size = self.source.sectors() as u64 * SECTOR as u64;
         let wrong = |what: &str| self.trace.finding(format_args!("{what}: {info:?}"));
-        if info.total_bytes != size {
+        if job.scope.is_whole() && info.total_bytes != size {
             wrong("the total is not the disk's size");
         }
         if info.dirty_bytes > size || info.in_flight_bytes > size {

@@ -155,12 +155,16 @@ struct Cell {
     allocated: bool,
     /// It has rotted: what it holds was never written there.
     rotten: bool,
+    /// What the base shows where a difference image has nothing.
+    base: Option<Sector>,
 }
 
 struct Medium {
     name: String,
     options: DiskOptions,
     faults: Faults,
+    /// It is a difference image without its base, with clusters of so many sectors.
+    cluster: Option<usize>,
     failed_flush: FailedFlush,
     plans: Vec<Plan>,
     cells: Vec<Cell>,
@@ -214,12 +218,14 @@ impl SimDisk {
                 unflushed: Vec::new(),
                 allocated: true,
                 rotten: false,
+                base: None,
             }
         };
         let medium = Medium {
             name: name.to_owned(),
             options,
             faults: Faults::default(),
+            cluster: None,
             failed_flush: FailedFlush::Keeps,
             plans: Vec::new(),
             cells: (0..sectors).map(cell).collect(),
@@ -256,6 +262,21 @@ impl SimDisk {
         cell.allocated = content.is_some();
         cell.content = content.unwrap_or_else(Sector::zero);
         cell.durable = cell.content.clone();
+    }
+
+    /// From now on it is a difference image without its base: what it holds is the base's until it is written, and a write to
+    /// a part of a cluster spoils the rest of that.
+    pub fn be_a_difference(&self, cluster: usize) {
+        let medium = &mut *lock(&self.medium);
+        medium.cluster = Some(cluster);
+        for cell in &mut medium.cells {
+            cell.base = Some(cell.content.clone());
+        }
+    }
+
+    /// Its base has been opened under it.
+    pub fn find_base(&self) {
+        lock(&self.medium).cluster = None;
     }
 
     /// Rots a sector: from now on it holds something else, and no I/O says so.
@@ -519,7 +540,32 @@ impl Medium {
         }
     }
 
+    /// Clusters of a difference image that this I/O writes for the first time are its own: what it does not write is spoilt.
+    fn take_clusters(&mut self, io: &BdevIo) {
+        let Some(size) = self.cluster else { return };
+        let written = sectors_of(io);
+        for cluster in written.start / size..written.end.div_ceil(size) {
+            let end = ((cluster + 1) * size).min(self.cells.len());
+            for sector in cluster * size..end {
+                let cell = &mut self.cells[sector];
+                if cell.base.take().is_some() && !written.contains(&sector) {
+                    let stamp = Stamp { write: GARBAGE, sector: sector as u16, version: 4 };
+                    cell.content = Sector::filled(stamp.word());
+                    cell.durable = cell.content.clone();
+                }
+            }
+        }
+    }
+
     fn land_change(&mut self, op: &mut Op, memory: &RegionTable) {
+        let deallocates = op.io.kind == IoKind::Unmap
+            || op.io.kind == IoKind::WriteZeroes
+                && op.io.may_unmap
+                && self.options.limits.zeroes_unmap;
+        if deallocates && self.cluster.is_some() {
+            self.trace.finding(format_args!("{}: the base shows through: {:?}", self.name, op.io));
+        }
+        self.take_clusters(&op.io);
         let late = gather(&op.slices, memory).unwrap_or_else(|| op.early.clone());
         for (at, sector) in sectors_of(&op.io).enumerate() {
             let unwritable = self.faults.full

@@ -15,6 +15,7 @@ pub mod oracle;
 pub mod probe;
 pub mod ring;
 pub mod rng;
+mod scope;
 pub mod sector;
 pub mod session;
 pub mod swarm;

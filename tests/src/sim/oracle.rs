@@ -70,6 +70,8 @@ impl Candidate {
 #[derive(Debug)]
 pub struct Oracle {
     sectors: Vec<Vec<Candidate>>,
+    /// Of each sector: when the last write that succeeded there was submitted; 0 after a discard.
+    written: Vec<u64>,
     /// Counts events; the order of submissions and completions.
     clock: u64,
     writes: u32,
@@ -89,8 +91,10 @@ impl Oracle {
             ended: 0,
             gone: NEVER,
         };
+        let sectors: Vec<_> = content.map(|content| vec![candidate(content)]).collect();
         Self {
-            sectors: content.map(|content| vec![candidate(content)]).collect(),
+            written: vec![0; sectors.len()],
+            sectors,
             clock: 1,
             writes: 0,
             flushed: 1,
@@ -148,6 +152,8 @@ impl Oracle {
             own.ended = now;
             let begun = own.begun;
             if ok {
+                // What a discard leaves is not promised, so nobody need have mirrored it.
+                self.written[sector] = if own.value == Value::Any { 0 } else { begun };
                 for other in candidates.iter_mut().filter(|other| other.ended < begun) {
                     other.gone = other.gone.min(now);
                 }
@@ -217,6 +223,19 @@ impl Oracle {
     /// It may not.
     pub fn check_since(&self, sector: usize, content: &Sector, since: u64) -> Result<(), String> {
         self.judge(sector, content, since)
+    }
+
+    /// When the last write of the sector that succeeded was submitted.
+    #[must_use]
+    pub fn written(&self, sector: usize) -> u64 {
+        // A disk may be larger than its guest knows.
+        self.written.get(sector).copied().unwrap_or(0)
+    }
+
+    /// This moment: what is submitted from now on is later.
+    #[must_use]
+    pub fn moment(&self) -> u64 {
+        self.clock
     }
 
     /// A flush is submitted; the result names the moment.

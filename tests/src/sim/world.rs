@@ -298,9 +298,11 @@ impl World {
                 }
             }
         }
+        drop(oracle);
         if let Some(job) = self.control.job() {
             self.check_chunks(job);
         }
+        self.judge_observer();
     }
 
     /// A clean chunk with nothing in flight in it is equal on both legs.
@@ -317,7 +319,11 @@ impl World {
             {
                 continue;
             }
-            if let Some(sector) = self.source.first_difference(&job.target, sectors) {
+            let scanned = job.scanned();
+            let mut promised = sectors.filter(|sector| job.scope.promises(self, *sector, scanned));
+            let differs =
+                promised.find(|sector| self.source.content(*sector) != job.target.content(*sector));
+            if let Some(sector) = differs {
                 self.trace.finding(format_args!(
                     "chunk {chunk} is clean, but sector {sector} is {:?} on the source and {:?} on the target",
                     self.source.content(sector),

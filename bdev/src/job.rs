@@ -520,6 +520,8 @@ pub struct JobInfo {
     pub errors: ErrorCounts,
     /// The last comparison of both legs.
     pub verify: VerifyInfo,
+    /// Complete or finish, accepted and not done: it is under way, or begins when the job is resumed.
+    pub asked: Option<JobVerb>,
 }
 
 /// What a job needs of its disk.

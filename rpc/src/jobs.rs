@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use crate::disks::{DiskId, ask, send};
 use crate::error::RpcError;
 use crate::events::unix_seconds;
+use crate::holds::Holds;
 use crate::mirror::Origin;
 use crate::target::{Target, files_of};
 
@@ -56,6 +57,7 @@ pub(crate) struct Job {
     /// Who waits for a target that only observes.
     pub(crate) observer: ObserverPolicy,
     pub(crate) auto_dismiss: bool,
+    pub(crate) holds: Holds,
     /// The last that is known of it; asked anew where it matters.
     pub(crate) info: JobInfo,
     pub(crate) warnings: Vec<String>,
@@ -214,6 +216,7 @@ impl Job {
             "auto_finalize": self.auto_finalize,
             "auto_dismiss": self.auto_dismiss,
             "started": self.started,
+            "holds": self.holds.to_json(),
         });
         if self.sync == SyncMode::None {
             json["observer_policy"] = self.observer.name().into();
@@ -225,6 +228,9 @@ impl Job {
         }
         if let Some(eta) = info.eta {
             json["eta_seconds"] = eta.as_secs_f64().into();
+        }
+        if let Some(asked) = info.asked {
+            json["asked"] = asked.name().into();
         }
         if let Some(error) = self.error() {
             json["error"] = error.into();
@@ -277,12 +283,13 @@ impl Target {
         Ok(list)
     }
 
-    /// Tells a job something.
-    pub(crate) async fn job_verb(&self, id: &str, verb: JobVerb) -> Result<(), RpcError> {
-        match self.verify_verb(id, verb).await {
-            Some(answer) => answer,
-            None => self.mirror_verb(id, verb).await,
+    /// Tells a job what an operator wants of it.
+    pub(crate) async fn job_verb(self: &Rc<Self>, id: &str, verb: JobVerb) -> Result<(), RpcError> {
+        if let Some(answer) = self.verify_verb(id, verb).await {
+            return answer;
         }
+        let _engaged = self.pass_holds(id, verb)?;
+        self.mirror_verb(id, verb).await
     }
 
     /// Tells a mirror something.
@@ -430,6 +437,7 @@ impl Target {
         job.stop_scan();
         let Some((source, target)) = job.legs() else { return };
         job.stage = Stage::Ended(side);
+        job.holds = Holds::default();
         job.info = info;
         let (dismiss, error, origin) = (job.auto_dismiss, job.error(), job.origin);
         let phase = Phase::of(info.status, info.failure).name();

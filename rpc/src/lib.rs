@@ -15,6 +15,7 @@ mod disks;
 pub mod error;
 mod events;
 mod files;
+mod holds;
 pub mod jobs;
 pub mod jsonrpc;
 pub mod methods;

@@ -19,6 +19,7 @@ use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
 use crate::disks::{DiskId, ask};
 use crate::error::RpcError;
 use crate::events::unix_seconds;
+use crate::holds::Holds;
 use crate::jobs::{Job, Stage, untouched};
 use crate::modules::Made;
 use crate::target::{Engaged, Space, Target, Use, check_name, files_of};
@@ -160,6 +161,7 @@ impl Target {
             observer,
             auto_finalize,
             auto_dismiss: start.auto_dismiss,
+            holds: Holds::default(),
             info: untouched(mirror.as_ref()),
             warnings: Vec::new(),
             started: unix_seconds(),

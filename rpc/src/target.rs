@@ -270,8 +270,8 @@ impl Target {
             if let Some(job) = self.graph().jobs.get(&id) {
                 job.stop_scan();
             }
-            // One that is over, or about to be, refuses: just as well.
-            let _ = self.job_verb(&id, JobVerb::Cancel).await;
+            // One that is over, or about to be, refuses: just as well. A hold does not keep a target from stopping.
+            let _ = self.mirror_verb(&id, JobVerb::Cancel).await;
         }
         let controllers: Vec<String> = self.graph().controllers.keys().cloned().collect();
         for name in controllers {

@@ -450,6 +450,97 @@ fn a_subscriber_hears_of_every_change() {
 }
 
 #[test]
+fn a_held_job_is_not_ended_before_all_holders_let_go() {
+    let (_dir, mut target) = served();
+    target.malloc("a", 1);
+    target.malloc("b", 1);
+    let start = json!({ "source": "a", "target": "b", "job_id": "job", "auto_finalize": false });
+    target.call("bdev_mirror_start", start);
+    target.wait_for_status("job", "ready");
+    let hold =
+        |holder: &str, ttl_ms: u64| json!({ "job_id": "job", "holder": holder, "ttl_ms": ttl_ms });
+    let release = |holder: &str| json!({ "job_id": "job", "holder": holder });
+    for bad in [hold("vmm", 0), hold("", 1000), hold("a b", 1000), hold("vmm", u64::MAX)] {
+        assert_eq!(target.refused("job_hold", bad).code, code::INVALID_PARAMS);
+    }
+    target.call("job_hold", hold("vmm", 30_000));
+    target.call("job_hold", hold("backup", 60_000));
+    let job = json!({ "job_id": "job" });
+    for verb in ["job_complete", "bdev_mirror_finish", "job_cancel"] {
+        let held = target.refused(verb, job.clone());
+        assert!(held.message.contains("held by 'backup' for another "), "{held}");
+        assert!(held.message.contains("by 'vmm' for another "), "{held}");
+        assert_eq!((held.code, &held.data.unwrap()["kind"]), (code::BUSY, &json!("job_held")));
+    }
+    // Only what would end it is held up.
+    target.call("job_set_speed", json!({ "job_id": "job", "speed": 1 }));
+    target.call("job_pause", job.clone());
+    target.call("job_resume", job.clone());
+    let holds = target.call("job_get_list", job.clone())[0]["holds"].clone();
+    assert_eq!((&holds[0]["holder"], &holds[1]["holder"]), (&json!("backup"), &json!("vmm")));
+    assert!(holds[1]["ttl_ms"].as_u64().unwrap() <= 30_000);
+
+    target.call("job_release", release("vmm"));
+    assert_eq!(target.refused("job_release", release("vmm")).data.unwrap()["kind"], "not_held");
+    let held = target.refused("job_complete", job.clone());
+    assert!(!held.message.contains("vmm"), "{held}");
+    // The last hold is made shorter and runs out by itself.
+    target.call("job_hold", hold("backup", 1));
+    let expired = target.wait_for("job", |event| event["event"] == "job_hold_expired");
+    assert_eq!(expired["holder"], "backup");
+    target.call("job_complete", job.clone());
+    target.wait_for_status("job", "pending");
+    target.call("job_hold", hold("vmm", 30_000));
+    assert_eq!(target.refused("job_finalize", job.clone()).code, code::BUSY);
+    target.call("job_release", release("vmm"));
+    target.call("job_finalize", job.clone());
+    target.wait_for("job", |event| event["event"] == "job_completed");
+    let events = target.call("job_get_events", json!({}))["events"].clone();
+    let of_holds: Vec<(&str, &str, bool)> = events
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|it| {
+            Some((it["event"].as_str()?, it["holder"].as_str()?, it["renewed"] == true))
+        })
+        .collect();
+    let expected = [
+        ("job_held", "vmm", false),
+        ("job_held", "backup", false),
+        ("job_released", "vmm", false),
+        ("job_held", "backup", true),
+        ("job_hold_expired", "backup", false),
+        ("job_held", "vmm", false),
+        ("job_released", "vmm", false),
+    ];
+    assert_eq!(of_holds, expected);
+}
+
+#[test]
+fn a_hold_comes_too_late_for_a_switch_that_was_accepted_and_never_keeps_the_target_from_stopping() {
+    let (_dir, mut target) = served();
+    target.malloc("a", 1);
+    target.malloc("b", 1);
+    let start = json!({ "source": "a", "target": "b", "job_id": "job" });
+    target.call("bdev_mirror_start", start.clone());
+    target.wait_for_status("job", "ready");
+    let hold = json!({ "job_id": "job", "holder": "vmm", "ttl_ms": 60_000 });
+    let job = json!({ "job_id": "job" });
+    target.call("job_pause", job.clone());
+    target.call("job_complete", job.clone());
+    let late = target.refused("job_hold", hold.clone());
+    assert_eq!(late.message, "Job 'job' cannot be held: 'complete' was accepted before");
+    target.call("job_resume", job.clone());
+    target.wait_for("job", |event| event["event"] == "job_completed");
+    assert_eq!(target.refused("job_hold", hold.clone()).code, code::NOT_FOUND);
+
+    let back = json!({ "source": "b", "target": "a", "job_id": "job" });
+    target.call("bdev_mirror_start", back);
+    target.call("job_hold", hold);
+    // Dropping the target waits for its end.
+}
+
+#[test]
 fn metrics_are_scraped_while_a_mirror_runs() {
     let (_dir, mut target) = served();
     target.malloc("a", 8);

@@ -169,6 +169,7 @@ fn info() -> JobInfo {
         writes: crate::job::WriteCounts::default(),
         errors: crate::job::ErrorCounts::default(),
         verify: crate::VerifyInfo::default(),
+        asked: None,
     }
 }
 

@@ -48,6 +48,15 @@ pub(super) enum Goal {
     Finish,
 }
 
+impl Goal {
+    fn verb(self) -> JobVerb {
+        match self {
+            Self::Complete => JobVerb::Complete,
+            Self::Finish => JobVerb::Finish,
+        }
+    }
+}
+
 /// Who paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum PausedBy {
@@ -177,6 +186,16 @@ impl Core {
 
     pub(super) fn status(&self) -> JobStatus {
         self.stage.status()
+    }
+
+    /// The switch that is under way, or is to begin with the resume; none while it waits to be finalized.
+    fn asked(&self) -> Option<Goal> {
+        match (self.stage, self.wish) {
+            (Stage::Pending(_, Step::AwaitFinalize), _) => None,
+            (Stage::Waiting(goal) | Stage::Pending(goal, _), _)
+            | (Stage::Standby(_), Wish::Once(goal)) => Some(goal),
+            (_, _) => None,
+        }
     }
 
     /// How guest writes are mirrored now.
@@ -796,6 +815,7 @@ impl Core {
             writes: self.counters.writes,
             errors: self.errors.total(),
             verify: self.verify.info(),
+            asked: self.asked().map(Goal::verb),
         }
     }
 }

@@ -144,6 +144,50 @@ impl Rpc for JobComplete {
     }
 }
 
+/// Keeps a job as it is for a while: `job_complete`, `bdev_mirror_finish`, `job_finalize` and `job_cancel` are refused with
+/// the holder's name until it releases the job or its time has run out. Called again by the same holder, the time begins
+/// anew. Several may hold a job; all must let go. Errors, a guest's reset and the end of the target are not held up.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct JobHold {
+    /// The job.
+    job_id: String,
+    /// Who holds it: any name, chosen by the caller.
+    holder: String,
+    /// How long the hold lasts unless it is renewed, milliseconds: 1 to 86400000.
+    ttl_ms: u64,
+}
+
+impl Rpc for JobHold {
+    const NAME: &'static str = "job_hold";
+    const EXAMPLE: &'static str = r#"{"job_id":"disk0","holder":"vmm-7","ttl_ms":30000}"#;
+    const RESULT: &'static str = "true";
+
+    async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        caller.target.hold_job(&self.job_id, &self.holder, self.ttl_ms).await?;
+        Ok(Answer::done())
+    }
+}
+
+/// Ends a hold.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(super) struct JobRelease {
+    /// The job.
+    job_id: String,
+    /// Who held it.
+    holder: String,
+}
+
+impl Rpc for JobRelease {
+    const NAME: &'static str = "job_release";
+    const EXAMPLE: &'static str = r#"{"job_id":"disk0","holder":"vmm-7"}"#;
+    const RESULT: &'static str = "true";
+
+    async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
+        caller.target.release_job(&self.job_id, &self.holder)?;
+        Ok(Answer::done())
+    }
+}
+
 /// Changes the rate limit of a job.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct JobSetSpeed {

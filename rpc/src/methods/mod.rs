@@ -126,6 +126,8 @@ pub static METHODS: &[Method] = &[
     Method::of::<job::JobResume>(),
     Method::of::<job::JobCancel>(),
     Method::of::<job::JobDismiss>(),
+    Method::of::<job::JobHold>(),
+    Method::of::<job::JobRelease>(),
     Method::of::<job::JobSetSpeed>(),
     Method::of::<job::JobChange>(),
     Method::of::<job::JobGetEvents>(),

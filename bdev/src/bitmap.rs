@@ -82,7 +82,7 @@ impl Grid {
     }
 
     /// Bytes of `count` chunks, among them the last if `last` says so.
-    fn bytes_of(&self, count: u64, last: bool) -> u64 {
+    pub(crate) fn bytes_of(&self, count: u64, last: bool) -> u64 {
         let missing = (self.chunks() << self.shift) - self.size;
         (count << self.shift) - if last { missing } else { 0 }
     }
@@ -199,6 +199,19 @@ impl Bitmap {
         other.each_word(|index, word| self.put(index, self.words[index] | word));
     }
 
+    /// Sets every bit that is set in these words, the first word the lowest chunks.
+    pub fn merge_words(&mut self, words: impl Iterator<Item = u64>) {
+        for (index, word) in (0..self.words.len()).zip(words).filter(|(_, word)| *word != 0) {
+            self.put(index, self.words[index] | word);
+        }
+    }
+
+    /// The bits, 64 chunks a word, the first the lowest.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Clears every bit that is set in `other`, a bitmap of the same grid.
     pub fn subtract(&mut self, other: &Self) {
         other.each_word(|index, word| self.put(index, self.words[index] & !word));
@@ -265,7 +278,7 @@ fn chunk_of(index: usize, word: u64) -> u64 {
 
 /// Calls `with` for each word that has bits of `chunks`, and the mask of those bits.
 #[inline]
-fn for_words(chunks: Range<u64>, mut with: impl FnMut(usize, u64)) {
+pub(crate) fn for_words(chunks: Range<u64>, mut with: impl FnMut(usize, u64)) {
     let mut chunk = chunks.start;
     while chunk < chunks.end {
         let next = ((chunk | WORD_MASK) + 1).min(chunks.end);

@@ -19,6 +19,7 @@ use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Receiver, Sender
 use resilver_sys::{BufferSlice, RegionId, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
+use crate::dirty_bitmap::DirtyBitmap;
 use crate::io::{BdevIo, Completion, IoKind, Tag};
 use crate::job::{BlockJob, JobEvent, JobInfo, JobVerb, JobWants, ScanReport, Side, VerbError};
 use crate::stats::IoStats;
@@ -117,6 +118,7 @@ pub struct Port<'a> {
     open: bool,
     submitted: &'a mut u32,
     reset: &'a mut bool,
+    bitmaps: &'a [Arc<DirtyBitmap>],
 }
 
 impl Port<'_> {
@@ -141,6 +143,11 @@ impl Port<'_> {
         let index = self.index as u32;
         io.tag = Tag(index << TAG_SHIFT | io.tag.0);
         *self.submitted += 1;
+        if io.kind.mutates() {
+            for bitmap in self.bitmaps {
+                bitmap.mark(io.offset, io.length);
+            }
+        }
         self.root.submit(cx, io, payload);
     }
 
@@ -156,6 +163,8 @@ pub struct StartJob {
     pub job: Box<dyn BlockJob>,
     /// Counters that apply if the job ends on its target.
     pub target_stats: Arc<IoStats>,
+    /// Bitmaps that record from then on, if the job ends on its target.
+    pub target_bitmaps: Vec<Arc<DirtyBitmap>>,
     /// How long the disk may take to drain.
     pub deadline: Nanos,
     /// The root channel that the job replaced, or the job back and the reason.
@@ -182,6 +191,15 @@ pub enum DiskCommand {
     StartJob(StartJob),
     /// Change the root channel.
     ReplaceRoot(ReplaceRoot),
+    /// Hold the disk, whatever is above it, until [`DiskCommand::Release`]: the answer comes when it has drained.
+    Hold {
+        /// How long the disk may take to drain.
+        deadline: Nanos,
+        /// The answer.
+        reply: Reply<Result<(), HoldError>>,
+    },
+    /// Let a disk go on that is held, or about to be; these bitmaps record from now on, if any are given.
+    Release(Option<Vec<Arc<DirtyBitmap>>>),
     /// Tell the job something.
     Verb(JobVerb, Reply<Result<(), VerbError>>),
     /// Ask about the job; none if there is none.
@@ -298,12 +316,19 @@ enum Hold {
     Start(StartJob),
     Replace(ReplaceRoot),
     Dissolve,
+    UntilReleased(Reply<Result<(), HoldError>>),
 }
 
 /// Whether consumers may submit.
 enum Gate {
     Open,
-    Closed { hold: Hold, since: Nanos, deadline: Nanos },
+    Closed {
+        hold: Hold,
+        since: Nanos,
+        deadline: Nanos,
+    },
+    /// Drained, and control is at work.
+    Held,
 }
 
 /// Where a consumer is in its life.
@@ -333,6 +358,9 @@ pub struct Disk {
     stats: Arc<IoStats>,
     /// Counters that apply if the job ends on its target.
     target_stats: Option<Arc<IoStats>>,
+    /// What records writes, and what will if the job ends on its target.
+    bitmaps: Vec<Arc<DirtyBitmap>>,
+    target_bitmaps: Vec<Arc<DirtyBitmap>>,
     /// A job whose hold was undone rests until then.
     hold_not_before: Nanos,
 }
@@ -361,9 +389,18 @@ impl Disk {
             done: CompletionBatch::with_capacity(BATCH),
             stats,
             target_stats: None,
+            bitmaps: Vec::new(),
+            target_bitmaps: Vec::new(),
             hold_not_before: Nanos::ZERO,
         };
         (disk, handle)
+    }
+
+    /// The same, with bitmaps that record what is written.
+    #[must_use]
+    pub fn with_bitmaps(mut self, bitmaps: Vec<Arc<DirtyBitmap>>) -> Self {
+        self.bitmaps = bitmaps;
+        self
     }
 
     /// Carries out one command.
@@ -391,6 +428,19 @@ impl Disk {
                 Err(error) => (replace.reply)(Err((error, replace.root))),
                 Ok(()) => self.close(cx, replace.deadline, Hold::Replace(replace)),
             },
+            DiskCommand::Hold { deadline, reply } => match self.gate {
+                Gate::Open => self.close(cx, deadline, Hold::UntilReleased(reply)),
+                Gate::Closed { .. } | Gate::Held => reply(Err(HoldError::Busy)),
+            },
+            DiskCommand::Release(bitmaps) => {
+                self.bitmaps = bitmaps.unwrap_or(std::mem::take(&mut self.bitmaps));
+                if matches!(
+                    self.gate,
+                    Gate::Held | Gate::Closed { hold: Hold::UntilReleased(_), .. }
+                ) {
+                    self.gate = Gate::Open;
+                }
+            }
             DiskCommand::Verb(verb, reply) => reply(match &mut self.root {
                 Root::Job(job) => job.verb(cx, verb),
                 Root::Plain(_) | Root::Nothing => Err(VerbError::NotFound { job: String::new() }),
@@ -414,7 +464,7 @@ impl Disk {
     /// Whether control may change the graph now.
     fn may_hold(&self) -> Result<(), HoldError> {
         match (&self.gate, &self.root) {
-            (Gate::Closed { .. }, _) => Err(HoldError::Busy),
+            (Gate::Closed { .. } | Gate::Held, _) => Err(HoldError::Busy),
             (Gate::Open, Root::Job(_)) => Err(HoldError::JobRunning),
             (Gate::Open, Root::Plain(_) | Root::Nothing) => Ok(()),
         }
@@ -456,6 +506,7 @@ impl Disk {
         match hold {
             Hold::Start(start) => (start.reply)(Err((error, start.job))),
             Hold::Replace(replace) => (replace.reply)(Err((error, replace.root))),
+            Hold::UntilReleased(reply) => reply(Err(error)),
             Hold::Dissolve => {
                 self.hold_not_before = cx.now + HOLD_AGAIN;
                 self.with_job(|job| job.hold_failed(cx, in_flight));
@@ -465,12 +516,20 @@ impl Disk {
 
     /// Changes the graph. Nothing is in flight at the root.
     fn change(&mut self, cx: &Context<'_>, hold: Hold) {
+        let hold = match hold {
+            Hold::UntilReleased(reply) => {
+                self.gate = Gate::Held;
+                return reply(Ok(()));
+            }
+            other => other,
+        };
         match (hold, std::mem::replace(&mut self.root, Root::Nothing)) {
             (Hold::Start(mut start), Root::Plain(mut old)) => {
                 old.detach(cx);
                 start.job.attach(cx);
                 self.exposed = same_geometry(start.job.limits(), &self.exposed);
                 self.target_stats = Some(start.target_stats);
+                self.target_bitmaps = start.target_bitmaps;
                 self.root = Root::Job(start.job);
                 (start.reply)(Ok(old));
             }
@@ -483,7 +542,9 @@ impl Disk {
             }
             (Hold::Dissolve, Root::Job(job)) => self.dissolve(cx, job),
             // A hold is only closed over the root it fits (may_hold, and Dissolve by the job itself).
-            (Hold::Start(_) | Hold::Replace(_) | Hold::Dissolve, root) => self.root = root,
+            (Hold::Start(_) | Hold::Replace(_) | Hold::Dissolve | Hold::UntilReleased(_), root) => {
+                self.root = root
+            }
         }
     }
 
@@ -492,6 +553,7 @@ impl Disk {
         let target_stats = self.target_stats.take();
         if let (Side::Target, Some(stats)) = (side, target_stats) {
             self.stats = stats;
+            self.bitmaps = std::mem::take(&mut self.target_bitmaps);
         }
         self.exposed = same_geometry(survivor.limits(), &self.exposed);
         self.root = Root::Plain(survivor);
@@ -546,8 +608,15 @@ impl Disk {
                 continue;
             }
             let submitted = &mut guest.in_flight;
-            let mut port =
-                Port { root, limits: &self.exposed, index, open, submitted, reset: &mut reset };
+            let mut port = Port {
+                root,
+                limits: &self.exposed,
+                index,
+                open,
+                submitted,
+                reset: &mut reset,
+                bitmaps: &self.bitmaps,
+            };
             work = work.or(guest.consumer.poll(cx, &mut port));
         }
         root.commit(cx);

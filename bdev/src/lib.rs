@@ -17,6 +17,7 @@ pub mod bitmap;
 pub mod channel;
 pub mod delay;
 pub mod device;
+pub mod dirty_bitmap;
 pub mod disk;
 pub mod error;
 pub mod io;
@@ -33,6 +34,7 @@ pub mod verify;
 
 pub use channel::{CompletionBatch, IoChannel, Limits};
 pub use device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
+pub use dirty_bitmap::DirtyBitmap;
 pub use disk::{
     Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskEvent, DiskHandle, HoldError, Port,
     ReplaceRoot, Reply, StartJob,

@@ -208,7 +208,13 @@ impl Target {
     ) -> Result<(), RpcError> {
         let target_stats = Arc::clone(target.stats());
         let inserted = ask(handle, |reply| {
-            DiskCommand::StartJob(StartJob { job, target_stats, deadline: HOLD_DEADLINE, reply })
+            DiskCommand::StartJob(StartJob {
+                job,
+                target_stats,
+                target_bitmaps: Vec::new(),
+                deadline: HOLD_DEADLINE,
+                reply,
+            })
         });
         drop(inserted.await?.map_err(|(error, _job)| RpcError::from(error))?);
         Ok(())

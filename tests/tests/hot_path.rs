@@ -300,7 +300,13 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
     let target_stats = Arc::clone(target.stats());
     let started = ask(handle, |reply| {
         let deadline = HOLD_DEADLINE;
-        DiskCommand::StartJob(StartJob { job, target_stats, deadline, reply })
+        DiskCommand::StartJob(StartJob {
+            job,
+            target_stats,
+            target_bitmaps: Vec::new(),
+            deadline,
+            reply,
+        })
     });
     assert!(started.is_ok());
     handle.send(DiskCommand::Scanned(ScanReport::Done)).ok().unwrap();

@@ -302,7 +302,13 @@ impl World {
         let stats = Arc::clone(&target_stats);
         let answer = self.ask(|reply| {
             let deadline = HOLD_DEADLINE;
-            DiskCommand::StartJob(StartJob { job, target_stats: stats, deadline, reply })
+            DiskCommand::StartJob(StartJob {
+                job,
+                target_stats: stats,
+                target_bitmaps: Vec::new(),
+                deadline,
+                reply,
+            })
         });
         self.turn();
         assert!(matches!(*answer.lock().unwrap(), Some(Ok(_))));

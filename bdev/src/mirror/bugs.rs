@@ -43,11 +43,13 @@ pub enum Bug {
     TrailingForgotten,
     /// A part of a cluster is written to a difference image that has nothing of it: the rest of its base is hidden.
     ClusterNotFilled,
+    /// A mirror keeps its working bitmap's bits to itself when it ends: what is written afterwards is not recorded.
+    BitmapNotHandedBack,
 }
 
 impl Bug {
     /// All of them, for whoever plants one after the other.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::WriteNotDirtied,
         Self::TargetErrorForgotten,
         Self::NoBounceCopy,
@@ -66,6 +68,7 @@ impl Bug {
         Self::VerifyTakesNoRange,
         Self::TrailingForgotten,
         Self::ClusterNotFilled,
+        Self::BitmapNotHandedBack,
     ];
 }
 

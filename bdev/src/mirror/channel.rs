@@ -15,7 +15,9 @@ use super::core::{Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, 
 use super::life::Refused;
 use super::pieces::{UNITS as ZERO_UNITS, UNITS_U32 as ZERO_UNITS_U32, UnitMap};
 use super::verify::CHECKS;
-use super::{COPIES, MirrorChannels, MirrorConfig, QUARANTINE, combined_limits, validate};
+use super::{
+    COPIES, MirrorChannels, MirrorConfig, QUARANTINE, WorkingBitmap, combined_limits, validate,
+};
 use crate::SEGMENTS_MAX;
 use crate::bitmap::Grid;
 use crate::channel::{CompletionBatch, IoChannel, Limits};
@@ -119,6 +121,7 @@ impl Pool {
 /// A live mirror: what a disk polls in place of its source.
 pub struct Mirror {
     job_id: String,
+    bitmap: Option<WorkingBitmap>,
     core: Core,
     limits: Limits,
     source: Box<dyn IoChannel>,
@@ -152,6 +155,7 @@ impl Mirror {
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
             job_id: config.job_id,
+            bitmap: config.bitmap,
             held: vec![Held::NONE; usize::from(core.ops)].into_boxed_slice(),
             core: Core::new(core),
             limits,
@@ -429,7 +433,10 @@ impl Mirror {
     }
 
     fn end(self: Box<Self>, side: Side, now: Nanos) -> Dissolved {
-        let mirror = *self;
+        let mut mirror = *self;
+        if let Some(working) = &mirror.bitmap {
+            mirror.core.give_back(working, side);
+        }
         let mut info = mirror.core.info(now);
         info.status = JobStatus::Concluded;
         let (survivor, other) = match side {
@@ -474,7 +481,7 @@ fn core_config(
         cancel_on_guest_reset: config.cancel_on_guest_reset,
         verify_before_complete: config.verify_before_complete,
         sync: config.sync,
-        by_bitmap: false,
+        by_bitmap: config.bitmap.is_some(),
         observer: config.observer,
         diff: config.diff_cluster.is_some(),
         speed: config.speed,
@@ -592,6 +599,9 @@ impl IoChannel for Mirror {
                 Ok(region) => pool.region = region,
                 Err(_) => self.core.no_memory(cx.now),
             }
+        }
+        if let Some(working) = &self.bitmap {
+            self.core.work_by(working);
         }
         self.core.inserted();
     }

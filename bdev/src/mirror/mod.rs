@@ -22,6 +22,7 @@ mod rows;
 mod scope;
 mod tables;
 mod verify;
+mod working;
 
 #[cfg(test)]
 mod model;
@@ -34,6 +35,7 @@ pub use self::channel::{ChunkState, Mirror};
 use self::core::{BOUNCE_UNIT, BOUNCE_UNITS_MAX};
 pub use self::rows::{RowSet, Rows};
 pub use self::scope::{ObserverPolicy, SyncMode};
+pub use self::working::{BitmapMode, WorkingBitmap};
 use crate::channel::{IoChannel, Limits};
 use crate::device::BdevError;
 use crate::disk::DISK_DEPTH;
@@ -88,6 +90,8 @@ pub struct MirrorConfig {
     pub sync: SyncMode,
     /// Who waits for a target that only observes: other than `Block` with [`SyncMode::None`] and write-blocking only.
     pub observer: ObserverPolicy,
+    /// What is to be brought over, instead of everything.
+    pub bitmap: Option<WorkingBitmap>,
     /// The target is a difference image whose base is not opened, with clusters of so many bytes.
     pub diff_cluster: Option<u32>,
 }
@@ -110,6 +114,7 @@ impl Default for MirrorConfig {
             verify_before_complete: false,
             sync: SyncMode::Full,
             observer: ObserverPolicy::Block,
+            bitmap: None,
             diff_cluster: None,
         }
     }
@@ -166,6 +171,9 @@ fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), Bdev
         return invalid("target", "read-only".to_owned(), "expects a target that can be written");
     }
     validate_scope(config)?;
+    if let Some(working) = &config.bitmap {
+        working.validate(config, source.size())?;
+    }
     check_depth(channels)
 }
 

@@ -20,6 +20,7 @@ use crate::malloc::Malloc;
 
 mod scope;
 mod verify;
+mod working;
 
 const BLOCK: u32 = 512;
 const SIZE: u64 = (1 << 20) + 512;

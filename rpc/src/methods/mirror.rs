@@ -262,6 +262,7 @@ impl BdevMirrorStart {
                     _ => SyncMode::Full,
                 },
                 observer: self.observer_policy.map_or(ObserverPolicy::Block, Into::into),
+                bitmap: None,
                 diff_cluster: None,
             },
             auto_dismiss: self.auto_dismiss,

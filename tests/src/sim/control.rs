@@ -7,13 +7,14 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::job::{CopyMode, OnError, ScanReport, Side};
-use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::mirror::{BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::{
     Bdev, BdevError, DISK_DEPTH, DiskCommand, DiskEvent, IoChannel, JobEvent, JobInfo, JobStatus,
     JobVerb, StartJob, VerbError,
 };
 use resilver_reactor::Nanos;
 
+use super::bitmap;
 use super::disk::{DiskOptions, FailedFlush, SimDisk};
 use super::lock;
 use super::probe::Probe;
@@ -79,7 +80,8 @@ pub enum Operator {
 }
 
 /// What the disk answered.
-enum Heard {
+pub(super) enum Heard {
+    Held(Box<MirrorPlan>, bool),
     Started(Box<dyn IoChannel>),
     NotStarted(String),
     Verb(JobVerb, Result<(), VerbError>),
@@ -126,6 +128,8 @@ pub struct Job {
     scan: Scan,
     /// What it brings over.
     pub(super) scope: Scope,
+    /// How it works by a bitmap, if it does.
+    pub(super) bitmap_mode: Option<BitmapMode>,
     /// When it was told to cancel.
     cancelled: Option<Nanos>,
     /// When it was told to finish, as the oracle counts: the copy is of a moment since.
@@ -173,6 +177,8 @@ pub struct Control {
     heard: Arc<Mutex<VecDeque<Heard>>>,
     /// Disks that a job is done with and that may have I/O in flight.
     pub retired: Vec<SimDisk>,
+    /// The disk is being held for a mirror.
+    holding: bool,
     releasing: usize,
     disks: u32,
     /// What has been reached.
@@ -194,6 +200,7 @@ impl Control {
             job: None,
             heard: Arc::default(),
             retired: Vec::new(),
+            holding: false,
             releasing: 0,
             disks: 0,
             reached: Reached::default(),
@@ -214,6 +221,11 @@ impl Control {
         self.job.as_mut()
     }
 
+    /// Where answers go.
+    pub(super) fn heard(&self) -> Arc<Mutex<VecDeque<Heard>>> {
+        Arc::clone(&self.heard)
+    }
+
     /// Channels that a job released and that are not empty yet.
     #[must_use]
     pub fn releasing(&self) -> usize {
@@ -231,6 +243,11 @@ impl Job {
     #[must_use]
     pub fn granularity(&self) -> u64 {
         self.granularity
+    }
+
+    /// Whether it is above its disk.
+    pub(super) fn is_inserted(&self) -> bool {
+        self.stage == Stage::Running
     }
 
     /// Whether the scan has told all.
@@ -270,6 +287,7 @@ impl World {
         let probe = Probe::new(mirror, &self.source, &target, &self.trace);
         self.control.job = Some(Job {
             scope,
+            bitmap_mode: plan.config.bitmap.as_ref().map(|working| working.mode),
             probe: probe.clone(),
             target: target.clone(),
             granularity: u64::from(plan.config.granularity),
@@ -288,6 +306,7 @@ impl World {
         let start = StartJob {
             job: Box::new(probe),
             target_stats: Arc::clone(target.stats()),
+            target_bitmaps: Vec::new(),
             deadline: resilver_bdev::disk::HOLD_DEADLINE,
             reply: Box::new(move |result| {
                 lock(&heard).push_back(match result {
@@ -348,6 +367,10 @@ impl World {
         loop {
             let Some(heard) = lock(&self.control.heard).pop_front() else { return };
             match heard {
+                Heard::Held(plan, held) => {
+                    self.control.holding = false;
+                    self.held_for_bitmap(*plan, held);
+                }
                 Heard::Started(old) => {
                     if old.in_flight() > 0 {
                         self.trace.finding("the replaced channel has I/O in flight");
@@ -357,6 +380,7 @@ impl World {
                         job.stage = Stage::Running;
                     }
                     self.scope_begins();
+                    self.bitmap_begins();
                 }
                 Heard::NotStarted(why) => {
                     self.trace.line(format_args!("not started: {why}"));
@@ -457,6 +481,7 @@ impl World {
             _ => {}
         }
         self.scope_ends(&job.scope);
+        self.bitmap_ends(&job, side, info);
         if let Some(since) = job.finishing {
             let _ = lock(&self.oracle).end_read(since, 0, None);
         }
@@ -577,8 +602,12 @@ impl World {
     fn act_on_a_whim(&mut self) {
         let busy = !self.control.retired.iter().all(|disk| disk.in_flight() == 0);
         let Some(job) = &self.control.job else {
-            if self.control.rng.chance(20) && !busy {
+            if self.control.rng.chance(20) && !busy && !self.control.holding {
                 let plan = self.invent_mirror();
+                if bitmap::may_work_by_one(&plan) && self.control.rng.chance(300) {
+                    self.control.holding = true;
+                    return self.plan_by_bitmap(plan);
+                }
                 if let Err(refused) = self.start_mirror(&plan) {
                     self.trace.line(format_args!("refused: {refused}"));
                 }

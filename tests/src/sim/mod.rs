@@ -8,6 +8,7 @@
 //! What is real: everything in `resilver-bdev`. What is simulated: time ([`world`]), disks ([`disk`]), guests ([`guest`]). What
 //! judges: the [`oracle`], and the checks that each part makes of its neighbours.
 
+mod bitmap;
 pub mod control;
 pub mod disk;
 pub mod guest;

@@ -21,6 +21,7 @@ use super::world::World;
 #[derive(Debug)]
 pub(super) struct Scope {
     mode: SyncMode,
+    whole: bool,
     drops: bool,
     /// The oracle's moment at which the mirror was inserted.
     since: Option<u64>,
@@ -68,7 +69,8 @@ pub(super) fn draw(rng: &mut Rng, config: &mut MirrorConfig) {
 impl Scope {
     pub(super) fn new(config: &MirrorConfig, top: Vec<bool>) -> Self {
         let drops = config.observer == ObserverPolicy::Drop;
-        Self { mode: config.sync, drops, since: None, top, observed: None, finished: None }
+        let whole = config.sync == SyncMode::Full && config.bitmap.is_none();
+        Self { mode: config.sync, whole, drops, since: None, top, observed: None, finished: None }
     }
 
     /// The verb that ends the job well, for an operator who wants this.
@@ -106,7 +108,7 @@ impl Scope {
 
     /// Whether it is about the whole disk.
     pub(super) fn is_whole(&self) -> bool {
-        self.mode == SyncMode::Full
+        self.whole
     }
 
     /// Whether a finished copy must have this sector.
@@ -131,6 +133,9 @@ impl World {
             if let Some(cluster) = config.diff_cluster {
                 target.be_a_difference(cluster as usize / SECTOR);
             }
+        }
+        if config.bitmap.is_some() {
+            self.preset_earlier_copy(target);
         }
         Scope::new(config, top)
     }

@@ -12,6 +12,7 @@ use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle,
 use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Work};
 use resilver_sys::{RegionTable, WaitSet};
 
+use super::bitmap::Recorder;
 use super::control::{Control, Job, MirrorPlan, Operator};
 use super::disk::SimDisk;
 use super::guest::{Failure, SimGuest, Transport};
@@ -63,6 +64,8 @@ pub struct World {
     pub source: SimDisk,
     /// The control plane.
     pub control: Control,
+    /// What records the writes of the disk.
+    pub(super) recorder: Option<Recorder>,
     /// Sectors that the guests know of: no switch-over changes them, though a target may be larger.
     pub(super) sectors: usize,
     swarm: Swarm,
@@ -108,6 +111,7 @@ impl World {
             sectors: source.sectors(),
             source,
             control: Control::new(rng.fork()),
+            recorder: None,
             rng,
             oracle,
             memory,
@@ -299,10 +303,11 @@ impl World {
             }
         }
         drop(oracle);
-        if let Some(job) = self.control.job() {
+        if let Some(job) = self.control.job().filter(|job| job.is_inserted()) {
             self.check_chunks(job);
         }
         self.judge_observer();
+        self.judge_recorder();
     }
 
     /// A clean chunk with nothing in flight in it is equal on both legs.

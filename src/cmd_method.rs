@@ -14,6 +14,8 @@ use crate::output::{self, Column, bytes, text};
 /// A family: the methods whose names begin with its name.
 pub(crate) struct Family {
     pub(crate) name: &'static str,
+    /// What the names of its methods begin with.
+    prefix: &'static str,
     about: &'static str,
     /// The method behind `list`, and its table.
     list: &'static str,
@@ -33,9 +35,10 @@ pub(crate) const JOB_COLUMNS: &[Column] = &[
 ];
 
 /// The families.
-pub(crate) static FAMILIES: [Family; 4] = [
+pub(crate) static FAMILIES: [Family; 5] = [
     Family {
         name: "bdev",
+        prefix: "bdev_",
         about: "Make, list, resize and delete block devices",
         list: "bdev_get_bdevs",
         columns: &[
@@ -47,7 +50,22 @@ pub(crate) static FAMILIES: [Family; 4] = [
         ],
     },
     Family {
+        name: "bitmap",
+        prefix: "bdev_dirty_bitmap_",
+        about: "Remember which chunks of a block device are written",
+        list: "bdev_dirty_bitmap_get",
+        columns: &[
+            Column { head: "NAME", cell: |row| text(&row["name"]) },
+            Column { head: "DIRTY", cell: |row| amount(&row["count"]) },
+            Column { head: "CHUNK", cell: |row| amount(&row["granularity"]) },
+            Column { head: "STATE", cell: recording },
+            Column { head: "KEPT", cell: |row| text(&row["persistent"]) },
+            Column { head: "JOB", cell: |row| text(&row["job_id"]) },
+        ],
+    },
+    Family {
         name: "vhost",
+        prefix: "vhost_",
         about: "Serve block devices to virtual machines",
         list: "vhost_get_controllers",
         columns: &[
@@ -61,12 +79,14 @@ pub(crate) static FAMILIES: [Family; 4] = [
     },
     Family {
         name: "job",
+        prefix: "job_",
         about: "Watch and control jobs",
         list: "job_get_list",
         columns: JOB_COLUMNS,
     },
     Family {
         name: "state",
+        prefix: "state_",
         about: "See and forget which disks were superseded",
         list: "state_get_records",
         columns: &[
@@ -77,6 +97,15 @@ pub(crate) static FAMILIES: [Family; 4] = [
         ],
     },
 ];
+
+fn recording(row: &Value) -> String {
+    let state = match (row["inconsistent"] == true, row["recording"] == true) {
+        (true, _) => "inconsistent",
+        (false, true) => "recording",
+        (false, false) => "disabled",
+    };
+    state.to_owned()
+}
 
 fn access(row: &Value) -> String {
     let read_only = row["backend_specific"]["block"]["readonly"] == true;
@@ -117,14 +146,13 @@ fn sentences(value: &Value) -> String {
 
 impl Family {
     /// The methods of the family.
-    fn methods(&self) -> impl Iterator<Item = &'static Method> {
-        let prefix = format!("{}_", self.name);
-        METHODS.iter().filter(move |method| method.name.starts_with(&prefix))
+    fn methods(&self) -> impl Iterator<Item = &'static Method> + '_ {
+        METHODS.iter().filter(|method| method.name.starts_with(self.prefix))
     }
 
     /// A method's verb: what follows the family's name.
     fn verb(&self, method: &Method) -> String {
-        method.name.trim_start_matches(self.name).trim_start_matches('_').replace('_', "-")
+        method.name.trim_start_matches(self.prefix).replace('_', "-")
     }
 }
 

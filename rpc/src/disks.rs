@@ -84,6 +84,7 @@ impl Target {
         let woken = Arc::new(Notify::new());
         let wake = Arc::clone(&woken);
         let (disk, handle) = Disk::new(root, stats, reactor.doorbell(), move || wake.notify_one());
+        let disk = disk.with_bitmaps(self.graph().bitmaps_below(bdev.as_ref()));
         let poller = reactor.add(Box::new(disk))?;
         let mut graph = self.graph_mut();
         graph.next_disk += 1;

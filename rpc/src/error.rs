@@ -73,6 +73,12 @@ impl RpcError {
         Self { code, message: message.into(), data: Some(Value::Object(data)) }
     }
 
+    /// Whether this is the case of that name.
+    #[must_use]
+    pub fn is(&self, kind: &str) -> bool {
+        self.data.as_ref().is_some_and(|data| data["kind"] == kind)
+    }
+
     /// A parameter that is not acceptable: its name, its value, what would have been accepted.
     #[must_use]
     pub fn parameter(name: &str, value: impl Into<Value>, expected: impl Into<String>) -> Self {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Side};
-use resilver_bdev::mirror::{ObserverPolicy, SyncMode};
+use resilver_bdev::mirror::{BitmapMode, ObserverPolicy, SyncMode};
 use resilver_bdev::{Bdev, DiskCommand, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 use serde_json::{Value, json};
 
@@ -54,6 +54,8 @@ pub(crate) struct Job {
     pub(crate) auto_finalize: bool,
     /// What it brings over.
     pub(crate) sync: SyncMode,
+    /// The bitmap that it works by, and what becomes of that.
+    pub(crate) bitmap: Option<(String, BitmapMode)>,
     /// Who waits for a target that only observes.
     pub(crate) observer: ObserverPolicy,
     pub(crate) auto_dismiss: bool,
@@ -218,6 +220,10 @@ impl Job {
             "started": self.started,
             "holds": self.holds.to_json(),
         });
+        if let Some((name, mode)) = &self.bitmap {
+            json["bitmap"] = name.as_str().into();
+            json["bitmap_mode"] = mode.name().into();
+        }
         if self.sync == SyncMode::None {
             json["observer_policy"] = self.observer.name().into();
             json["dropped_writes"] = info.dropped_writes.into();
@@ -451,6 +457,7 @@ impl Target {
             entry.releasing.add(releasing, leg.name(), origin);
         }
         graph.close_released(disk);
+        graph.free_bitmaps(&id);
         drop(graph);
         self.verify_mirror_ended(&id);
         self.state.settled(&id);

@@ -8,6 +8,7 @@
 //! * The graph's `RefCell` is never borrowed across an `await`.
 //! * A record that a disk was superseded is durable before the switch-over it speaks of.
 
+mod bitmaps;
 pub mod client;
 pub mod config;
 mod controllers;
@@ -28,6 +29,7 @@ pub mod reference;
 pub mod serve;
 pub mod server;
 pub mod state;
+mod stored_bitmaps;
 mod target;
 mod verify;
 

@@ -13,9 +13,12 @@ use std::time::Duration;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::job::ScanReport;
-use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode};
+use resilver_bdev::mirror::{
+    BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode,
+};
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
 
+use crate::bitmaps::BitmapName;
 use crate::disks::{DiskId, ask};
 use crate::error::RpcError;
 use crate::events::unix_seconds;
@@ -33,6 +36,8 @@ pub(crate) struct MirrorStart {
     pub(crate) mirror: String,
     pub(crate) config: MirrorConfig,
     pub(crate) auto_dismiss: bool,
+    /// A bitmap of the source that says what is to be brought over.
+    pub(crate) bitmap: Option<(String, BitmapMode)>,
 }
 
 /// The target of a mirror to be started.
@@ -81,6 +86,20 @@ impl Drop for NewFile {
     }
 }
 
+/// Frees the bitmaps of a job that does not come to be.
+struct FreedBitmaps {
+    target: Rc<Target>,
+    job: Option<String>,
+}
+
+impl Drop for FreedBitmaps {
+    fn drop(&mut self) {
+        if let Some(job) = &self.job {
+            self.target.graph_mut().free_bitmaps(job);
+        }
+    }
+}
+
 /// Names that a start keeps until the job is in the graph.
 pub(crate) struct StartNames {
     _job: Engaged,
@@ -118,7 +137,7 @@ impl Target {
     /// Starts a mirror.
     pub(crate) async fn start_mirror(
         self: &Rc<Self>,
-        start: MirrorStart,
+        mut start: MirrorStart,
         names: StartNames,
         leg: TargetLeg,
     ) -> Result<(), RpcError> {
@@ -135,6 +154,7 @@ impl Target {
             TargetLeg::Made(made) => (Arc::clone(&made.bdev), Origin::Made, None),
         };
         check_legs(source.as_ref(), target.as_ref())?;
+        self.graph().must_not_record(target.as_ref())?;
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH)?,
             copy_source: source.open_channel(COPY_DEPTH)?,
@@ -142,6 +162,15 @@ impl Target {
         };
         let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
         let (sync, observer) = (start.config.sync, start.config.observer);
+        let mut freed = FreedBitmaps { target: Rc::clone(self), job: Some(id.clone()) };
+        if let Some((bitmap, mode)) = &start.bitmap {
+            let name = BitmapName { bdev: start.source.clone(), bitmap: bitmap.clone() };
+            let working = self.graph_mut().take_bitmap(&name, *mode, &id)?;
+            #[allow(clippy::cast_possible_truncation)] // made from 32 bits
+            let granularity = working.bitmap.grid().granularity() as u32;
+            start.config.granularity = granularity;
+            start.config.bitmap = Some(working);
+        }
         let mirror = Box::new(Mirror::new(start.config, channels)?);
         let disk = self.disk_over(&source, None)?;
         let scan_stop = Arc::new(AtomicBool::new(false));
@@ -158,6 +187,7 @@ impl Target {
             mirror: start.mirror,
             disk,
             sync,
+            bitmap: start.bitmap,
             observer,
             auto_finalize,
             auto_dismiss: start.auto_dismiss,
@@ -181,6 +211,7 @@ impl Target {
         };
         match started {
             Ok(handle) => {
+                freed.job = None;
                 tracing::info!(
                     job = id,
                     source = source.name(),
@@ -207,11 +238,12 @@ impl Target {
         target: &dyn Bdev,
     ) -> Result<(), RpcError> {
         let target_stats = Arc::clone(target.stats());
+        let target_bitmaps = self.graph().bitmaps_below(target);
         let inserted = ask(handle, |reply| {
             DiskCommand::StartJob(StartJob {
                 job,
                 target_stats,
-                target_bitmaps: Vec::new(),
+                target_bitmaps,
                 deadline: HOLD_DEADLINE,
                 reply,
             })

@@ -61,6 +61,7 @@ impl Target {
     pub(crate) fn insert_bdev(&self, made: Made) -> String {
         let name = made.bdev.name().to_owned();
         let uuid = made.uuid.clone().map_or_else(fresh_uuid, Value::from);
+        self.load_bitmaps(made.bdev.as_ref());
         let mut graph = self.graph_mut();
         let order = graph.bdevs.values().map(|entry| entry.order).max().unwrap_or(0) + 1;
         let Made { bdev, made_by, injector, name: _engaged, uuid: _ } = made;
@@ -75,7 +76,11 @@ impl Target {
         let _engaged = self.engage(Space::Bdev, name)?;
         self.graph().must_be(name, module)?;
         self.graph().must_be_unused(name)?;
-        let entry = self.graph_mut().bdevs.remove(name);
+        self.store_bitmaps(name);
+        let mut graph = self.graph_mut();
+        graph.bitmaps.remove(name);
+        let entry = graph.bdevs.remove(name);
+        drop(graph);
         drop(entry);
         Ok(())
     }
@@ -95,6 +100,10 @@ impl Target {
         {
             return Err(RpcError::busy(name, &format!("{other}; end that before the resize")));
         }
+        // Before it is larger, and after it is smaller: no write goes beyond what is recorded.
+        if size > bdev.geometry().size() {
+            self.resize_bitmaps(name, size).await?;
+        }
         let file = Arc::clone(&bdev);
         let resized = tokio::task::spawn_blocking(move || file.resize(size)).await;
         resized.map_err(|_| RpcError::gone())??;
@@ -106,7 +115,7 @@ impl Target {
         let Some((disk, handle)) =
             self.graph().disk_of(name).map(|(id, it)| (id, it.handle.clone()))
         else {
-            return Ok(());
+            return self.resize_bitmaps(name, bdev.geometry().size()).await;
         };
         let root = bdev.open_channel(DISK_DEPTH)?;
         let limits = *root.limits();
@@ -120,7 +129,7 @@ impl Target {
         for controller in self.graph().controllers_of(disk) {
             controller.resize(limits);
         }
-        Ok(())
+        self.resize_bitmaps(name, limits.size()).await
     }
 
     /// Refuses a file that a bdev stands for already, unless both only read it; and one that was superseded.

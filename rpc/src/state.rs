@@ -41,7 +41,7 @@ pub struct DiskFile {
 }
 
 impl DiskFile {
-    fn is(&self, file: &FileIdentity) -> bool {
+    pub(crate) fn is(&self, file: &FileIdentity) -> bool {
         self.path == file.path || (self.device == file.device && self.inode == file.inode)
     }
 }
@@ -109,7 +109,7 @@ pub enum StateError {
 }
 
 /// Attaches what was tried to an error of the operating system.
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
     let path = path.to_owned();
     move |source| StateError::Io { action, path, source }
 }
@@ -160,6 +160,11 @@ impl StateStore {
         let records = read_records(&path.join(RECORDS))?;
         let dir = Arc::new(StateDir { path, lock });
         Ok(Self { dir: Some(dir), records: records.into(), ..Self::default() })
+    }
+
+    /// The directory, if there is one.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.dir.as_ref().map(|dir| dir.path.as_path())
     }
 
     /// Whether records outlive the process.

@@ -19,6 +19,7 @@ use resilver_bdev::{Bdev, BdevError, FileIdentity, JobVerb};
 use resilver_sys::RingMode;
 use serde_json::{Value, json};
 
+use crate::bitmaps::Registry;
 use crate::controllers::ControllerEntry;
 use crate::disks::{DiskEntry, DiskId};
 use crate::error::{RpcError, code};
@@ -91,6 +92,8 @@ pub(crate) struct Graph {
     pub(crate) jobs: BTreeMap<String, Job>,
     /// Verifications of mirrors, by the name of their job.
     pub(crate) verifies: BTreeMap<String, VerifyJob>,
+    /// Named dirty bitmaps.
+    pub(crate) bitmaps: Registry,
     pub(crate) ended: Ended,
     pub(crate) next_disk: u64,
 }
@@ -282,6 +285,15 @@ impl Target {
         let disks: Vec<DiskId> = self.graph().disks.keys().copied().collect();
         for disk in disks {
             self.retire_disk(disk).await;
+        }
+        // Nobody writes any more, unless a disk hangs: then its bitmaps stay in use, and are inconsistent next time.
+        let quiet: Vec<String> = {
+            let graph = self.graph();
+            let recorded = |bdev: &&String| graph.disks_above(bdev).next().is_none();
+            graph.bitmaps.keys().filter(recorded).cloned().collect()
+        };
+        for bdev in quiet {
+            self.store_bitmaps(&bdev);
         }
     }
 

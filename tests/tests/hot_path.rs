@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use resilver_bdev::bitmap::Grid;
 use resilver_bdev::delay::{Delay, DelayConfig};
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
@@ -22,8 +23,8 @@ use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::uring::{self, Uring, UringConfig};
 use resilver_bdev::{
-    Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle,
-    IoError, IoKind, IoStats, JobStatus, Port, Reply, StartJob, Tag,
+    Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, DirtyBitmap, Disk, DiskCommand,
+    DiskHandle, IoError, IoKind, IoStats, JobStatus, Port, Reply, StartJob, Tag,
 };
 use resilver_reactor::{Armed, Context, Idle, Poller, Reactor, ReactorConfig, Work};
 use resilver_sys::alloc_guard::{self, AllocGuard};
@@ -335,6 +336,10 @@ fn hammer_mirrored(bdev: &dyn Bdev, target: Option<(&ErrorBdev, Life)>, allowed:
     let root = bdev.open_channel(DISK_DEPTH).unwrap();
     let doorbell = reactor.handle().doorbell();
     let (disk, handle) = Disk::new(root, Arc::clone(bdev.stats()), doorbell, || {});
+    // Every disk of these tests has bitmaps that record: to mark them is part of the path.
+    let grid = Grid::new(bdev.geometry().size(), 4096);
+    let bitmap = || Arc::new(DirtyBitmap::new(grid, true));
+    let disk = disk.with_bitmaps(vec![bitmap(), bitmap()]);
     let report = Arc::new(Report::default());
     let load = Load {
         region: RegionId::NONE,

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use resilver_bdev::JobVerb;
 use resilver_bdev::job::OnError;
-use resilver_bdev::mirror::{GRANULARITY_DEFAULT, MirrorConfig, ObserverPolicy, SyncMode};
+use resilver_bdev::mirror::{
+    BitmapMode, GRANULARITY_DEFAULT, MirrorConfig, ObserverPolicy, SyncMode,
+};
 use resilver_reactor::Nanos;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -32,6 +34,40 @@ enum SyncName {
     Incremental,
     /// What a bitmap says.
     Bitmap,
+}
+
+impl SyncName {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Top => "top",
+            Self::None => "none",
+            Self::Incremental => "incremental",
+            Self::Bitmap => "bitmap",
+        }
+    }
+}
+
+/// What becomes of a working bitmap (QEMU `BitmapSyncMode`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum BitmapModeName {
+    /// It is what the target lacks, however the mirror ends.
+    Always,
+    /// It goes on recording, untouched.
+    Never,
+    /// It is what the target lacks if the mirror ends well, else untouched.
+    OnSuccess,
+}
+
+impl From<BitmapModeName> for BitmapMode {
+    fn from(name: BitmapModeName) -> Self {
+        match name {
+            BitmapModeName::Always => Self::Always,
+            BitmapModeName::Never => Self::Never,
+            BitmapModeName::OnSuccess => Self::OnSuccess,
+        }
+    }
 }
 
 /// Who waits for a target that only observes.
@@ -143,18 +179,19 @@ pub(super) struct BdevMirrorStart {
     #[serde(default)]
     name: Option<String>,
     /// What is copied besides the guest's writes: `full`, everything; `none`, nothing; `top`, what the image on top has, which is
-    /// everything where there is no base, as in this version.
+    /// everything where there is no base, as in this version; `bitmap` or `incremental`, what a bitmap says.
     #[serde(default)]
     sync: SyncName,
     /// How guest writes reach the target meanwhile.
     #[serde(default)]
     copy_mode: CopyModeName,
-    /// Not in this version.
+    /// A dirty bitmap of the source that says what is copied, with sync `full` or `bitmap`; its granularity is the mirror's.
     #[serde(default)]
-    bitmap: Option<Value>,
-    /// Not in this version.
+    bitmap: Option<String>,
+    /// What becomes of the bitmap. `always`: it is what the target lacks, however the mirror ends. `never`: it goes on recording,
+    /// untouched. `on-success`: as `always` if the mirror ends well, else as `never`. `always` if not given.
     #[serde(default)]
-    bitmap_mode: Option<Value>,
+    bitmap_mode: Option<BitmapModeName>,
     /// Bytes of a chunk that is copied or not: a power of two from 512 to 64 MiB; 65536 if not given.
     #[serde(default)]
     granularity: Option<u32>,
@@ -210,14 +247,8 @@ pub(super) struct BdevMirrorStart {
 impl BdevMirrorStart {
     /// Refuses what this version cannot do.
     fn refuse_what_is_not_there_yet(&self) -> Result<(), RpcError> {
-        if matches!(self.sync, SyncName::Incremental | SyncName::Bitmap) {
-            let given = format!("{:?}", self.sync).to_lowercase();
-            return Err(RpcError::not_yet("sync", given, "'full', 'top' and 'none' are"));
-        }
         let leave_out = "leave it out";
         let refused = [
-            ("bitmap", &self.bitmap, None),
-            ("bitmap_mode", &self.bitmap_mode, None),
             ("latency_ceiling_us", &self.latency_ceiling_us, None),
             ("auto_converge", &self.auto_converge, Some(json!(false))),
             ("keep_source", &self.keep_source, None),
@@ -235,6 +266,40 @@ impl BdevMirrorStart {
             None | Some("raw") => Ok(()),
             Some(format) => Err(RpcError::not_yet("target_format", format, "only 'raw' is")),
         }
+    }
+
+    /// The bitmap to work by, and what becomes of it.
+    fn working_bitmap(&self) -> Result<Option<(String, BitmapMode)>, RpcError> {
+        let sync = self.sync.name();
+        let mode = self.bitmap_mode.map(BitmapMode::from);
+        let Some(bitmap) = &self.bitmap else {
+            let expected = match (self.sync, mode) {
+                (SyncName::Incremental | SyncName::Bitmap, _) => {
+                    format!("must provide a valid bitmap name for '{sync}' sync mode")
+                }
+                (_, Some(_)) => "Cannot specify bitmap sync mode without a bitmap".to_owned(),
+                (_, None) => return Ok(None),
+            };
+            return Err(RpcError::parameter("bitmap", Value::Null, expected));
+        };
+        if matches!(self.sync, SyncName::None | SyncName::Top) {
+            let expected = format!("Sync mode '{sync}' not supported with bitmap.");
+            return Err(RpcError::parameter("sync", sync, expected));
+        }
+        if let Some(granularity) = self.granularity {
+            let expected = "Granularity and bitmap cannot both be set";
+            return Err(RpcError::parameter("granularity", granularity, expected));
+        }
+        let mode = match (self.sync, mode) {
+            (SyncName::Incremental, None | Some(BitmapMode::OnSuccess)) => BitmapMode::OnSuccess,
+            (SyncName::Incremental, Some(other)) => {
+                let expected =
+                    "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
+                return Err(RpcError::parameter("bitmap_mode", other.name(), expected));
+            }
+            (_, mode) => mode.unwrap_or(BitmapMode::Always),
+        };
+        Ok(Some((bitmap.clone(), mode)))
     }
 
     fn start(&self) -> MirrorStart {
@@ -266,6 +331,7 @@ impl BdevMirrorStart {
                 diff_cluster: None,
             },
             auto_dismiss: self.auto_dismiss,
+            bitmap: None,
         }
     }
 }
@@ -278,7 +344,9 @@ impl Rpc for BdevMirrorStart {
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
         self.refuse_what_is_not_there_yet()?;
         let target: &std::rc::Rc<Target> = &caller.target;
+        let bitmap = self.working_bitmap()?;
         let mut start = self.start();
+        start.bitmap = bitmap;
         let (names, source) = target.engage_mirror(&start)?;
         let job_id = start.config.job_id.clone();
         match (self.target, self.target_path) {
@@ -293,7 +361,13 @@ impl Rpc for BdevMirrorStart {
                 let geometry = source.geometry();
                 let file = match self.target_mode {
                     TargetMode::Create => {
-                        start.config.target_is_zero = true;
+                        // A new file lacks everything, whatever a bitmap says of another.
+                        if start.bitmap.is_some() {
+                            let expected =
+                                "'existing': a bitmap is about a target that has a copy already";
+                            return Err(RpcError::parameter("target_mode", "create", expected));
+                        }
+                        start.config.target_is_zero = start.config.sync == SyncMode::Full;
                         Some(NewFile::create(&path, geometry.size()).await?)
                     }
                     TargetMode::Existing => None,

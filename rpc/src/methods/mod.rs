@@ -8,6 +8,7 @@ mod bdev;
 mod bdev_file;
 mod bdev_stacked;
 mod bdev_stats;
+mod bitmap;
 mod config;
 mod framework;
 mod job;
@@ -118,6 +119,14 @@ pub static METHODS: &[Method] = &[
     Method::of::<mirror::BdevMirrorStart>(),
     Method::of::<mirror::BdevMirrorFinish>(),
     Method::of::<verify::BdevVerifyStart>(),
+    Method::of::<bitmap::BitmapAdd>(),
+    Method::of::<bitmap::BitmapRemove>(),
+    Method::of::<bitmap::BitmapClear>(),
+    Method::of::<bitmap::BitmapEnable>(),
+    Method::of::<bitmap::BitmapDisable>(),
+    Method::of::<bitmap::BitmapMerge>(),
+    Method::of::<bitmap::BitmapGet>(),
+    Method::of::<bitmap::Transaction>(),
     Method::of::<job::JobGetList>(),
     Method::of::<job::JobGetHistory>(),
     Method::of::<job::JobComplete>(),

@@ -1,0 +1,447 @@
+//! Named dirty bitmaps: who has which, and how they change.
+//!
+//! Every change is a list of actions, of one or of many, and is made whole or not at all. The actions are tried on a copy of the
+//! registry first; then every disk that they are about is held and drained; they are tried once more on what is there then,
+//! and the copy takes the registry's place in one step while nothing is in flight. An action that changes bits changes those of a
+//! copy of its bitmap, so a failure leaves everything as it was.
+//!
+//! A persistent bitmap is marked as in use in the state directory before it records anything, and stored when the target
+//! stops or its bdev is deleted. One that is found in use was not stored: it is inconsistent and can only be removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use resilver_bdev::bitmap::Grid;
+use resilver_bdev::dirty_bitmap::BITMAP_GRANULARITY_MIN;
+use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::mirror::{BitmapMode, GRANULARITY_DEFAULT, WorkingBitmap};
+use resilver_bdev::{Bdev, DirtyBitmap, DiskCommand, DiskHandle};
+use serde_json::{Value, json};
+
+use crate::disks::{DiskId, ask};
+use crate::error::{RpcError, code};
+use crate::target::{Graph, Target, Use};
+
+/// The longest name, bytes (QEMU `BDRV_BITMAP_MAX_NAME_SIZE`).
+const NAME_MAX: usize = 1023;
+
+/// A named bitmap of a bdev.
+#[derive(Debug, Clone)]
+pub(crate) struct BitmapEntry {
+    pub(crate) bitmap: Arc<DirtyBitmap>,
+    pub(crate) persistent: bool,
+    /// It was not stored when it was last in use.
+    pub(crate) inconsistent: bool,
+    /// The job that uses it.
+    pub(crate) busy: Option<String>,
+}
+
+/// The bitmaps of all bdevs, by bdev and name.
+pub(crate) type Registry = BTreeMap<String, BTreeMap<String, BitmapEntry>>;
+
+/// A bitmap by the bdev that has it and its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BitmapName {
+    pub(crate) bdev: String,
+    pub(crate) bitmap: String,
+}
+
+/// A change of the registry.
+#[derive(Debug, Clone)]
+pub(crate) enum BitmapAction {
+    Add { name: BitmapName, granularity: Option<u32>, persistent: bool, disabled: bool },
+    Remove(BitmapName),
+    Clear(BitmapName),
+    Record(BitmapName, bool),
+    Merge { into: BitmapName, from: Vec<BitmapName> },
+}
+
+impl BitmapAction {
+    fn name(&self) -> &BitmapName {
+        match self {
+            Self::Add { name, .. } | Self::Merge { into: name, .. } => name,
+            Self::Remove(name) | Self::Clear(name) | Self::Record(name, _) => name,
+        }
+    }
+
+    /// The bdevs that must not change meanwhile.
+    fn bdevs(&self) -> impl Iterator<Item = &str> {
+        let from = match self {
+            Self::Merge { from, .. } => from.as_slice(),
+            _ => &[],
+        };
+        from.iter().chain([self.name()]).map(|name| name.bdev.as_str())
+    }
+}
+
+/// An action that could not be carried out; nothing was.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    /// Its place in the list.
+    pub(crate) index: usize,
+    pub(crate) error: RpcError,
+}
+
+fn not_found(name: &BitmapName) -> RpcError {
+    let message = format!("Dirty bitmap '{}' not found on bdev '{}'", name.bitmap, name.bdev);
+    let facts = json!({ "bdev": name.bdev, "bitmap": name.bitmap });
+    RpcError::new(code::NOT_FOUND, "bitmap_not_found", message, facts)
+}
+
+/// A bitmap that may be changed, or used by a job.
+fn usable<'a>(
+    registry: &'a mut Registry,
+    name: &BitmapName,
+) -> Result<&'a mut BitmapEntry, RpcError> {
+    let facts = json!({ "bdev": name.bdev, "bitmap": name.bitmap });
+    let entry = registry.get_mut(&name.bdev).and_then(|it| it.get_mut(&name.bitmap));
+    let entry = entry.ok_or_else(|| not_found(name))?;
+    if let Some(job) = &entry.busy {
+        let message = format!(
+            "Bitmap '{}' is currently in use by another operation and cannot be used: job '{job}' works by it",
+            name.bitmap
+        );
+        return Err(RpcError::new(code::BUSY, "bitmap_busy", message, facts));
+    }
+    if entry.inconsistent {
+        let message = format!(
+            "Bitmap '{}' is inconsistent and cannot be used: it was not stored when it was last in use; \
+             bdev_dirty_bitmap_remove it",
+            name.bitmap
+        );
+        return Err(RpcError::new(code::STATE, "bitmap_inconsistent", message, facts));
+    }
+    Ok(entry)
+}
+
+fn check_bitmap_name(name: &str) -> Result<(), RpcError> {
+    match name.len() {
+        0 => Err(RpcError::parameter("bitmap", name, "Bitmap name cannot be empty")),
+        1..=NAME_MAX => Ok(()),
+        _ => Err(RpcError::parameter("bitmap", name, "Bitmap name too long: 1023 bytes at most")),
+    }
+}
+
+impl Graph {
+    /// What records the writes of a disk over this bdev: its own bitmaps and those of the bdevs below it, which all have its
+    /// offsets.
+    pub(crate) fn bitmaps_below(&self, bdev: &dyn Bdev) -> Vec<Arc<DirtyBitmap>> {
+        below(&self.bitmaps, bdev)
+    }
+
+    /// Carries an action out on a registry.
+    fn try_action(&self, registry: &mut Registry, action: &BitmapAction) -> Result<(), RpcError> {
+        let name = action.name();
+        let bdev = &self.bdev(&name.bdev)?.bdev;
+        match action {
+            BitmapAction::Add { granularity, persistent, disabled, .. } => {
+                check_bitmap_name(&name.bitmap)?;
+                let granularity = granularity.unwrap_or(GRANULARITY_DEFAULT);
+                if granularity < BITMAP_GRANULARITY_MIN || !granularity.is_power_of_two() {
+                    let expected = "Bitmap granularity must be power of 2 and at least 512";
+                    return Err(RpcError::parameter("granularity", granularity, expected));
+                }
+                // Its writes are the job's, and no disk sees them.
+                let uses = self.uses_of(&name.bdev);
+                if let Some(job) = uses.iter().find(|it| matches!(it, Use::MirrorTarget(_))) {
+                    return Err(RpcError::busy(&name.bdev, &job.to_string()));
+                }
+                if *persistent && bdev.identity().is_none() {
+                    let expected =
+                        "false: only a bdev that is a file or a device can be known again";
+                    return Err(RpcError::parameter("persistent", true, expected));
+                }
+                let own = registry.entry(name.bdev.clone()).or_default();
+                if own.contains_key(&name.bitmap) {
+                    let message = format!("Bitmap already exists: {}", name.bitmap);
+                    let facts = json!({ "bdev": name.bdev, "bitmap": name.bitmap });
+                    return Err(RpcError::new(code::EXISTS, "bitmap_exists", message, facts));
+                }
+                let grid = Grid::new(bdev.geometry().size(), granularity);
+                own.insert(
+                    name.bitmap.clone(),
+                    BitmapEntry {
+                        bitmap: Arc::new(DirtyBitmap::new(grid, !disabled)),
+                        persistent: *persistent,
+                        inconsistent: false,
+                        busy: None,
+                    },
+                );
+            }
+            BitmapAction::Remove(_) => {
+                match usable(registry, name) {
+                    Err(error) if error.is("bitmap_inconsistent") => {}
+                    other => drop(other?),
+                }
+                if let Some(own) = registry.get_mut(&name.bdev) {
+                    own.remove(&name.bitmap);
+                }
+            }
+            BitmapAction::Clear(_) => {
+                let entry = usable(registry, name)?;
+                entry.bitmap =
+                    Arc::new(DirtyBitmap::new(entry.bitmap.grid(), entry.bitmap.recording()));
+            }
+            BitmapAction::Record(_, recording) => {
+                let entry = usable(registry, name)?;
+                let copy = entry.bitmap.copy();
+                copy.set_recording(*recording);
+                entry.bitmap = Arc::new(copy);
+            }
+            BitmapAction::Merge { from, .. } => {
+                let merged = usable(registry, name)?.bitmap.copy();
+                for other in from {
+                    let source = &usable(registry, other)?.bitmap;
+                    if source.grid().size() != merged.grid().size() {
+                        let expected =
+                            format!("bitmaps of disks with {} bytes", merged.grid().size());
+                        return Err(RpcError::parameter("bitmaps", other.bitmap.clone(), expected));
+                    }
+                    merged.merge(source);
+                }
+                usable(registry, name)?.bitmap = Arc::new(merged);
+            }
+        }
+        Ok(())
+    }
+
+    /// Carries actions out on a copy of the registry.
+    fn try_actions(&self, actions: &[BitmapAction]) -> Result<Registry, Failed> {
+        let mut registry = self.bitmaps.clone();
+        for (index, action) in actions.iter().enumerate() {
+            self.try_action(&mut registry, action).map_err(|error| Failed { index, error })?;
+        }
+        Ok(registry)
+    }
+
+    /// The disks that record the writes of a bdev, those over bdevs stacked on it included.
+    pub(crate) fn disks_above(&self, bdev: &str) -> impl Iterator<Item = (DiskId, DiskHandle)> {
+        fn has(bdev: &dyn Bdev, name: &str) -> bool {
+            bdev.name() == name || bdev.children().iter().any(|child| has(child.as_ref(), name))
+        }
+        let above = self.disks.iter().filter(move |(_, disk)| has(disk.bdev.as_ref(), bdev));
+        above.map(|(id, disk)| (*id, disk.handle.clone()))
+    }
+
+    /// A bitmap that a mirror is to work by, which is the mirror's from now on.
+    pub(crate) fn take_bitmap(
+        &mut self,
+        name: &BitmapName,
+        mode: BitmapMode,
+        job: &str,
+    ) -> Result<WorkingBitmap, RpcError> {
+        let entry = usable(&mut self.bitmaps, name)?;
+        if !entry.bitmap.recording() {
+            let expected = format!("Bitmap '{}' is not enabled", name.bitmap);
+            return Err(RpcError::parameter("bitmap", name.bitmap.clone(), expected));
+        }
+        entry.busy = Some(job.to_owned());
+        Ok(WorkingBitmap { bitmap: Arc::clone(&entry.bitmap), mode })
+    }
+
+    /// A job is over: its bitmaps are nobody's.
+    pub(crate) fn free_bitmaps(&mut self, job: &str) {
+        for entry in self.bitmaps.values_mut().flat_map(BTreeMap::values_mut) {
+            if entry.busy.as_deref() == Some(job) {
+                entry.busy = None;
+                entry.bitmap.set_handed_over(false);
+            }
+        }
+    }
+
+    /// Refuses a mirror's target whose bitmaps would miss what the mirror writes.
+    pub(crate) fn must_not_record(&self, bdev: &dyn Bdev) -> Result<(), RpcError> {
+        match self.bitmaps_below(bdev).iter().any(|bitmap| bitmap.recording()) {
+            false => Ok(()),
+            true => Err(RpcError::busy(
+                bdev.name(),
+                "a dirty bitmap records its writes, and a mirror's are not recorded; disable or remove it first",
+            )),
+        }
+    }
+
+    /// The bitmaps of a bdev, as QEMU's `query-block` shows them.
+    pub(crate) fn bitmaps_json(&self, bdev: &str) -> Vec<Value> {
+        let own = self.bitmaps.get(bdev).into_iter().flatten();
+        own.map(|(name, entry)| {
+            let mut json = json!({
+                "name": name,
+                "recording": entry.bitmap.recording() && !entry.inconsistent,
+                "persistent": entry.persistent,
+                "busy": entry.busy.is_some(),
+                "granularity": entry.bitmap.grid().granularity(),
+                "count": entry.bitmap.count_bytes(),
+            });
+            if entry.inconsistent {
+                json["inconsistent"] = true.into();
+            }
+            if let Some(job) = &entry.busy {
+                json["job_id"] = job.as_str().into();
+            }
+            json
+        })
+        .collect()
+    }
+}
+
+fn below(registry: &Registry, bdev: &dyn Bdev) -> Vec<Arc<DirtyBitmap>> {
+    let own = registry.get(bdev.name()).into_iter().flat_map(BTreeMap::values);
+    let usable = own.filter(|entry| !entry.inconsistent).map(|entry| Arc::clone(&entry.bitmap));
+    let children = bdev.children();
+    usable.chain(children.iter().flat_map(|child| below(registry, child.as_ref()))).collect()
+}
+
+/// Disks that are held; whatever happens, they go on.
+#[derive(Default)]
+struct Held(BTreeMap<DiskId, DiskHandle>);
+
+impl Held {
+    /// Lets a disk go on; these bitmaps record from now on, if any are given.
+    fn release(handle: &DiskHandle, bitmaps: Option<Vec<Arc<DirtyBitmap>>>) {
+        let mut release = DiskCommand::Release(bitmaps);
+        // The mailbox of a disk empties with each turn of its reactor.
+        while let Err(back) = handle.send(release) {
+            release = *back;
+            std::thread::yield_now();
+        }
+    }
+
+    /// Lets all go on with the bitmaps that they have now.
+    fn release_with_bitmaps(mut self, graph: &Graph) {
+        for (id, handle) in std::mem::take(&mut self.0) {
+            let disk = graph.disks.get(&id);
+            Self::release(&handle, disk.map(|disk| graph.bitmaps_below(disk.bdev.as_ref())));
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        for handle in self.0.values() {
+            Self::release(handle, None);
+        }
+    }
+}
+
+impl Target {
+    /// Holds every disk that records the writes of one of these bdevs, or none of them.
+    async fn hold_disks(&self, bdevs: &BTreeSet<&str>) -> Result<Held, RpcError> {
+        let disks: BTreeMap<DiskId, DiskHandle> = {
+            let graph = self.graph();
+            bdevs.iter().flat_map(|bdev| graph.disks_above(bdev).collect::<Vec<_>>()).collect()
+        };
+        let mut held = Held::default();
+        for (id, handle) in disks {
+            let deadline = HOLD_DEADLINE;
+            ask(&handle, |reply| DiskCommand::Hold { deadline, reply }).await??;
+            held.0.insert(id, handle);
+        }
+        Ok(held)
+    }
+
+    /// Changes bitmaps, all or none of the actions.
+    pub(crate) async fn change_bitmaps(&self, actions: &[BitmapAction]) -> Result<(), Failed> {
+        // Refused before any guest waits for it, if it can be.
+        self.graph().try_actions(actions)?;
+        let bdevs = actions.iter().flat_map(BitmapAction::bdevs).collect();
+        let held = self.hold_disks(&bdevs).await.map_err(|error| Failed { index: 0, error })?;
+        // Nobody else is asked between here and the end: what is tried now is what is done.
+        let after = self.graph().try_actions(actions)?;
+        self.mark_in_use(actions, &after)?;
+        self.graph_mut().bitmaps = after;
+        held.release_with_bitmaps(&self.graph());
+        self.forget_removed(actions);
+        Ok(())
+    }
+
+    /// The bitmaps of a bdev follow its size.
+    pub(crate) async fn resize_bitmaps(&self, bdev: &str, size: u64) -> Result<(), RpcError> {
+        let fits = |entry: &BitmapEntry| entry.bitmap.grid().size() == size;
+        if self.graph().bitmaps.get(bdev).is_none_or(|own| own.values().all(fits)) {
+            return Ok(());
+        }
+        let held = self.hold_disks(&BTreeSet::from([bdev])).await?;
+        let mut graph = self.graph_mut();
+        for entry in graph.bitmaps.get_mut(bdev).into_iter().flat_map(BTreeMap::values_mut) {
+            entry.bitmap = Arc::new(entry.bitmap.resized(size));
+        }
+        held.release_with_bitmaps(&graph);
+        Ok(())
+    }
+
+    /// New persistent bitmaps are in use before they record anything.
+    fn mark_in_use(&self, actions: &[BitmapAction], after: &Registry) -> Result<(), Failed> {
+        for (index, action) in actions.iter().enumerate() {
+            let BitmapAction::Add { name, persistent: true, .. } = action else { continue };
+            let Some(entry) = after.get(&name.bdev).and_then(|own| own.get(&name.bitmap)) else {
+                continue;
+            };
+            let bdev = self.bdev(&name.bdev).map_err(|error| Failed { index, error })?;
+            self.store_bitmap(bdev.as_ref(), &name.bitmap, entry, true)
+                .map_err(|error| Failed { index, error })?;
+        }
+        Ok(())
+    }
+
+    /// Bitmaps that are gone are gone from the state directory too.
+    fn forget_removed(&self, actions: &[BitmapAction]) {
+        for action in actions {
+            let BitmapAction::Remove(name) = action else { continue };
+            let graph = self.graph();
+            let there =
+                graph.bitmaps.get(&name.bdev).is_some_and(|own| own.contains_key(&name.bitmap));
+            let file = graph.bdev(&name.bdev).ok().and_then(|entry| entry.bdev.identity());
+            if let (false, Some(file)) = (there, file) {
+                self.state.forget_bitmap(&file, &name.bitmap);
+            }
+        }
+    }
+
+    fn store_bitmap(
+        &self,
+        bdev: &dyn Bdev,
+        name: &str,
+        entry: &BitmapEntry,
+        in_use: bool,
+    ) -> Result<(), RpcError> {
+        let Some(file) = bdev.identity() else { return Ok(()) };
+        if !self.state.is_durable() {
+            let expected = "false: the target runs without --state-dir, so nothing outlives it";
+            return Err(RpcError::parameter("persistent", true, expected));
+        }
+        Ok(self.state.store_bitmap(&file, name, &entry.bitmap, in_use)?)
+    }
+
+    /// Stores the persistent bitmaps of a bdev that nobody writes any more.
+    pub(crate) fn store_bitmaps(&self, bdev: &str) {
+        let graph = self.graph();
+        let (Ok(entry), Some(own)) = (graph.bdev(bdev), graph.bitmaps.get(bdev)) else { return };
+        for (name, bitmap) in own.iter().filter(|(_, it)| it.persistent && !it.inconsistent) {
+            if let Err(error) = self.store_bitmap(entry.bdev.as_ref(), name, bitmap, false) {
+                tracing::error!(bdev, bitmap = name, %error, "the bitmap could not be stored; it will be inconsistent");
+            }
+        }
+    }
+
+    /// The bitmaps that were stored for a bdev's file are its again, and in use.
+    pub(crate) fn load_bitmaps(&self, bdev: &dyn Bdev) {
+        let Some(file) = bdev.identity() else { return };
+        for stored in self.state.load_bitmaps(&file, bdev.geometry().size()) {
+            let name = stored.name.clone();
+            let mut entry = BitmapEntry {
+                bitmap: Arc::new(stored.bitmap),
+                persistent: true,
+                inconsistent: stored.inconsistent,
+                busy: None,
+            };
+            if !entry.inconsistent
+                && let Err(error) = self.store_bitmap(bdev, &name, &entry, true)
+            {
+                tracing::error!(bdev = bdev.name(), bitmap = name, %error, "a stored bitmap cannot be marked as in use");
+                entry.inconsistent = true;
+            }
+            let mut graph = self.graph_mut();
+            graph.bitmaps.entry(bdev.name().to_owned()).or_default().insert(name, entry);
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Named dirty bitmaps and transactions, from outside.
+
+#![allow(clippy::unwrap_used)] // a test may panic; clippy knows that only of functions it sees as tests
+
+mod common;
+
+use common::{MIB, Served, served};
+use resilver_rpc::error::code;
+use serde_json::{Value, json};
+
+fn on(bdev: &str, bitmap: &str) -> Value {
+    json!({ "name": bdev, "bitmap": bitmap })
+}
+
+fn with(mut params: Value, more: Value) -> Value {
+    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    params
+}
+
+fn bitmaps(target: &mut Served, bdev: &str) -> Value {
+    target.call("bdev_dirty_bitmap_get", json!({ "name": bdev }))
+}
+
+#[test]
+fn bitmaps_are_added_changed_and_removed_with_qemus_refusals() {
+    let (_dir, mut target) = served();
+    target.malloc("disk", 4);
+    let add = "bdev_dirty_bitmap_add";
+    target.call(add, on("disk", "a"));
+    let list = bitmaps(&mut target, "disk");
+    let expected = json!([{ "name": "a", "recording": true, "persistent": false, "busy": false, "granularity": 65536, "count": 0 }]);
+    assert_eq!(list, expected);
+    let again = target.refused(add, on("disk", "a"));
+    assert_eq!((again.code, again.message.as_str()), (code::EXISTS, "Bitmap already exists: a"));
+    assert!(target.refused(add, on("disk", "")).message.contains("Bitmap name cannot be empty"));
+    let long = on("disk", &"x".repeat(1024));
+    assert!(target.refused(add, long).message.contains("Bitmap name too long"));
+    for granularity in [0, 256, 1000] {
+        let odd = with(on("disk", "b"), json!({ "granularity": granularity }));
+        let refused = target.refused(add, odd).message;
+        assert!(refused.contains("must be power of 2 and at least 512"), "{refused}");
+    }
+    assert_eq!(target.refused(add, on("nobody", "a")).code, code::NO_DEVICE);
+    let kept = with(on("disk", "b"), json!({ "persistent": true }));
+    assert!(target.refused(add, kept).message.contains("a file or a device"));
+    let none = target.refused("bdev_dirty_bitmap_clear", on("disk", "none")).message;
+    assert!(none.contains("Dirty bitmap 'none' not found"), "{none}");
+
+    target.call("bdev_dirty_bitmap_disable", on("disk", "a"));
+    assert_eq!(bitmaps(&mut target, "disk")[0]["recording"], false);
+    let start = json!({ "source": "disk", "target": "disk", "bitmap": "a" });
+    target.malloc("copy", 4);
+    let start = with(start, json!({ "target": "copy" }));
+    let refused = target.refused("bdev_mirror_start", start.clone()).message;
+    assert!(refused.contains("Bitmap 'a' is not enabled"), "{refused}");
+    target.call("bdev_dirty_bitmap_enable", on("disk", "a"));
+    for (more, words) in [
+        (json!({ "sync": "none" }), "Sync mode 'none' not supported with bitmap."),
+        (json!({ "granularity": 65536 }), "Granularity and bitmap cannot both be set"),
+        (json!({ "bitmap": "b" }), "Dirty bitmap 'b' not found"),
+        (json!({ "sync": "incremental", "bitmap_mode": "never" }), "must be 'on-success'"),
+    ] {
+        let refused = target.refused("bdev_mirror_start", with(start.clone(), more)).message;
+        assert!(refused.contains(words), "{refused}");
+    }
+    let nothing = json!({ "source": "disk", "target": "copy", "sync": "incremental" });
+    let refused = target.refused("bdev_mirror_start", nothing).message;
+    assert!(refused.contains("must provide a valid bitmap name for 'incremental'"), "{refused}");
+
+    // While a job works by it, it is the job's.
+    target.call("bdev_mirror_start", with(start, json!({ "job_id": "delta" })));
+    target.wait_for_status("delta", "ready");
+    let job = &target.call("job_get_list", json!({ "job_id": "delta" }))[0];
+    assert_eq!((&job["bitmap"], &job["bitmap_mode"]), (&json!("a"), &json!("always")));
+    assert_eq!(job["total_bytes"], 0, "an empty bitmap has nothing to copy");
+    for method in ["remove", "clear", "enable", "disable"] {
+        let busy = target.refused(&format!("bdev_dirty_bitmap_{method}"), on("disk", "a"));
+        assert_eq!(busy.code, code::BUSY);
+        assert!(busy.message.contains("in use by another operation"), "{busy}");
+        assert!(busy.message.contains("job 'delta'"), "{busy}");
+    }
+    target.call("bdev_mirror_finish", json!({ "job_id": "delta" }));
+    target.wait_for("delta", |event| event["event"] == "job_completed");
+    target.call("bdev_dirty_bitmap_remove", on("disk", "a"));
+    assert_eq!(bitmaps(&mut target, "disk"), json!([]));
+}
+
+#[test]
+fn a_transaction_is_done_whole_or_not_at_all() {
+    let (_dir, mut target) = served();
+    for name in ["one", "two"] {
+        target.malloc(name, 4);
+        target.call("vhost_create_blk_controller", json!({ "ctrlr": name, "dev_name": name }));
+        target.call("bdev_dirty_bitmap_add", on(name, "a"));
+    }
+    let action = |method: &str, params: Value| json!({ "method": format!("bdev_dirty_bitmap_{method}"), "params": params });
+    let merge = with(on("one", "b"), json!({ "bitmaps": ["a", { "name": "two", "bitmap": "a" }] }));
+    let actions = json!([
+        action("add", with(on("one", "b"), json!({ "granularity": 512, "disabled": true }))),
+        action("merge", merge),
+        action("disable", on("two", "a")),
+    ]);
+    let before = (bitmaps(&mut target, "one"), bitmaps(&mut target, "two"));
+    let mut failing = actions.clone();
+    failing.as_array_mut().unwrap().push(action("clear", on("two", "none")));
+    let refused = target.refused("transaction", json!({ "actions": failing }));
+    assert_eq!(refused.data.as_ref().unwrap()["action"], 3);
+    assert!(refused.message.contains("nothing was done"), "{refused}");
+    assert_eq!((bitmaps(&mut target, "one"), bitmaps(&mut target, "two")), before);
+
+    assert_eq!(
+        target.call("transaction", json!({ "actions": actions })),
+        json!([true, true, true])
+    );
+    assert_eq!(bitmaps(&mut target, "one")[1]["granularity"], 512);
+    assert_eq!(bitmaps(&mut target, "two")[0]["recording"], false);
+    let other = json!([{ "method": "bdev_malloc_delete", "params": { "name": "one" } }]);
+    let refused = target.refused("transaction", json!({ "actions": other }));
+    assert_eq!(refused.data.unwrap()["kind"], "not_supported_yet");
+}
+
+#[test]
+fn a_persistent_bitmap_survives_a_stop_and_not_a_crash() {
+    let (dir, mut target) = served();
+    let path = target.file("disk", 16);
+    let add = with(on("disk", "kept"), json!({ "persistent": true, "granularity": 4096 }));
+    target.call("bdev_dirty_bitmap_add", add);
+    target.call("bdev_dirty_bitmap_add", on("disk", "lost"));
+    target.call("bdev_dirty_bitmap_disable", on("disk", "kept"));
+    drop(target);
+
+    let restart = || Served::start(dir.path(), Some(dir.path().join("state")));
+    let disk = json!({ "name": "disk", "filename": path });
+    let mut target = restart();
+    target.call("bdev_uring_create", disk.clone());
+    let list = bitmaps(&mut target, "disk");
+    let expected = json!([{ "name": "kept", "recording": false, "persistent": true, "busy": false, "granularity": 4096, "count": 0 }]);
+    assert_eq!(list, expected, "and the other is gone");
+    // What a crash leaves: the state directory as it is while the target runs.
+    let (state, crashed) = (dir.path().join("state/bitmaps"), dir.path().join("crashed"));
+    std::fs::create_dir(&crashed).unwrap();
+    for file in std::fs::read_dir(&state).unwrap().flatten() {
+        std::fs::copy(file.path(), crashed.join(file.file_name())).unwrap();
+    }
+    drop(target);
+    for file in std::fs::read_dir(&crashed).unwrap().flatten() {
+        std::fs::copy(file.path(), state.join(file.file_name())).unwrap();
+    }
+    let mut target = restart();
+    target.call("bdev_uring_create", disk.clone());
+    let found = &bitmaps(&mut target, "disk")[0];
+    assert_eq!((&found["inconsistent"], &found["count"]), (&json!(true), &json!(0)));
+    for method in ["clear", "enable", "disable"] {
+        let refused = target.refused(&format!("bdev_dirty_bitmap_{method}"), on("disk", "kept"));
+        assert!(refused.message.contains("is inconsistent and cannot be used"), "{refused}");
+    }
+    target.call("bdev_dirty_bitmap_remove", on("disk", "kept"));
+    drop(target);
+    let mut target = restart();
+    target.call("bdev_uring_create", disk);
+    assert_eq!(bitmaps(&mut target, "disk"), json!([]));
+}
+
+#[test]
+fn a_bitmap_follows_its_disks_size_and_goes_with_its_bdev() {
+    let (_dir, mut target) = served();
+    target.file("disk", 16);
+    target.call("bdev_dirty_bitmap_add", on("disk", "a"));
+    target.call("bdev_uring_resize", json!({ "name": "disk", "new_size": 32 * MIB }));
+    target.malloc("other", 32);
+    target.call("bdev_dirty_bitmap_add", on("other", "a"));
+    let merge =
+        json!({ "name": "disk", "bitmap": "a", "bitmaps": [{ "name": "other", "bitmap": "a" }] });
+    target.call("bdev_dirty_bitmap_merge", merge);
+    target.call("bdev_malloc_delete", json!({ "name": "other" }));
+    target.malloc("other", 32);
+    assert_eq!(bitmaps(&mut target, "other"), json!([]));
+    let watched = json!({ "source": "other", "target": "disk", "job_id": "move" });
+    let refused = target.refused("bdev_mirror_start", watched).message;
+    assert!(refused.contains("a dirty bitmap records its writes"), "{refused}");
+}

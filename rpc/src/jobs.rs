@@ -399,13 +399,7 @@ impl Target {
         let legs = self.graph().jobs.get(id).and_then(Job::legs);
         let Some((source, target)) = legs else { return };
         let (sources, targets) = (files_of(source.as_ref()), files_of(target.as_ref()));
-        // Disks without files (malloc) leave nothing behind that a restart could serve by mistake.
-        let written = match (sources.first(), targets.first()) {
-            (Some(source), Some(target)) => {
-                self.state.supersede(source, target, id).await.map(|_| ())
-            }
-            (Some(_), None) | (None, _) => Ok(()),
-        };
+        let written = self.state.supersede(&sources, &targets, id).await;
         if let Err(error) = &written {
             tracing::error!(job = id, %error, "the record of the switch-over could not be written");
             if let Some(job) = self.graph_mut().jobs.get_mut(id) {

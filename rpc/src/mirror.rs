@@ -117,21 +117,22 @@ impl Target {
         check_job_id(id)?;
         check_name("name", &start.mirror)?;
         let source = self.bdev(&start.source)?;
-        let names = StartNames {
-            _job: self.engage(Space::Job, id)?,
-            _mirror: self.engage_new_bdev(&start.mirror)?,
-            _source: self.engage(Space::Bdev, &start.source)?,
-        };
-        let graph = self.graph();
-        if graph.jobs.contains_key(id) || graph.verifies.contains_key(id) {
-            return Err(RpcError::job_exists(id));
+        let job = self.engage(Space::Job, id)?;
+        let engaged = self.engage(Space::Bdev, &start.source)?;
+        {
+            let graph = self.graph();
+            if graph.jobs.contains_key(id) || graph.verifies.contains_key(id) {
+                return Err(RpcError::job_exists(id));
+            }
+            // Controllers are what a mirror is for; any other use excludes it.
+            let others = graph.uses_of(&start.source);
+            if let Some(other) = others.iter().find(|other| !matches!(other, Use::Controller(_))) {
+                return Err(RpcError::busy(&start.source, &other.to_string()));
+            }
         }
-        // Controllers are what a mirror is for; any other use excludes it.
-        let others = graph.uses_of(&start.source);
-        match others.iter().find(|other| !matches!(other, Use::Controller(_))) {
-            Some(other) => Err(RpcError::busy(&start.source, &other.to_string())),
-            None => Ok((names, source)),
-        }
+        // Last, because an earlier mirror of the same disk would have the same name by default.
+        let mirror = self.engage_new_bdev(&start.mirror)?;
+        Ok((StartNames { _job: job, _mirror: mirror, _source: engaged }, source))
     }
 
     /// Starts a mirror.

@@ -138,8 +138,17 @@ pub struct StateStore {
     records: RefCell<Records>,
     /// Held from reading the records to having written them: two jobs may switch at one time.
     changing: tokio::sync::Mutex<()>,
-    /// What [`StateStore::retract`] goes back to, by job.
-    before: RefCell<Vec<(String, Records)>>,
+    /// What [`StateStore::retract`] goes back to.
+    undos: RefCell<Vec<Undo>>,
+}
+
+/// How a job's records are taken back.
+#[derive(Debug, Clone)]
+struct Undo {
+    job_id: String,
+    before: Records,
+    sources: Vec<FileIdentity>,
+    targets: Vec<FileIdentity>,
 }
 
 impl StateStore {
@@ -194,35 +203,52 @@ impl StateStore {
         }
     }
 
-    /// Writes that `source` is superseded by `target`, and that `target`, should it have been superseded before, holds the
-    /// newest data now. Durable when it returns, where there is a directory.
+    /// Writes that the files of `sources` are superseded by those of `targets`, and that the latter, should any have been
+    /// superseded before, hold the newest data now: one record for each file of the source, which names the first of the
+    /// target. Durable when it returns, where there is a directory.
+    ///
+    /// Disks without files (memory) leave nothing behind that a restart could serve by mistake: there is nothing to write
+    /// if either side has none.
     ///
     /// # Errors
-    /// The record could not be written; nothing has changed.
+    /// The records could not be written; nothing has changed.
     pub async fn supersede(
         &self,
-        source: &FileIdentity,
-        target: &FileIdentity,
+        sources: &[FileIdentity],
+        targets: &[FileIdentity],
         job_id: &str,
-    ) -> Result<u64, StateError> {
+    ) -> Result<(), StateError> {
+        let (Some(by), false) = (targets.first(), sources.is_empty()) else { return Ok(()) };
         let _changing = self.changing.lock().await;
         let before = self.records.borrow().clone();
         let mut after = before.clone();
-        let known = before.records.iter().filter(|it| it.by.is(source) || it.superseded.is(target));
+        let among = |disk: &DiskFile, files: &[FileIdentity]| files.iter().any(|it| disk.is(it));
+        let known = before
+            .records
+            .iter()
+            .filter(|it| among(&it.by, sources) || among(&it.superseded, targets));
         let generation = known.map(|it| it.generation).max().unwrap_or(0) + 1;
-        after.records.retain(|it| !it.superseded.is(target) && !it.superseded.is(source));
-        after.records.push(Record {
+        after
+            .records
+            .retain(|it| !among(&it.superseded, targets) && !among(&it.superseded, sources));
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        after.records.extend(sources.iter().map(|source| Record {
             superseded: source.into(),
-            by: target.into(),
+            by: by.into(),
             generation,
             job_id: job_id.to_owned(),
-            time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        });
+            time,
+        }));
         self.replace(after).await?;
-        let mut undo = self.before.borrow_mut();
-        undo.retain(|(job, _)| job != job_id);
-        undo.push((job_id.to_owned(), before));
-        Ok(generation)
+        let undo = Undo {
+            job_id: job_id.to_owned(),
+            before,
+            sources: sources.to_vec(),
+            targets: targets.to_vec(),
+        };
+        self.settled(job_id);
+        self.undos.borrow_mut().push(undo);
+        Ok(())
     }
 
     /// Takes back what [`StateStore::supersede`] wrote for this job, and brings back what it took away.
@@ -231,16 +257,19 @@ impl StateStore {
     /// The records could not be written; nothing has changed.
     pub async fn retract(&self, job_id: &str) -> Result<(), StateError> {
         let _changing = self.changing.lock().await;
-        let found = self.before.borrow().iter().find(|(job, _)| job == job_id).cloned();
-        let Some((_, before)) = found else { return Ok(()) };
+        let found = self.undos.borrow().iter().find(|undo| undo.job_id == job_id).cloned();
+        let Some(Undo { before, sources, targets, .. }) = found else { return Ok(()) };
         let mut after = self.records.borrow().clone();
-        let Some(at) = after.records.iter().position(|record| record.job_id == job_id) else {
-            return Ok(());
+        let superseded = |record: &Record, files: &[FileIdentity]| {
+            files.iter().any(|file| record.superseded.is(file))
         };
-        let record = after.records.remove(at);
+        let count = after.records.len();
+        after.records.retain(|it| it.job_id != job_id || !superseded(it, &sources));
+        if after.records.len() == count {
+            return Ok(());
+        }
         // Other jobs may have switched meanwhile: only what this one took away comes back.
-        let ours =
-            |old: &&Record| old.superseded == record.by || old.superseded == record.superseded;
+        let ours = |old: &&Record| superseded(old, &sources) || superseded(old, &targets);
         after.records.extend(before.records.iter().filter(ours).cloned());
         self.replace(after).await?;
         self.settled(job_id);
@@ -249,7 +278,7 @@ impl StateStore {
 
     /// The job has ended: its record stands.
     pub fn settled(&self, job_id: &str) {
-        self.before.borrow_mut().retain(|(job, _)| job != job_id);
+        self.undos.borrow_mut().retain(|undo| undo.job_id != job_id);
     }
 
     /// Removes the record that a disk was superseded; false if there was none. `path` may be spelled in any way, and the file may be gone.
@@ -377,7 +406,7 @@ mod tests {
     fn a_superseded_disk_is_refused_after_a_restart_by_path_and_by_number() {
         let dir = tempfile::tempdir().unwrap();
         let store = StateStore::open(dir.path()).unwrap();
-        assert_eq!(block_on(store.supersede(&file(1), &file(2), "job")).unwrap(), 1);
+        block_on(store.supersede(&[file(1)], &[file(2)], "job")).unwrap();
         drop(store);
         let store = StateStore::open(dir.path()).unwrap();
         assert_eq!((generation(&store, 1), generation(&store, 2)), (Some(1), None));
@@ -390,20 +419,35 @@ mod tests {
     #[test]
     fn a_switch_back_takes_the_old_record_away_and_counts_on() {
         let store = StateStore::default();
-        block_on(store.supersede(&file(1), &file(2), "there")).unwrap();
-        assert_eq!(block_on(store.supersede(&file(2), &file(1), "back")).unwrap(), 2);
+        block_on(store.supersede(&[file(1)], &[file(2)], "there")).unwrap();
+        block_on(store.supersede(&[file(2)], &[file(1)], "back")).unwrap();
         assert_eq!((generation(&store, 1), generation(&store, 2)), (None, Some(2)));
+    }
+
+    #[test]
+    fn every_file_below_the_old_disk_is_recorded_and_every_one_below_the_new_is_cleared() {
+        let store = StateStore::default();
+        block_on(store.supersede(&[file(1)], &[file(9)], "first")).unwrap();
+        store.settled("first");
+        let before = store.records();
+        block_on(store.supersede(&[file(3), file(4)], &[file(2), file(1)], "job")).unwrap();
+        let now = [1, 2, 3, 4].map(|number| generation(&store, number));
+        assert_eq!(now, [None, None, Some(2), Some(2)]);
+        block_on(store.retract("job")).unwrap();
+        assert_eq!(store.records(), before);
+        block_on(store.supersede(&[file(3)], &[], "memory")).unwrap();
+        assert_eq!(store.records(), before);
     }
 
     #[test]
     fn a_retracted_switch_leaves_what_was_before() {
         let dir = tempfile::tempdir().unwrap();
         let store = StateStore::open(dir.path()).unwrap();
-        block_on(store.supersede(&file(1), &file(2), "there")).unwrap();
+        block_on(store.supersede(&[file(1)], &[file(2)], "there")).unwrap();
         store.settled("there");
         let before = store.records();
-        block_on(store.supersede(&file(2), &file(1), "back")).unwrap();
-        block_on(store.supersede(&file(7), &file(8), "other")).unwrap();
+        block_on(store.supersede(&[file(2)], &[file(1)], "back")).unwrap();
+        block_on(store.supersede(&[file(7)], &[file(8)], "other")).unwrap();
         block_on(store.retract("back")).unwrap();
         block_on(store.retract("back")).unwrap();
         block_on(store.retract("other")).unwrap();
@@ -418,11 +462,11 @@ mod tests {
         let path = dir.path().join("disk");
         fs::write(&path, "").unwrap();
         let store = StateStore::default();
-        block_on(store.supersede(&identify(&path).unwrap(), &file(2), "job")).unwrap();
+        block_on(store.supersede(&[identify(&path).unwrap()], &[file(2)], "job")).unwrap();
         let spelled = dir.path().join(".").join("..").join(dir.path()).join("disk");
         assert!(block_on(store.forget(&spelled)).unwrap());
         assert!(!block_on(store.forget(&spelled)).unwrap());
-        block_on(store.supersede(&file(1), &file(2), "job")).unwrap();
+        block_on(store.supersede(&[file(1)], &[file(2)], "job")).unwrap();
         assert!(block_on(store.forget(Path::new("/disks/1"))).unwrap());
     }
 
@@ -433,9 +477,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = || StateStore::open(dir.path()).map(|store| store.records());
         let store = StateStore::open(dir.path()).unwrap();
-        block_on(store.supersede(&file(1), &file(2), "first")).unwrap();
+        block_on(store.supersede(&[file(1)], &[file(2)], "first")).unwrap();
         let (old, old_text) = (store.records(), fs::read(dir.path().join(RECORDS)).unwrap());
-        block_on(store.supersede(&file(3), &file(4), "second")).unwrap();
+        block_on(store.supersede(&[file(3)], &[file(4)], "second")).unwrap();
         let (new, new_text) = (store.records(), fs::read(dir.path().join(RECORDS)).unwrap());
         drop(store);
         for written in 0..=new_text.len() {
@@ -483,7 +527,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = StateStore::open(dir.path()).unwrap();
         fs::create_dir(dir.path().join(RECORDS_NEW)).unwrap();
-        assert!(block_on(store.supersede(&file(1), &file(2), "job")).is_err());
+        assert!(block_on(store.supersede(&[file(1)], &[file(2)], "job")).is_err());
         assert_eq!(generation(&store, 1), None);
     }
 }

@@ -128,9 +128,17 @@ impl fmt::Display for Use {
 }
 
 impl Graph {
-    /// The bdev of this name.
+    /// The bdev of this name. A mirror is none that anybody could take: it belongs to its job.
     pub(crate) fn bdev(&self, name: &str) -> Result<&BdevEntry, RpcError> {
-        self.bdevs.get(name).ok_or_else(|| BdevError::NotFound(name.to_owned()).into())
+        let mirror = |job: &&Job| job.is_live() && job.mirror == name;
+        match (self.bdevs.get(name), self.jobs.values().find(mirror)) {
+            (Some(entry), _) => Ok(entry),
+            (None, Some(job)) => Err(RpcError::busy(
+                name,
+                &format!("it is the mirror of job '{}' and goes with it", job.id),
+            )),
+            (None, None) => Err(BdevError::NotFound(name.to_owned()).into()),
+        }
     }
 
     /// The live or concluded job of this id.

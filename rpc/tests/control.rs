@@ -209,40 +209,6 @@ fn a_configuration_from_before_the_switch_serves_everything_but_the_superseded_d
 }
 
 #[test]
-fn what_a_mirror_is_about_stays_until_it_is_over() {
-    let (_dir, mut target) = served();
-    for name in ["a", "b", "c"] {
-        let params = json!({ "name": name, "num_blocks": 2048, "block_size": 512 });
-        target.call("bdev_null_create", params);
-    }
-    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "a" }));
-    target.call("bdev_mirror_start", json!({ "source": "a", "target": "b", "job_id": "job" }));
-    target.wait_for_status("job", "ready");
-    let gone = target.refused("vhost_delete_controller", json!({ "ctrlr": "vm" }));
-    assert_eq!((gone.code, &gone.data.unwrap()["job_id"]), (code::BUSY, &json!("job")));
-    for readonly in [false, true] {
-        let export = json!({ "ctrlr": "x", "dev_name": "b", "readonly": readonly });
-        assert_eq!(target.refused("vhost_create_blk_controller", export).code, code::BUSY);
-    }
-    for (source, other) in [("a", "c"), ("c", "a"), ("b", "c"), ("c", "b")] {
-        let second = json!({ "source": source, "target": other, "job_id": "second" });
-        assert_eq!(
-            target.refused("bdev_mirror_start", second).code,
-            code::BUSY,
-            "{source} to {other}"
-        );
-    }
-    for name in ["a", "b"] {
-        assert_eq!(target.refused("bdev_null_delete", json!({ "name": name })).code, code::BUSY);
-        let resize = json!({ "name": name, "new_size": 2 });
-        assert_eq!(target.refused("bdev_null_resize", resize).code, code::BUSY, "{name}");
-    }
-    target.call("job_cancel", json!({ "job_id": "job" }));
-    target.wait_for("job", |event| event["event"] == "job_completed");
-    target.call("vhost_delete_controller", json!({ "ctrlr": "vm" }));
-}
-
-#[test]
 fn without_a_state_directory_completing_warns() {
     let dir = tempfile::tempdir().unwrap();
     let mut target = Served::start(dir.path(), None);
@@ -430,6 +396,7 @@ fn a_hold_comes_too_late_for_a_switch_that_was_accepted_and_never_keeps_the_targ
     target.wait_for("job", |event| event["event"] == "job_completed");
     assert_eq!(target.refused("job_hold", hold.clone()).code, code::NOT_FOUND);
 
+    target.wait_until_free("a");
     let back = json!({ "source": "b", "target": "a", "job_id": "job" });
     target.call("bdev_mirror_start", back);
     target.call("job_hold", hold);

@@ -168,7 +168,7 @@ impl Rpc for JobHold {
     }
 }
 
-/// Ends a hold.
+/// Ends a hold before its time has run out. The job can be ended again once no other holder is left.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct JobRelease {
     /// The job.

@@ -94,6 +94,18 @@ impl Served {
         panic!("the event did not come; the jobs: {}", self.call("job_get_list", json!({})));
     }
 
+    /// Waits until nobody uses a bdev: what a job had in flight there may take a moment to come back.
+    pub fn wait_until_free(&mut self, bdev: &str) {
+        let begun = Instant::now();
+        loop {
+            let found = self.call("bdev_get_bdevs", json!({ "name": bdev }));
+            if found[0]["claimed"] == false {
+                return;
+            }
+            assert!(begun.elapsed() < DEADLINE, "still in use: {found}");
+        }
+    }
+
     pub fn wait_for_status(&mut self, job: &str, status: &str) {
         self.wait_for(job, |event| event["status"] == status);
     }

@@ -226,6 +226,15 @@ impl Bitmap {
         self.grid.bytes_of(count, self.get(last) || other.get(last))
     }
 
+    /// Bytes of the chunks that are set here and not in `other`, a bitmap of the same grid.
+    #[must_use]
+    pub fn bytes_without(&self, other: &Self) -> u64 {
+        let mut both = 0;
+        self.each_word(|index, word| both += u64::from((word & other.words[index]).count_ones()));
+        let last = self.grid.chunks().saturating_sub(1);
+        self.grid.bytes_of(self.set - both, self.get(last) && !other.get(last))
+    }
+
     /// Clears every bit.
     pub fn reset(&mut self) {
         let mut at = 0;

@@ -421,6 +421,8 @@ pub enum JobEvent {
     RetractRequest,
     /// The switch-over was given up and the job is ready again, for this reason.
     SwitchUndone(JobFailure),
+    /// Background copying did not converge: guest writes go to both legs from now on, as `auto_converge` allows.
+    AutoConverged,
     /// Verification found clean chunks that differ; they are dirty now. One event a second at most.
     VerifyMismatch {
         /// First byte of the first of them.
@@ -444,6 +446,7 @@ impl JobEvent {
         match self {
             Self::Status(_)
             | Self::Error { .. }
+            | Self::AutoConverged
             | Self::VerifyMismatch { .. }
             | Self::VerifyEnded { .. } => true,
             Self::CommitRequest | Self::RetractRequest | Self::SwitchUndone(_) => false,
@@ -467,6 +470,29 @@ pub struct WriteCounts {
 pub struct ErrorCounts {
     /// Indexed by [`Side`] then [`ErrorAction`].
     pub counts: [[u64; 3]; 2],
+}
+
+/// How sure an estimate is, by the age and the spread of the rates that it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum EtaConfidence {
+    /// The rates are new, or jump about.
+    Low,
+    /// They are some seconds old, and within a half of each other.
+    Medium,
+    /// They have been steady for ten seconds.
+    High,
+}
+
+impl EtaConfidence {
+    /// The word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+        }
+    }
 }
 
 /// What a job can say about itself at any moment. Bytes throughout.
@@ -502,8 +528,14 @@ pub struct JobInfo {
     pub copy_bytes_per_second: u64,
     /// Rate of guest writes, smoothed.
     pub guest_write_bytes_per_second: u64,
-    /// Time to ready, where it can be estimated.
-    pub eta: Option<Nanos>,
+    /// Time to ready, where it can be estimated, and how sure that is.
+    pub eta: Option<(Nanos, EtaConfidence)>,
+    /// The 99th percentile of the guest's latency in the last window, while it is at work.
+    pub guest_p99: Option<Nanos>,
+    /// What the ceiling on that leaves the copier beside the guest, bytes a second; none without a ceiling.
+    pub throttle: Option<u64>,
+    /// It has gone over to write-blocking by itself.
+    pub auto_converged: bool,
     /// Whether the dirty bytes shrink faster than the guest makes them.
     pub converging: bool,
     /// Both legs are equal, and every write goes to both.

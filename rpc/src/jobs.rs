@@ -224,6 +224,15 @@ impl Job {
             json["bitmap"] = name.as_str().into();
             json["bitmap_mode"] = mode.name().into();
         }
+        if let Some(p99) = info.guest_p99 {
+            json["guest_p99_us"] = (p99.0 / 1000).into();
+        }
+        if let Some(throttle) = info.throttle {
+            json["throttle_bytes_per_second"] = throttle.into();
+        }
+        if info.auto_converged {
+            json["auto_converged"] = true.into();
+        }
         if self.sync == SyncMode::None {
             json["observer_policy"] = self.observer.name().into();
             json["dropped_writes"] = info.dropped_writes.into();
@@ -232,8 +241,9 @@ impl Job {
         if info.verify.pass > 0 {
             json["verify"] = crate::verify::numbers(&info.verify);
         }
-        if let Some(eta) = info.eta {
+        if let Some((eta, confidence)) = info.eta {
             json["eta_seconds"] = eta.as_secs_f64().into();
+            json["eta_confidence"] = confidence.name().into();
         }
         if let Some(asked) = info.asked {
             json["asked"] = asked.name().into();
@@ -362,6 +372,14 @@ impl Target {
             JobEvent::SwitchUndone(failure) => {
                 tracing::warn!(job = id, %failure, "the switch-over was undone");
                 self.events.add("job_switch_undone", &id, json!({ "error": failure.to_string() }));
+            }
+            JobEvent::AutoConverged => {
+                tracing::info!(
+                    job = id,
+                    "background copying does not converge: write-blocking from now on"
+                );
+                let facts = json!({ "copy_mode": "write-blocking" });
+                self.events.add("job_auto_converged", &id, facts);
             }
             JobEvent::VerifyMismatch { offset, chunks } => {
                 tracing::warn!(

@@ -96,6 +96,14 @@ fn per_job<'a>(scrape: &'a Scrape, read: fn(&JobInfo) -> f64) -> Vec<Sample<'a>>
     scrape.jobs.iter().map(sample).collect()
 }
 
+/// One sample for each job that has the number.
+fn of_some_jobs<'a>(scrape: &'a Scrape, read: fn(&JobInfo) -> Option<f64>) -> Vec<Sample<'a>> {
+    let sample = |(job, info): &(String, JobInfo)| {
+        Some(Sample { labels: vec![job.clone()], value: SampleValue::Number(read(info)?) })
+    };
+    scrape.jobs.iter().filter_map(sample).collect()
+}
+
 /// One sample for each bdev.
 fn per_bdev<'a>(scrape: &'a Scrape, read: fn(&IoStats) -> u64) -> Vec<Sample<'a>> {
     let sample = |(bdev, stats): &(String, Arc<IoStats>)| Sample {
@@ -161,14 +169,6 @@ fn mirror_errors(scrape: &Scrape) -> Vec<Sample<'_>> {
     samples
 }
 
-fn mirror_eta(scrape: &Scrape) -> Vec<Sample<'_>> {
-    let eta = |(job, info): &(String, JobInfo)| {
-        let value = SampleValue::Number(info.eta?.as_secs_f64());
-        Some(Sample { labels: vec![job.clone()], value })
-    };
-    scrape.jobs.iter().filter_map(eta).collect()
-}
-
 fn bdev_latencies(scrape: &Scrape) -> Vec<Sample<'_>> {
     let mut samples = Vec::new();
     for (bdev, stats) in &scrape.bdevs {
@@ -229,7 +229,12 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_job(s, |info| number(info.verify.checked_ever));
     "resilver_mirror_verify_mismatches_total", Counter, ["job"], "Chunks that verification found to differ.",
         |s| per_job(s, |info| number(info.verify.mismatches_ever));
-    "resilver_mirror_eta_seconds", Gauge, ["job"], "Time until the job is ready, where it can be told.", mirror_eta;
+    "resilver_mirror_eta_seconds", Gauge, ["job"], "Time until the job is ready, where it can be told.",
+        |s| of_some_jobs(s, |info| Some(info.eta?.0.as_secs_f64()));
+    "resilver_mirror_guest_p99_seconds", Gauge, ["job"], "99th percentile of the guest's latency in the last window, while it is at work.",
+        |s| of_some_jobs(s, |info| Some(info.guest_p99?.as_secs_f64()));
+    "resilver_mirror_throttle_bytes_per_second", Gauge, ["job"],
+        "What a latency ceiling leaves the copier beside the guest.", |s| of_some_jobs(s, |info| Some(number(info.throttle?)));
     "resilver_mirror_converging", Gauge, ["job"], "1 if the dirty bytes shrink faster than the guest makes them.",
         |s| per_job(s, |info| f64::from(u8::from(info.converging)));
     "resilver_mirror_actively_synced", Gauge, ["job"], "1 if both legs are equal and every write goes to both.",

@@ -128,7 +128,8 @@ pub struct Mirror {
     copy_source: Box<dyn IoChannel>,
     target: Box<dyn IoChannel>,
     held: Box<[Held]>,
-    reads: Box<[Tag]>,
+    /// The guest's tags, and when its reads came.
+    reads: Box<[(Tag, Nanos)]>,
     free_reads: Vec<u16>,
     bounce: Pool,
     free_units: Vec<u16>,
@@ -162,7 +163,7 @@ impl Mirror {
             source,
             copy_source,
             target,
-            reads: vec![Tag(0); DISK_DEPTH as usize].into_boxed_slice(),
+            reads: vec![(Tag(0), Nanos::ZERO); DISK_DEPTH as usize].into_boxed_slice(),
             free_reads: (0..DISK_DEPTH as u16).rev().collect(),
             bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
             free_units: (0..UNITS as u16).rev().collect(),
@@ -190,6 +191,12 @@ impl Mirror {
     #[must_use]
     pub fn rows(&self) -> super::Rows {
         self.core.rows
+    }
+
+    /// Whether a chunk is to be copied: for tests, which add them up.
+    #[must_use]
+    pub fn is_dirty(&self, index: u64) -> bool {
+        self.core.maps.dirty.get(index)
     }
 
     /// What a chunk is now: for tests, which compare the legs where it is clean.
@@ -333,7 +340,9 @@ impl Mirror {
                 self.core.flush_done(Side::Source, result, cx.now);
             } else if tag.0 & READ != 0 {
                 let slot = slot_of(tag);
-                self.answers.push_back(Completion { tag: self.reads[usize::from(slot)], result });
+                let (tag, came) = self.reads[usize::from(slot)];
+                self.core.throttle.answered(cx.now - came);
+                self.answers.push_back(Completion { tag, result });
                 self.free_reads.push(slot);
             } else {
                 self.core.leg_done(slot_of(tag), Side::Source, result, cx.now);
@@ -480,6 +489,8 @@ fn core_config(
         auto_finalize: config.auto_finalize,
         cancel_on_guest_reset: config.cancel_on_guest_reset,
         verify_before_complete: config.verify_before_complete,
+        latency_ceiling: config.latency_ceiling,
+        auto_converge: config.auto_converge,
         sync: config.sync,
         by_bitmap: config.bitmap.is_some(),
         observer: config.observer,
@@ -551,7 +562,7 @@ impl IoChannel for Mirror {
     fn submit(&mut self, cx: &Context<'_>, io: BdevIo, payload: &[BufferSlice]) {
         if io.kind == IoKind::Read {
             let slot = self.free_reads.pop().expect("free() was asked before");
-            self.reads[usize::from(slot)] = io.tag;
+            self.reads[usize::from(slot)] = (io.tag, cx.now);
             self.source.submit(cx, BdevIo { tag: Tag(READ | u32::from(slot)), ..io }, payload);
             self.uncommitted = true;
             return;
@@ -572,10 +583,12 @@ impl IoChannel for Mirror {
     }
 
     fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch) {
+        // A guest on memory has its answers within the turn, and is at work all the same.
+        let was_busy = self.guest_busy();
         self.poll_source(cx);
         self.poll_copy_source(cx);
         self.poll_target(cx);
-        let busy = self.guest_busy();
+        let busy = was_busy || self.guest_busy();
         self.core.turn(busy, cx.now);
         self.perform(cx);
         while done.room() > 0 {

@@ -14,12 +14,13 @@ use resilver_reactor::Nanos;
 
 use super::bugs::{Bug, planted};
 use super::core::{Action, Core};
+use super::errors::Manner;
 use super::life::{JobFlush, Stage};
 use super::pieces::{Kind, Plan, UnitMap};
 use super::ranges::Entered;
 use super::tables::{Failed, Mirroring};
 use crate::io::{IoError, IoKind};
-use crate::job::WriteCounts;
+use crate::job::{CopyMode, JobEvent, WriteCounts};
 
 /// How much room the copier takes on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +55,8 @@ impl Pace {
 /// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
 /// between two requests of a guest that makes one at a time.
 const GUEST_RESTS: Nanos = Nanos::from_millis(2);
+/// Stretches in a row without progress after which background copying is not going to converge.
+const STUCK: u32 = 6;
 /// Places looked at in one turn: bounded work.
 const LOOKS: usize = 32;
 
@@ -175,7 +178,22 @@ impl Core {
             // What goes to both legs makes nothing dirty, so any pace gets there.
             (true, Mirroring::Both | Mirroring::Switching) => Pace::Gentle,
             (true, _) if self.shrinking.seen(self.maps.dirty.bytes(), now) => Pace::Gentle,
-            (true, Mirroring::Behind | Mirroring::Detached) => Pace::Firm,
+            (true, Mirroring::Behind | Mirroring::Detached) => {
+                self.maybe_converge();
+                // Under a ceiling its allowance alone says how firm the copier may be.
+                if self.config.latency_ceiling.is_some() { Pace::Gentle } else { Pace::Firm }
+            }
+        }
+    }
+
+    /// A background copy that has not got on for some seconds goes over to write-blocking, once, where that is allowed.
+    fn maybe_converge(&mut self) {
+        let may = self.config.auto_converge && !self.auto_converged;
+        let copies = matches!(self.stage, Stage::Running | Stage::Ready);
+        if may && copies && self.shrinking.stuck() >= STUCK {
+            self.auto_converged = true;
+            self.config.copy_mode = CopyMode::WriteBlocking;
+            self.tell(JobEvent::AutoConverged);
         }
     }
 
@@ -185,8 +203,8 @@ impl Core {
         if !self.copier_runs() {
             return;
         }
-        if now < self.back_off.until() {
-            self.copier_due = Some(self.back_off.until());
+        if now < self.bad.until() {
+            self.copier_due = Some(self.bad.until());
             return;
         }
         let most = pace.copies();
@@ -201,7 +219,9 @@ impl Core {
             if self.copies.iter().filter(taken).count() >= most {
                 return;
             }
-            let wait = self.limiter.wait(now);
+            let beside =
+                if pace == Pace::Alone { Nanos::ZERO } else { self.beside_guest.wait(now) };
+            let wait = self.limiter.wait(now).max(beside);
             if wait > Nanos::ZERO {
                 self.copier_due = Some(now + wait);
                 return;
@@ -213,8 +233,12 @@ impl Core {
             looks += 1;
             #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
             let free = free as u16;
-            match self.look(&mut sweep, pace) {
+            match self.look(&mut sweep, pace, now) {
                 Look::Nothing => break,
+                Look::Rests(until) => {
+                    let due = self.copier_due.map_or(until, |due| due.min(until));
+                    self.copier_due = Some(due);
+                }
                 Look::Free { run, hole } => self.begin(free, run, hole, now),
                 Look::Shut => {}
                 Look::Busy(chunk) => busy = busy.or(Some(chunk)),
@@ -227,7 +251,7 @@ impl Core {
     }
 
     /// Looks at the next dirty run, once round the disk.
-    fn look(&mut self, sweep: &mut Sweep, pace: Pace) -> Look {
+    fn look(&mut self, sweep: &mut Sweep, pace: Pace, now: Nanos) -> Look {
         let limit = self.scanned_upto / self.grid.granularity();
         let limit = if self.scanned_upto >= self.grid.size() { self.grid.chunks() } else { limit };
         let dirty = &self.maps.dirty;
@@ -249,6 +273,14 @@ impl Core {
         } else {
             self.maps.hole.next_set(first).map_or(end, |hole| hole.min(end))
         };
+        match self.bad.manner(first, end, now) {
+            Manner::Free(upto) => end = upto,
+            Manner::Alone => end = first + 1,
+            Manner::Rests(until) => {
+                self.cursor = first + 1;
+                return Look::Rests(until);
+            }
+        }
         let bytes = self.grid.bytes(&(first..end));
         let free_until = self.ranges.free_until(&bytes);
         if free_until <= bytes.start {
@@ -331,7 +363,10 @@ impl Core {
         let slot = &mut self.copies[usize::from(copy)];
         match (slot.state, result) {
             (CopyState::Writing, Ok(())) => {
-                let (bytes, kind) = (slot.piece..slot.piece_end, slot.kind);
+                let (bytes, kind, hole) = (slot.piece..slot.piece_end, slot.kind, slot.hole);
+                if !hole {
+                    self.rates.worked(bytes.end - bytes.start);
+                }
                 self.piece_landed(&bytes, kind);
                 self.next_piece(copy, now);
             }
@@ -392,6 +427,9 @@ impl Core {
             }
             self.counters.skipped += length;
             self.rates.copied(length);
+            if !hole {
+                self.rates.worked(length);
+            }
             let slot = &mut self.copies[usize::from(copy)];
             (slot.piece, slot.piece_end) = (bytes.end, bytes.end);
         }
@@ -435,6 +473,7 @@ impl Core {
         slot.plan = Plan::new(&(offset..slot.end.min(offset + window)), unit);
         let length = slot.plan.end - offset;
         self.limiter.charge(length);
+        self.beside_guest.charge(length);
         #[allow(clippy::cast_possible_truncation)] // at most a window
         self.act(Action::CopyRead { copy, offset, length: length as u32 });
     }
@@ -442,20 +481,38 @@ impl Core {
     fn copy_succeeded(&mut self, copy: u16) {
         let Copy { start, end, .. } = self.copies[usize::from(copy)];
         self.now_on_target(&(start..end));
+        self.bad.copied(&self.grid.touched(start, end - start));
         self.ranges.leave(self.holder_of(copy));
         self.copies[usize::from(copy)] = Copy::FREE;
     }
 
     fn copy_failed(&mut self, copy: u16, failed: Failed, error: IoError, now: Nanos) {
         let Copy { end, piece, .. } = self.copies[usize::from(copy)];
+        let bad = self.part_at_work(copy);
         let kind = if failed == Failed::CopyRead { IoKind::Read } else { IoKind::Write };
         // What a failed zeroing left behind is not known.
         self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
         self.copies[usize::from(copy)] = Copy::FREE;
         self.redirty_copy(piece, end);
-        self.back_off.failed(now);
+        self.rest_there(&bad, now);
         self.failed(failed, kind, &(piece..end), error, now);
         self.ranges.leave(self.holder_of(copy));
+    }
+
+    /// The chunks of the I/O that a copy has in flight.
+    fn part_at_work(&self, copy: u16) -> Range<u64> {
+        let slot = &self.copies[usize::from(copy)];
+        let bytes = match slot.state {
+            CopyState::Reading => slot.plan.start..slot.plan.end,
+            _ => slot.piece..slot.piece_end,
+        };
+        self.grid.touched(bytes.start, bytes.end - bytes.start)
+    }
+
+    /// The copier rests where a copy failed.
+    fn rest_there(&mut self, chunks: &Range<u64>, now: Nanos) {
+        let dirty = &self.maps.dirty;
+        self.bad.failed(chunks, |spot| dirty.count_range(spot) > 0, now);
     }
 
     /// What a copy did not bring over is dirty: the piece that failed and all behind it. The pieces before it have landed.
@@ -468,11 +525,12 @@ impl Core {
     /// A copy's write timed out: the range is dirty, and shut until it ends.
     pub(super) fn lose_copy_write(&mut self, copy: u16, now: Nanos) {
         let Copy { end, piece, .. } = self.copies[usize::from(copy)];
+        let bad = self.part_at_work(copy);
         self.copies[usize::from(copy)].state = CopyState::LostWrite;
         self.lost_copies += 1;
         self.maps.target_zero.clear_range(&self.grid.touched(piece, end - piece));
         self.redirty_copy(piece, end);
-        self.back_off.failed(now);
+        self.rest_there(&bad, now);
         self.failed(Failed::CopyWrite, IoKind::Write, &(piece..end), IoError::TIMED_OUT, now);
         self.ranges.leave(self.holder_of(copy));
     }
@@ -573,4 +631,6 @@ enum Look {
     Shut,
     /// A guest write is there.
     Busy(u64),
+    /// It failed there, and is not tried again before this.
+    Rests(Nanos),
 }

@@ -23,12 +23,14 @@ use resilver_reactor::Nanos;
 use super::bugs::{Bug, planted};
 use super::copier::{Copy, Counters};
 use super::durable::FlushLine;
+use super::errors::{BadSpots, ErrorLog};
 use super::life::{JobFlush, Record, Stage, Wish};
 use super::ranges::{Entered, Holder, Ranges};
-use super::rate::{BackOff, ErrorLog, Limiter, Rates, Shrinking};
+use super::rate::{Limiter, Rates, Shrinking};
 use super::rows::Rows;
 use super::scope::{ObserverPolicy, SyncMode};
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
+use super::throttle::Throttle;
 use super::verify::{CHECKS, Verify};
 use crate::bitmap::{Bitmap, Grid};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
@@ -53,6 +55,10 @@ pub(super) struct CoreConfig {
     pub auto_finalize: bool,
     pub cancel_on_guest_reset: bool,
     pub verify_before_complete: bool,
+    /// The guest's 99th percentile that the copier is to leave it.
+    pub latency_ceiling: Option<Nanos>,
+    /// A background copy that does not converge may go over to write-blocking.
+    pub auto_converge: bool,
     pub sync: SyncMode,
     /// A bitmap says what is to be brought over.
     pub by_bitmap: bool,
@@ -180,6 +186,8 @@ pub(super) struct Op {
     pub units: u16,
     /// When the target leg was sent.
     pub since: Nanos,
+    /// When it came.
+    arrived: Nanos,
     met: Met,
 }
 
@@ -197,6 +205,7 @@ impl Op {
         tainted: false,
         units: 0,
         since: Nanos::ZERO,
+        arrived: Nanos::ZERO,
         met: Met::Clean,
     };
 
@@ -268,7 +277,11 @@ pub(super) struct Core {
     pub scanned_upto: u64,
     pub limiter: Limiter,
     pub rates: Rates,
-    pub back_off: BackOff,
+    pub bad: BadSpots,
+    /// What the copier may do beside the guest, and the limiter that sees to it.
+    pub throttle: Throttle,
+    pub beside_guest: Limiter,
+    pub auto_converged: bool,
     pub errors: ErrorLog,
     pub counters: Counters,
     pub verify: Verify,
@@ -323,7 +336,10 @@ impl Core {
             scanned_upto: if config.sync == SyncMode::None { u64::MAX } else { 0 },
             limiter: Limiter::new(config.speed, Nanos::ZERO),
             rates: Rates::default(),
-            back_off: BackOff::default(),
+            bad: BadSpots::default(),
+            throttle: Throttle::new(config.latency_ceiling),
+            beside_guest: Limiter::new(0, Nanos::ZERO),
+            auto_converged: false,
             errors: ErrorLog::default(),
             counters: Counters::default(),
             verify: Verify::new(grid, config.window),
@@ -359,6 +375,7 @@ impl Core {
             kind: io.kind,
             offset: io.offset,
             length: io.length,
+            arrived: now,
             ..Op::FREE
         };
         if io.kind == IoKind::Flush {
@@ -622,11 +639,11 @@ impl Core {
             return;
         }
         if op.leg(Side::Target) == Leg::Flying {
-            self.let_trail(slot);
+            self.let_trail(slot, now);
             return;
         }
         if let Some(error) = op.error {
-            return self.answer(slot, Err(error));
+            return self.answer(slot, Err(error), now);
         }
         let dropped = op.legs == [Leg::Unused; 2];
         // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing.
@@ -645,12 +662,13 @@ impl Core {
             };
             self.maps.dirty.clear_range(&clean);
         }
-        self.answer(slot, Ok(()));
+        self.answer(slot, Ok(()), now);
     }
 
     /// Answers the guest.
-    pub(super) fn answer(&mut self, slot: Slot, result: Result<(), IoError>) {
+    pub(super) fn answer(&mut self, slot: Slot, result: Result<(), IoError>, now: Nanos) {
         let op = self.ops[usize::from(slot)];
+        self.throttle.answered(now - op.arrived);
         self.act(Action::Answer { tag: op.tag, result });
         self.guest_live -= 1;
         if op.kind != IoKind::Flush {

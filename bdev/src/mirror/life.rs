@@ -321,7 +321,7 @@ impl Core {
         }
         self.io_status = IoStatus::Ok;
         self.failure = None;
-        self.back_off = super::rate::BackOff::default();
+        self.bad = super::errors::BadSpots::default();
         if let (Stage::Ready, Wish::Once(goal)) = (self.stage, self.wish) {
             self.switch(goal);
         }
@@ -394,7 +394,7 @@ impl Core {
                 if let Some(reason) = self.failure {
                     self.tell(JobEvent::SwitchUndone(reason));
                 }
-                self.unpark();
+                self.unpark(now);
             }
         }
     }
@@ -413,10 +413,10 @@ impl Core {
     }
 
     /// Answers what was parked.
-    fn unpark(&mut self) {
+    fn unpark(&mut self, now: Nanos) {
         for slot in 0..self.config.ops {
             if self.op(slot).state == OpState::Parked {
-                self.answer(slot, Ok(()));
+                self.answer(slot, Ok(()), now);
             }
         }
     }
@@ -507,7 +507,7 @@ impl Core {
             }
             self.settle(slot, now);
         }
-        self.unpark();
+        self.unpark(now);
     }
 
     /// Something failed: the bits first, then the job. What the guest hears follows when its request is settled.
@@ -604,6 +604,11 @@ impl Core {
     pub(super) fn turn(&mut self, guest_busy: bool, now: Nanos) {
         self.check_timeouts(now);
         self.advance(now);
+        if self.throttle.tick(now)
+            && let Some(allowed) = self.throttle.allowance()
+        {
+            self.beside_guest.set_speed(allowed, now);
+        }
         let pace = self.pace(guest_busy, now);
         self.start_copies(pace, now);
         self.start_checks(guest_busy, now);
@@ -806,7 +811,10 @@ impl Core {
             in_flight_bytes,
             copy_bytes_per_second: rates.copy_rate(),
             guest_write_bytes_per_second: rates.write_rate(),
-            eta: rates.eta(left),
+            eta: rates.eta(self.maps.dirty.bytes_without(&self.maps.hole) + in_flight_bytes, now),
+            guest_p99: self.throttle.p99(),
+            throttle: self.throttle.allowance(),
+            auto_converged: self.auto_converged,
             converging: left == 0 || rates.converging(),
             actively_synced: both && was_ready && self.in_sync() && self.trailing == 0,
             target_undurable_bytes: self.lines[Side::Target as usize].undurable_bytes(),

@@ -14,6 +14,7 @@ mod channel;
 mod copier;
 mod core;
 mod durable;
+mod errors;
 mod life;
 mod pieces;
 mod ranges;
@@ -21,6 +22,7 @@ mod rate;
 mod rows;
 mod scope;
 mod tables;
+mod throttle;
 mod verify;
 mod working;
 
@@ -86,6 +88,10 @@ pub struct MirrorConfig {
     pub cancel_on_guest_reset: bool,
     /// Compare the legs whole before a switch-over, and undo it if they differ for good.
     pub verify_before_complete: bool,
+    /// The copier leaves the guest this 99th percentile of its latency, as far as it is the copier's to leave.
+    pub latency_ceiling: Option<Nanos>,
+    /// A background copy that does not converge goes over to write-blocking by itself.
+    pub auto_converge: bool,
     /// What is brought over besides the guest's writes.
     pub sync: SyncMode,
     /// Who waits for a target that only observes: other than `Block` with [`SyncMode::None`] and write-blocking only.
@@ -112,6 +118,8 @@ impl Default for MirrorConfig {
             auto_finalize: true,
             cancel_on_guest_reset: false,
             verify_before_complete: false,
+            latency_ceiling: None,
+            auto_converge: false,
             sync: SyncMode::Full,
             observer: ObserverPolicy::Block,
             bitmap: None,

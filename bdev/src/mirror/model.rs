@@ -139,6 +139,8 @@ impl World {
             auto_finalize: true,
             cancel_on_guest_reset: false,
             verify_before_complete: false,
+            latency_ceiling: None,
+            auto_converge: false,
             sync: SyncMode::Full,
             by_bitmap: false,
             observer: ObserverPolicy::Block,
@@ -356,6 +358,7 @@ impl World {
                 JobEvent::Status(_)
                 | JobEvent::Error { .. }
                 | JobEvent::SwitchUndone(_)
+                | JobEvent::AutoConverged
                 | JobEvent::VerifyMismatch { .. }
                 | JobEvent::VerifyEnded { .. } => {}
             }
@@ -533,7 +536,7 @@ impl World {
         core.ranges.fingerprint(&mut hasher);
         (core.stage, core.record, core.job_flush, core.wish, core.cursor).hash(&mut hasher);
         (core.config.copy_mode == CopyMode::Background).hash(&mut hasher);
-        core.back_off.until().max(self.now).hash(&mut hasher);
+        core.bad.seen_at(self.now).hash(&mut hasher);
         let mut flying = self.flying.clone();
         flying.sort_unstable_by_key(|io| format!("{io:?}"));
         flying.hash(&mut hasher);

@@ -1,11 +1,10 @@
-//! Speed: the limit on the copier, the rates an operator sees, and how errors are spaced out.
+//! Speed: the limit on the copier, the rates an operator sees, and when it will be done.
 //!
 //! All of it is arithmetic on the time it is given.
 
 use resilver_reactor::Nanos;
 
-use crate::io::{IoError, IoKind};
-use crate::job::{ErrorAction, ErrorCounts, JobEvent, Side};
+use crate::job::EtaConfidence;
 
 /// How much of a second's allowance may be spent at once.
 const BURST: Nanos = Nanos::from_millis(100);
@@ -104,6 +103,8 @@ struct Smoothed {
     /// Bytes since the last sample.
     new: u64,
     rate: u64,
+    /// How far samples are from the rate, smoothed the same way.
+    spread: u64,
 }
 
 impl Smoothed {
@@ -112,12 +113,14 @@ impl Smoothed {
         let sampled = u64::try_from(sampled).unwrap_or(u64::MAX);
         self.new = 0;
         if self.rate == 0 {
-            self.rate = sampled;
+            (self.rate, self.spread) = (sampled, sampled / 2);
             return;
         }
+        let off = sampled.abs_diff(self.rate);
         // A span of many periods, of a reactor that slept, weighs as many samples.
         for _ in 0..(span.0 / Rates::PERIOD.0).min(FORGOTTEN) {
             self.rate = self.rate - self.rate.div_ceil(8) + sampled / 8;
+            self.spread = self.spread - self.spread.div_ceil(8) + off / 8;
         }
     }
 }
@@ -126,9 +129,13 @@ impl Smoothed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Rates {
     copied: Smoothed,
+    /// Of these, what had to be read.
+    worked: Smoothed,
     written: Smoothed,
     dirtied: Smoothed,
     sampled: Nanos,
+    /// When the first sample was taken that has anything.
+    known_since: Option<Nanos>,
 }
 
 impl Rates {
@@ -138,6 +145,11 @@ impl Rates {
     /// Bytes that became equal on both legs: copied, made zero or skipped.
     pub(super) fn copied(&mut self, bytes: u64) {
         self.copied.new = self.copied.new.saturating_add(bytes);
+    }
+
+    /// Bytes among them that had to be read, and took their time.
+    pub(super) fn worked(&mut self, bytes: u64) {
+        self.worked.new = self.worked.new.saturating_add(bytes);
     }
 
     /// Bytes that the guest wrote.
@@ -157,7 +169,11 @@ impl Rates {
             return;
         }
         self.sampled = now;
+        if self.worked.new > 0 {
+            self.known_since = self.known_since.or(Some(now));
+        }
         self.copied.sample(span);
+        self.worked.sample(span);
         self.written.sample(span);
         self.dirtied.sample(span);
     }
@@ -174,109 +190,31 @@ impl Rates {
 
     /// Whether what is left gets less.
     pub(super) fn converging(&self) -> bool {
-        self.copied.rate > self.dirtied.rate
+        self.net() > 0
     }
 
-    /// Time until `left` bytes are done, if they get less.
-    pub(super) fn eta(&self, left: u64) -> Option<Nanos> {
+    /// Bytes a second by which what is left gets less. A hole costs next to nothing, so what is left are the bytes to be read.
+    fn net(&self) -> u64 {
+        self.worked.rate.saturating_sub(self.dirtied.rate)
+    }
+
+    /// Time until `left` bytes have been read and copied, if they get less, and how sure that is.
+    pub(super) fn eta(&self, left: u64, now: Nanos) -> Option<(Nanos, EtaConfidence)> {
         if left == 0 {
-            return Some(Nanos::ZERO);
+            return Some((Nanos::ZERO, EtaConfidence::High));
         }
-        let net = self.copied.rate.checked_sub(self.dirtied.rate).filter(|net| *net > 0)?;
+        let net = Some(self.net()).filter(|net| *net > 0)?;
         let nanos = u128::from(left) * u128::from(SECOND) / u128::from(net);
-        Some(Nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
-    }
-}
-
-/// Ever longer rests of the copier while errors keep coming.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub(super) struct BackOff {
-    rest: Nanos,
-    until: Nanos,
-}
-
-impl BackOff {
-    const SHORTEST: Nanos = Nanos::from_millis(10);
-    const LONGEST: Nanos = Nanos::from_secs(5);
-    /// An error that comes this many rests after the last rest was over is a new trouble.
-    const FORGET: u64 = 4;
-
-    /// An error. Several during one rest count once.
-    pub(super) fn failed(&mut self, now: Nanos) {
-        if now < self.until {
-            return;
-        }
-        let quiet = now - self.until;
-        self.rest =
-            if self.rest == Nanos::ZERO || quiet.0 > self.rest.0.saturating_mul(Self::FORGET) {
-                Self::SHORTEST
-            } else {
-                (self.rest + self.rest).min(Self::LONGEST)
-            };
-        self.until = now + self.rest;
-    }
-
-    /// Until when the copier rests.
-    pub(super) fn until(&self) -> Nanos {
-        self.until
-    }
-}
-
-/// What makes two errors alike.
-type Likeness = (Side, IoKind, ErrorAction, IoError);
-
-/// Errors counted for good, and gathered so that a lasting one makes one event a second.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct ErrorLog {
-    total: ErrorCounts,
-    last: Option<Likeness>,
-    count: u64,
-    /// Errors like the last one are held back until then.
-    quiet_until: Nanos,
-}
-
-impl ErrorLog {
-    /// One event a second for errors that are alike.
-    const SPACING: Nanos = Nanos(SECOND);
-
-    /// Errors so far.
-    pub(super) fn total(&self) -> ErrorCounts {
-        self.total
-    }
-
-    /// Records an error. Answers with up to two events: the held-back count of another kind, and this one if it is new.
-    pub(super) fn record(&mut self, like: Likeness, now: Nanos) -> [Option<JobEvent>; 2] {
-        let counts = &mut self.total.counts[like.0 as usize][like.2 as usize];
-        *counts = counts.saturating_add(1);
-        if self.last == Some(like) && now < self.quiet_until {
-            self.count += 1;
-            return [None, None];
-        }
-        let held = if self.last == Some(like) { None } else { self.flush() };
-        self.count += 1;
-        self.last = Some(like);
-        self.quiet_until = now + Self::SPACING;
-        [held, self.flush()]
-    }
-
-    /// The event of errors held back, once it is time.
-    pub(super) fn tick(&mut self, now: Nanos) -> Option<JobEvent> {
-        if self.count == 0 || now < self.quiet_until {
-            return None;
-        }
-        self.quiet_until = now + Self::SPACING;
-        self.flush()
-    }
-
-    /// When errors held back are due.
-    pub(super) fn deadline(&self) -> Option<Nanos> {
-        (self.count > 0).then_some(self.quiet_until)
-    }
-
-    fn flush(&mut self) -> Option<JobEvent> {
-        let (side, operation, action, error) = self.last?;
-        let count = std::mem::take(&mut self.count);
-        (count > 0).then_some(JobEvent::Error { side, operation, action, error, count })
+        let eta = Nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        let known = now - self.known_since.unwrap_or(now);
+        let spread = u128::from(self.worked.spread) + u128::from(self.dirtied.spread);
+        let percent = spread * 100 / u128::from(net);
+        let confidence = match (known.0 / SECOND, percent) {
+            (10.., 0..=15) => EtaConfidence::High,
+            (2.., 0..=50) => EtaConfidence::Medium,
+            _ => EtaConfidence::Low,
+        };
+        Some((eta, confidence))
     }
 }
 
@@ -289,11 +227,13 @@ pub(super) struct Shrinking {
     since: Nanos,
     dirty: u64,
     yes: bool,
+    /// Stretches in a row in which they did not.
+    stuck: u32,
 }
 
 impl Default for Shrinking {
     fn default() -> Self {
-        Self { since: Nanos::ZERO, dirty: u64::MAX, yes: true }
+        Self { since: Nanos::ZERO, dirty: u64::MAX, yes: true, stuck: 0 }
     }
 }
 
@@ -303,8 +243,14 @@ impl Shrinking {
         if now >= self.since + SHRINKS_WITHIN {
             self.yes = dirty < self.dirty - self.dirty / 16;
             (self.since, self.dirty) = (now, dirty);
+            self.stuck = if self.yes { 0 } else { self.stuck + 1 };
         }
         self.yes
+    }
+
+    /// For how many stretches in a row they have not got less.
+    pub(super) fn stuck(&self) -> u32 {
+        self.stuck
     }
 }
 
@@ -350,56 +296,39 @@ mod tests {
     }
 
     #[test]
-    fn rests_grow_while_errors_last_and_begin_anew_afterwards() {
-        let (mut back_off, mut now) = (BackOff::default(), Nanos::from_secs(1));
-        let mut rests = Vec::new();
-        for _ in 0..12 {
-            back_off.failed(now);
-            back_off.failed(now);
-            rests.push(back_off.until() - now);
-            now = back_off.until();
-        }
-        assert!(rests.is_sorted());
-        assert_eq!((rests[0], rests[11]), (BackOff::SHORTEST, BackOff::LONGEST));
-        now = now + Nanos::from_secs(60);
-        back_off.failed(now);
-        assert_eq!(back_off.until() - now, BackOff::SHORTEST);
-    }
-
-    #[test]
-    fn a_lasting_error_is_one_event_a_second_and_none_is_lost() {
-        let mut log = ErrorLog::default();
-        let like = (Side::Target, IoKind::Write, ErrorAction::Ignore, IoError::IO);
-        let count = |event: Option<JobEvent>| match event {
-            Some(JobEvent::Error { count, .. }) => (1, count),
-            _ => (0, 0),
-        };
-        let (mut events, mut errors) = (0, 0);
-        for milli in 0..3500 {
-            let now = Nanos::from_millis(milli);
-            for event in log.record(like, now).into_iter().chain([log.tick(now)]) {
-                let (more_events, more_errors) = count(event);
-                events += more_events;
-                errors += more_errors;
-            }
-        }
-        let (_, held) = count(log.tick(Nanos::from_secs(60)));
-        assert_eq!((events, errors + held), (4, 3500));
-        assert_eq!(log.total().counts[1][1], 3500);
-    }
-
-    #[test]
-    fn the_time_left_follows_the_net_rate() {
+    fn the_time_left_follows_the_net_rate_of_what_is_read() {
         let mut rates = Rates::default();
-        rates.copied(1000);
+        let second = Nanos::from_secs(1);
+        rates.copied(1_000_000);
+        rates.worked(1000);
         rates.dirtied(500);
-        rates.tick(Nanos::from_secs(1));
-        assert_eq!(rates.eta(500), Some(Nanos::from_secs(1)));
+        rates.tick(second);
+        assert_eq!(rates.eta(500, second), Some((second, EtaConfidence::Low)));
         assert!(rates.converging());
         let mut stuck = Rates::default();
         stuck.dirtied(10);
-        stuck.tick(Nanos::from_secs(1));
-        assert_eq!((stuck.eta(1), stuck.converging()), (None, false));
+        stuck.tick(second);
+        assert_eq!((stuck.eta(1, second), stuck.converging()), (None, false));
+    }
+
+    #[test]
+    fn an_estimate_is_trusted_when_its_rates_are_old_and_steady() {
+        let confidence = |rate: fn(u64) -> u64| {
+            let mut rates = Rates::default();
+            let mut seen = Vec::new();
+            for quarter in 1..=80 {
+                let now = Nanos::from_millis(quarter * 250);
+                rates.worked(rate(quarter));
+                rates.tick(now);
+                seen.push(rates.eta(1 << 30, now).map(|(_, confidence)| confidence));
+            }
+            seen
+        };
+        let steady = confidence(|_| 1 << 20);
+        assert_eq!((steady[0], steady[79]), (Some(EtaConfidence::Low), Some(EtaConfidence::High)));
+        assert!(steady.contains(&Some(EtaConfidence::Medium)));
+        let wild = confidence(|quarter| if quarter % 4 == 0 { 4 << 20 } else { 1 });
+        assert_eq!(wild[79], Some(EtaConfidence::Low));
     }
 
     #[test]

@@ -141,14 +141,14 @@ impl Core {
     }
 
     /// Answers a request whose source leg has ended and whose target leg has not, if nobody waits for that. Whether it did.
-    pub(super) fn let_trail(&mut self, slot: Slot) -> bool {
+    pub(super) fn let_trail(&mut self, slot: Slot, now: Nanos) -> bool {
         let op = *self.op(slot);
         if !self.trails(&op) {
             return false;
         }
         self.trailing += 1;
         self.held_units += u32::from(op.units);
-        self.answer(slot, op.error.map_or(Ok(()), Err));
+        self.answer(slot, op.error.map_or(Ok(()), Err), now);
         true
     }
 

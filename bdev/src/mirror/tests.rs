@@ -551,7 +551,8 @@ fn a_lasting_error_that_is_ignored_makes_no_storm() {
     let errors = bench.info().errors.counts[Side::Source as usize][ErrorAction::Ignore as usize];
     let events =
         bench.events.iter().filter(|event| matches!(event, JobEvent::Error { .. })).count();
-    assert!((5..100).contains(&errors), "{errors} errors in 10 s");
+    // Each of the spots that are told apart has its own ever longer rests.
+    assert!((5..200).contains(&errors), "{errors} errors in 10 s");
     assert!((2..12).contains(&events), "{events} events in 10 s");
     bench.legs[0].clear();
     bench.now = bench.now + Nanos::from_secs(10);

@@ -373,8 +373,8 @@ impl Core {
         if self.pass_running().is_none() {
             return;
         }
-        if now < self.back_off.until() {
-            self.verify.due = Some(self.back_off.until());
+        if now < self.bad.until() {
+            self.verify.due = Some(self.bad.until());
             return;
         }
         let most = if guest_busy { CHECKS_BESIDE_GUEST } else { usize::from(CHECKS) };
@@ -638,7 +638,7 @@ impl Core {
         if upto < end {
             self.verify.put_off.set_range(&self.grid.covered(upto, end - upto));
         }
-        self.back_off.failed(now);
+        self.bad.failed_anywhere(now);
         self.failed(Failed::CheckRead(side), IoKind::Read, &(at..upto), error, now);
         // The job may have ended for it, and given the check up.
         if self.verify.slot(check).state == CheckState::Reading {

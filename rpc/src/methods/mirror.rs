@@ -217,12 +217,13 @@ pub(super) struct BdevMirrorStart {
     /// What a guest's reset does to the mirror.
     #[serde(default)]
     on_guest_reset: OnGuestReset,
-    /// Not in this version.
+    /// The copier holds back so that the 99th percentile of the guest's latency stays below so many microseconds, as far as that is its
+    /// doing; it goes on with 1 MiB a second at least.
     #[serde(default)]
-    latency_ceiling_us: Option<Value>,
-    /// Not in this version, but for `false`.
+    latency_ceiling_us: Option<u64>,
+    /// A background copy that has not got on for some seconds may change to write-blocking by itself.
     #[serde(default)]
-    auto_converge: Option<Value>,
+    auto_converge: bool,
     /// Compare source and target whole before a switch-over. What differs is copied again; if it differs then, the
     /// switch-over is undone with the reason.
     #[serde(default)]
@@ -247,16 +248,12 @@ pub(super) struct BdevMirrorStart {
 impl BdevMirrorStart {
     /// Refuses what this version cannot do.
     fn refuse_what_is_not_there_yet(&self) -> Result<(), RpcError> {
-        let leave_out = "leave it out";
-        let refused = [
-            ("latency_ceiling_us", &self.latency_ceiling_us, None),
-            ("auto_converge", &self.auto_converge, Some(json!(false))),
-            ("keep_source", &self.keep_source, None),
-        ];
-        for (name, given, harmless) in refused {
-            if let Some(value) = given.as_ref().filter(|value| Some(*value) != harmless.as_ref()) {
-                return Err(RpcError::not_yet(name, value.clone(), leave_out));
-            }
+        if let Some(value) = &self.keep_source {
+            return Err(RpcError::not_yet("keep_source", value.clone(), "leave it out"));
+        }
+        if self.latency_ceiling_us == Some(0) {
+            let expected = "at least 1 microsecond; leave it out for no ceiling";
+            return Err(RpcError::parameter("latency_ceiling_us", 0, expected));
         }
         if self.target_timeout_ms == Some(0) {
             let expected = "at least 1 millisecond; leave it out to wait without limit";
@@ -321,6 +318,8 @@ impl BdevMirrorStart {
                 auto_finalize: self.auto_finalize,
                 cancel_on_guest_reset: self.on_guest_reset == OnGuestReset::Cancel,
                 verify_before_complete: self.verify_before_complete,
+                latency_ceiling: self.latency_ceiling_us.map(Nanos::from_micros),
+                auto_converge: self.auto_converge,
                 sync: match self.sync {
                     SyncName::None => SyncMode::None,
                     // No bdev has a base yet, so that the top image is all there is.

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use resilver_bdev::bitmap::Grid;
 use resilver_bdev::job::{CopyMode, OnError, ScanReport, Side};
 use resilver_bdev::mirror::{BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::{
@@ -61,6 +62,8 @@ impl MirrorPlan {
             auto_finalize: rng.chance(700),
             cancel_on_guest_reset: rng.chance(200),
             verify_before_complete: rng.chance(300),
+            latency_ceiling: rng.pick(&[None, None, Some(Nanos(1)), Some(Nanos::from_micros(300))]),
+            auto_converge: rng.chance(500),
             ..MirrorConfig::default()
         };
         scope::draw(rng, &mut config);
@@ -450,6 +453,7 @@ impl World {
             }
             JobEvent::SwitchUndone(_) => self.control.reached.undone += 1,
             JobEvent::Error { .. }
+            | JobEvent::AutoConverged
             | JobEvent::VerifyMismatch { .. }
             | JobEvent::VerifyEnded { .. } => {}
         }
@@ -692,6 +696,12 @@ impl World {
         }
         if info.dirty_bytes > size || info.in_flight_bytes > size {
             wrong("more dirty or in flight than there is");
+        }
+        let grid = Grid::new(size, u32::try_from(job.granularity).unwrap_or(u32::MAX));
+        let dirty = |chunk: u64| job.probe.is_dirty(chunk).then(|| grid.bytes(&(chunk..chunk + 1)));
+        let sum: u64 = (0..grid.chunks()).filter_map(dirty).map(|it| it.end - it.start).sum();
+        if info.dirty_bytes != sum {
+            wrong("the dirty bytes are not those of the dirty chunks");
         }
         if info.actively_synced && info.dirty_bytes > 0 {
             wrong("synced, and not");

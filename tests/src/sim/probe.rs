@@ -53,6 +53,12 @@ impl Probe {
         lock(&self.mirror).as_ref().map(|mirror| mirror.chunk_state(chunk))
     }
 
+    /// Whether a chunk is to be copied, while the mirror lives.
+    #[must_use]
+    pub fn is_dirty(&self, chunk: u64) -> bool {
+        lock(&self.mirror).as_ref().is_some_and(|mirror| mirror.is_dirty(chunk))
+    }
+
     fn with<T>(&self, ask: impl FnOnce(&mut Mirror) -> T) -> T {
         ask(lock(&self.mirror).as_mut().expect("a mirror that is asked has not been dissolved"))
     }

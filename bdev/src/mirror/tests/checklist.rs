@@ -152,3 +152,87 @@ fn no_speed_limit_holds_up_a_guests_write() {
     assert!(bench.now - begun < Nanos::from_millis(10), "half a megabyte at a byte a second");
     assert_eq!(bench.status(), JobStatus::Running);
 }
+
+#[test]
+fn a_bad_spot_holds_up_nothing_but_itself() {
+    let mut bench = Bench::new(with_policy(OnError::Ignore, OnError::Report));
+    bench.fill_source(0, &[7; 1 << 20]);
+    let bad = Injection {
+        kind: Some(IoKind::Read),
+        effect: Effect::Fail(IoError::IO),
+        count: FOREVER,
+        range: Some((40960, 512)),
+    };
+    bench.legs[Side::Source as usize].inject(bad).unwrap();
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    bench.turns_until("all but the bad chunk", |bench| {
+        let info = bench.info();
+        info.dirty_bytes == 4096 && info.in_flight_bytes == 0
+    });
+    assert!(bench.now < Nanos::from_millis(100), "the rest waited: {}", bench.now);
+    bench.legs[Side::Source as usize].clear();
+    bench.now = bench.now + Nanos::from_secs(6);
+    bench.reach(JobStatus::Ready);
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+/// A guest that makes more dirty than a limited background copier copies, for so long.
+fn losing_race(auto_converge: bool) -> Bench {
+    let config =
+        MirrorConfig { auto_converge, speed: 65536, granularity: 4096, ..MirrorConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    for tag in 0..8000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.write(tag, u64::from(tag * 37 % 256) * 4096, &[8; 512]);
+        bench.turns(2);
+    }
+    bench
+}
+
+#[test]
+fn a_background_copy_that_does_not_converge_goes_over_to_write_blocking_where_it_may() {
+    let mut bench = losing_race(false);
+    assert_eq!(
+        (bench.info().copy_mode, bench.info().auto_converged),
+        (CopyMode::Background, false)
+    );
+
+    let mut bench = losing_race(true);
+    assert_eq!(
+        (bench.info().copy_mode, bench.info().auto_converged),
+        (CopyMode::WriteBlocking, true)
+    );
+    let told = bench.events.iter().filter(|event| **event == JobEvent::AutoConverged).count();
+    assert_eq!(told, 1);
+    // Once: an operator who changes it back is right.
+    bench.verb(JobVerb::Change(CopyMode::Background)).unwrap();
+    for tag in 0..8000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.write(tag, u64::from(tag * 37 % 256) * 4096, &[8; 512]);
+        bench.turns(2);
+    }
+    assert_eq!(bench.info().copy_mode, CopyMode::Background);
+}
+
+#[test]
+fn under_a_ceiling_that_no_device_keeps_the_copy_goes_on_at_its_floor() {
+    let config = MirrorConfig { latency_ceiling: Some(Nanos(1)), ..blocking() };
+    let mut bench = Bench::new(config);
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    for tag in 0..4000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.write(tag, SIZE - 512, &[8; 512]);
+        bench.turns(2);
+    }
+    let info = bench.info();
+    assert_eq!(info.throttle, Some(1 << 20), "{info:?}");
+    assert!(info.guest_p99.is_some() && info.status == JobStatus::Ready, "{info:?}");
+    // A guest that rests is no reason to hold back.
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}

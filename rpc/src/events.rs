@@ -11,6 +11,24 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 
+/// What QEMU calls our events: scripts and managers that know its monitor find their way by the field `qemu_event`.
+pub(crate) mod qemu {
+    /// A job that was cancelled ends with this, any other with [`COMPLETED`].
+    pub(crate) const CANCELLED: &str = "BLOCK_JOB_CANCELLED";
+    pub(crate) const COMPLETED: &str = "BLOCK_JOB_COMPLETED";
+
+    /// The name of an event that always has the same.
+    pub(super) fn name(event: &str) -> Option<&'static str> {
+        match event {
+            "job_status_change" => Some("JOB_STATUS_CHANGE"),
+            "job_ready" => Some("BLOCK_JOB_READY"),
+            "job_pending" => Some("BLOCK_JOB_PENDING"),
+            "job_error" => Some("BLOCK_JOB_ERROR"),
+            _ => None,
+        }
+    }
+}
+
 /// Events kept.
 pub(crate) const EVENTS_MAX: usize = 4096;
 
@@ -56,6 +74,9 @@ impl EventLog {
         body.insert("time".into(), unix_seconds().into());
         body.insert("event".into(), event.into());
         body.insert("job_id".into(), job_id.into());
+        if let Some(name) = qemu::name(event) {
+            body.insert("qemu_event".into(), name.into());
+        }
         if let Value::Object(facts) = facts {
             body.extend(facts);
         }
@@ -74,25 +95,33 @@ impl EventLog {
         self.log.borrow().newest
     }
 
-    /// What happened after `after`, to one job or to all.
-    pub(crate) fn page(&self, after: u64, job_id: Option<&str>) -> Page {
+    /// What happened after `after`, to one job or to all: the first `limit` events of it.
+    pub(crate) fn page(&self, after: u64, job_id: Option<&str>, limit: usize) -> Page {
         let log = self.log.borrow();
         let oldest = log.events.front().map_or(log.newest + 1, |event| event.sequence);
         let wanted = |event: &&Event| {
             event.sequence > after && job_id.is_none_or(|job_id| event.job_id == job_id)
         };
+        let mut events = log.events.iter().filter(wanted);
+        let mut last = log.newest;
+        let page: Vec<Value> = events
+            .by_ref()
+            .take(limit)
+            .inspect(|it| last = it.sequence)
+            .map(|it| it.body.clone())
+            .collect();
         Page {
-            sequence: log.newest,
+            sequence: if events.next().is_some() { last } else { log.newest },
             missed: oldest.saturating_sub(after.saturating_add(1)),
-            events: log.events.iter().filter(wanted).map(|event| event.body.clone()).collect(),
+            events: page,
         }
     }
 
     /// As [`EventLog::page`], waiting for the first event if there is none yet.
-    pub(crate) async fn wait(&self, after: u64, job_id: Option<&str>) -> Page {
+    pub(crate) async fn wait(&self, after: u64, job_id: Option<&str>, limit: usize) -> Page {
         loop {
             let grown = self.grown.notified();
-            let page = self.page(after, job_id);
+            let page = self.page(after, job_id, limit);
             if !page.events.is_empty() {
                 return page;
             }
@@ -123,12 +152,34 @@ mod tests {
         for number in 0..EVENTS_MAX + 10 {
             log.add("job_error", if number % 2 == 0 { "a" } else { "b" }, json!({ "n": number }));
         }
-        let page = log.page(0, None);
+        let page = log.page(0, None, EVENTS_MAX);
         assert_eq!((page.missed, page.events.len()), (10, EVENTS_MAX));
-        assert_eq!(log.page(page.sequence, None).events, [] as [Value; 0]);
-        assert_eq!(log.page(0, Some("a")).events.len(), EVENTS_MAX / 2);
+        assert_eq!(log.page(page.sequence, None, EVENTS_MAX).events, [] as [Value; 0]);
+        assert_eq!(log.page(0, Some("a"), EVENTS_MAX).events.len(), EVENTS_MAX / 2);
         log.add("job_error", "b", json!({}));
-        let page = log.page(page.sequence, None);
+        let page = log.page(page.sequence, None, EVENTS_MAX);
         assert_eq!((page.missed, page.events.len()), (0, 1));
+    }
+
+    #[test]
+    fn pages_of_any_size_have_every_event_once() {
+        let log = EventLog::default();
+        for number in 0..100 {
+            log.add("job_error", if number % 3 == 0 { "a" } else { "b" }, json!({}));
+        }
+        for (limit, job) in [(1, None), (7, None), (7, Some("a")), (100, Some("a"))] {
+            let (mut after, mut seen) = (0, vec![]);
+            loop {
+                let page = log.page(after, job, limit);
+                assert!(page.events.len() <= limit && page.missed == 0);
+                after = page.sequence;
+                if page.events.is_empty() {
+                    break;
+                }
+                seen.extend(page.events.iter().map(|event| event["sequence"].as_u64().unwrap()));
+            }
+            let step = if job.is_some() { 3 } else { 1 };
+            assert_eq!(seen, (1..=100).step_by(step).collect::<Vec<_>>(), "{limit} {job:?}");
+        }
     }
 }

@@ -20,10 +20,13 @@ use serde_json::{Value, json};
 
 use crate::disks::{DiskId, ask, send};
 use crate::error::RpcError;
-use crate::events::unix_seconds;
+use crate::events::{qemu, unix_seconds};
 use crate::holds::Holds;
 use crate::mirror::Origin;
 use crate::target::{Target, files_of};
+
+/// What kind of job a mirror is, as QEMU calls it.
+const TYPE: &str = "mirror";
 
 /// Jobs that have ended, kept for whoever asks later.
 pub const HISTORY_MAX: usize = 64;
@@ -37,8 +40,13 @@ pub(crate) enum Stage {
         /// Tells the scan of the source's holes to stop.
         scan_stop: Arc<AtomicBool>,
     },
-    /// Concluded and not dismissed; its disk goes on with this leg.
-    Ended(Side),
+    /// Concluded and not dismissed.
+    Ended {
+        /// The leg that its disk goes on with.
+        side: Side,
+        /// When, in seconds since 1970.
+        time: f64,
+    },
 }
 
 /// A job as control keeps it.
@@ -64,6 +72,8 @@ pub(crate) struct Job {
     pub(crate) info: JobInfo,
     pub(crate) warnings: Vec<String>,
     pub(crate) started: f64,
+    /// When it was ready for the first time.
+    pub(crate) ready: Option<f64>,
 }
 
 /// The last jobs that were dismissed, oldest first.
@@ -94,7 +104,7 @@ impl Phase {
     /// | a | undefined, created, running, paused | any | running | a pause is no phase there |
     /// | b | ready, standby | any | ready | a switch that was undone leaves its reason, and the job ready |
     /// | c | waiting, pending | any | completing | |
-    /// | d | aborting, concluded, null | cancelled | cancelling | |
+    /// | d | aborting, concluded, null | cancelled, by the operator or a guest's reset | cancelling | |
     /// | e | aborting, concluded, null | an error | failed | |
     /// | f | aborting | none yet | cancelling | an error is set before the state |
     /// | g | concluded, null | none | completed | |
@@ -108,9 +118,8 @@ impl Phase {
             (Undefined | Created | Running | Paused, _) => Self::Running,
             (Ready | Standby, _) => Self::Ready,
             (Waiting | Pending, _) => Self::Completing,
-            (Aborting | Concluded | Null, Some(JobFailure::Cancelled)) | (Aborting, None) => {
-                Self::Cancelling
-            }
+            (Aborting | Concluded | Null, Some(JobFailure::Cancelled | JobFailure::GuestReset))
+            | (Aborting, None) => Self::Cancelling,
             (Aborting | Concluded | Null, Some(_)) => Self::Failed,
             (Concluded | Null, None) => Self::Completed,
         }
@@ -167,7 +176,7 @@ impl Job {
     fn legs(&self) -> Option<(Arc<dyn Bdev>, Arc<dyn Bdev>)> {
         match &self.stage {
             Stage::Live { source, target, .. } => Some((Arc::clone(source), Arc::clone(target))),
-            Stage::Ended(_) => None,
+            Stage::Ended { .. } => None,
         }
     }
 
@@ -184,12 +193,26 @@ impl Job {
         Some(format!("{failure}{}", way_out(failure, &self.info, &self.id)))
     }
 
+    /// Its state, as events tell it.
+    pub(crate) fn status_facts(&self) -> Value {
+        let status = self.info.status;
+        json!({ "status": status.name(), "phase": Phase::of(status, self.info.failure).name() })
+    }
+
+    /// How far it is, as QEMU's events tell it.
+    fn progress_facts(&self) -> Value {
+        let info = &self.info;
+        let left = info.dirty_bytes.saturating_add(info.in_flight_bytes);
+        let (len, offset) = (info.total_bytes, info.total_bytes.saturating_sub(left));
+        json!({ "type": TYPE, "len": len, "offset": offset, "speed": info.speed })
+    }
+
     /// The job as `job_get_list` shows it.
     pub(crate) fn to_json(&self) -> Value {
         let info = &self.info;
         let mut json = json!({
             "id": self.id,
-            "type": "mirror",
+            "type": TYPE,
             "status": info.status.name(),
             "phase": Phase::of(info.status, info.failure).name(),
             "source": self.source,
@@ -254,8 +277,12 @@ impl Job {
         if !self.warnings.is_empty() {
             json["warnings"] = self.warnings.clone().into();
         }
-        if let Stage::Ended(side) = self.stage {
+        if let Some(ready) = self.ready {
+            json["ready"] = ready.into();
+        }
+        if let Stage::Ended { side, time } = self.stage {
             json["goes_on_with"] = side.name().into();
+            json["ended"] = time.into();
         }
         json
     }
@@ -358,7 +385,13 @@ impl Target {
     pub(crate) async fn job_event(self: &Rc<Self>, disk: DiskId, event: JobEvent) {
         let Some(id) = self.graph().job_on(disk).map(|job| job.id.clone()) else { return };
         match event {
-            JobEvent::Status(status) => self.job_status(&id, status),
+            JobEvent::Status(status) => {
+                if matches!(status, JobStatus::Ready | JobStatus::Aborting) {
+                    // For its numbers, and its reason; without an answer the event has the last that are known.
+                    let _ = self.refresh_job(&id).await;
+                }
+                self.job_status(&id, status);
+            }
             JobEvent::Error { side, operation, action, error, count } => {
                 let facts = json!({
                     "side": side.name(), "operation": operation.name(), "action": action.name(),
@@ -403,13 +436,16 @@ impl Target {
         let mut graph = self.graph_mut();
         let Some(job) = graph.jobs.get_mut(id) else { return };
         job.info.status = status;
-        let phase = Phase::of(status, job.info.failure).name();
         tracing::info!(job = id, status = status.name(), "job status");
-        self.events.add(
-            "job_status_change",
-            id,
-            json!({ "status": status.name(), "phase": phase }),
-        );
+        self.events.add("job_status_change", id, job.status_facts());
+        if status == JobStatus::Ready && job.ready.is_none() {
+            // Once, as QEMU does: what the guest writes on does not take it back.
+            job.ready = Some(unix_seconds());
+            self.events.add("job_ready", id, job.progress_facts());
+        }
+        if status == JobStatus::Pending && !job.auto_finalize {
+            self.events.add("job_pending", id, json!({ "type": TYPE }));
+        }
     }
 
     /// Writes the record of a switch-over and tells the job how that went.
@@ -454,11 +490,16 @@ impl Target {
         let Some(job) = graph.jobs.get_mut(&id) else { return };
         job.stop_scan();
         let Some((source, target)) = job.legs() else { return };
-        job.stage = Stage::Ended(side);
+        job.stage = Stage::Ended { side, time: unix_seconds() };
         job.holds = Holds::default();
         job.info = info;
         let (dismiss, error, origin) = (job.auto_dismiss, job.error(), job.origin);
-        let phase = Phase::of(info.status, info.failure).name();
+        let (concluded, mut ended) = (job.status_facts(), job.progress_facts());
+        ended["goes_on_with"] = side.name().into();
+        ended["phase"] = concluded["phase"].clone();
+        ended["error"] = error.clone().into();
+        let cancelled = Phase::of(info.status, info.failure) == Phase::Cancelling;
+        ended["qemu_event"] = if cancelled { qemu::CANCELLED } else { qemu::COMPLETED }.into();
         if let Some(entry) = graph.disks.get_mut(&disk) {
             // The leg that the disk does not go on with stays claimed while I/O is in flight on it; what was made for the
             // job goes with it.
@@ -480,10 +521,8 @@ impl Target {
             error,
             "job ended"
         );
-        let status = info.status.name();
-        self.events.add("job_status_change", &id, json!({ "status": status, "phase": phase }));
-        let facts = json!({ "goes_on_with": side.name(), "phase": phase, "error": error });
-        self.events.add("job_completed", &id, facts);
+        self.events.add("job_completed", &id, ended);
+        self.events.add("job_status_change", &id, concluded);
         if dismiss {
             self.dismiss(&id);
         }
@@ -493,8 +532,7 @@ impl Target {
     fn dismiss(&self, id: &str) {
         let mut graph = self.graph_mut();
         let Some(job) = graph.jobs.remove(id) else { return };
-        let mut json = job.to_json();
-        json["ended"] = unix_seconds().into();
+        let json = job.to_json();
         graph.ended.push_back(json);
         if graph.ended.len() > HISTORY_MAX {
             graph.ended.pop_front();

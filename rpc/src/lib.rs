@@ -30,6 +30,7 @@ pub mod serve;
 pub mod server;
 pub mod state;
 mod stored_bitmaps;
+mod subscriptions;
 mod target;
 mod verify;
 

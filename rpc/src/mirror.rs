@@ -16,7 +16,8 @@ use resilver_bdev::job::ScanReport;
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode,
 };
-use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, StartJob};
+use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, JobStatus, StartJob};
+use serde_json::json;
 
 use crate::bitmaps::BitmapName;
 use crate::disks::{DiskId, ask};
@@ -196,7 +197,9 @@ impl Target {
             info: untouched(mirror.as_ref()),
             warnings: Vec::new(),
             started: unix_seconds(),
+            ready: None,
         };
+        self.events.add("job_status_change", &id, job.status_facts());
         self.graph_mut().jobs.insert(id.clone(), job);
         // From here on the graph itself keeps others from the legs.
         drop(names);
@@ -258,6 +261,7 @@ impl Target {
         if let Some(Job { origin: Origin::Made, target, .. }) = job {
             self.graph_mut().bdevs.remove(&target);
         }
+        self.events.add("job_status_change", id, json!({ "status": JobStatus::Null.name() }));
         self.retire_disk(disk).await;
     }
 }

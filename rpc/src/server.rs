@@ -3,7 +3,8 @@
 //! Requests of one connection are carried out one after another and answered in their order; those of different
 //! connections run side by side. So a client that pipelines a call and one that depends on it may do so, and a client
 //! that waits for events uses a second connection for everything else. A response that cannot be sent any more is
-//! dropped: what was begun is finished all the same.
+//! dropped: what was begun is finished all the same. What waits to be written is bounded: a client that does not read its
+//! answers is not read from either.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -15,11 +16,12 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::error::{RpcError, code};
 use crate::jsonrpc::{Request, Response, Splitter};
 use crate::methods::{self, Caller};
+use crate::subscriptions::{Notifications, QUEUE};
 use crate::target::Target;
 
 /// Bytes read at once.
@@ -75,9 +77,9 @@ pub async fn serve(listener: UnixListener, target: Rc<Target>) {
 /// One client, until it goes.
 async fn connection(stream: UnixStream, target: Rc<Target>) {
     let (reader, writer) = stream.into_split();
-    let (outgoing, queue) = unbounded_channel();
+    let (outgoing, queue) = channel(QUEUE);
     let writing = tokio::task::spawn_local(write(writer, queue));
-    let caller = Caller { target, notifications: Some(outgoing.clone()) };
+    let caller = Caller { target, notifications: Some(Notifications::new(outgoing.clone())) };
     read(reader, &caller, &outgoing).await;
     // Subscriptions hold senders as well and see the queue closed when the writer goes.
     drop((caller, outgoing));
@@ -85,7 +87,7 @@ async fn connection(stream: UnixStream, target: Rc<Target>) {
 }
 
 /// Reads requests and answers them, until the client goes or cannot be understood.
-async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &UnboundedSender<Value>) {
+async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &Sender<Value>) {
     let mut splitter = Splitter::default();
     let mut buffer = vec![0; READ];
     loop {
@@ -109,7 +111,7 @@ async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &UnboundedSe
                 Err(error) => (Some(to_json(&Response::error(Value::Null, error))), false),
             };
             if let Some(answer) = answer {
-                let sent = outgoing.send(answer);
+                let sent = outgoing.send(answer).await;
                 if !go_on || sent.is_err() {
                     // Let the writer take what is in the queue before the connection closes.
                     tokio::task::yield_now().await;
@@ -121,7 +123,7 @@ async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &UnboundedSe
 }
 
 /// Writes responses and notifications.
-async fn write(mut writer: OwnedWriteHalf, mut queue: UnboundedReceiver<Value>) {
+async fn write(mut writer: OwnedWriteHalf, mut queue: Receiver<Value>) {
     while let Some(value) = queue.recv().await {
         let mut text = serde_json::to_vec(&value).unwrap_or_default();
         text.push(b'\n');

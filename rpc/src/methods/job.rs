@@ -1,15 +1,16 @@
 //! The generic verbs of jobs, their list and their events.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use resilver_bdev::JobVerb;
 use resilver_bdev::job::CopyMode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use super::{Answer, Caller, Rpc};
 use crate::error::RpcError;
+use crate::events::EVENTS_MAX;
 
 /// The longest that `job_get_events` waits, milliseconds.
 const WAIT_MS_MAX: u64 = 60_000;
@@ -252,13 +253,14 @@ impl Rpc for JobGetEvents {
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
         let (events, job_id) = (&caller.target.events, self.job_id.as_deref());
         let wait = Duration::from_millis(self.timeout_ms.min(WAIT_MS_MAX));
-        let waited = tokio::time::timeout(wait, events.wait(self.after, job_id)).await;
-        let page = waited.unwrap_or_else(|_| events.page(self.after, job_id));
+        let waited = tokio::time::timeout(wait, events.wait(self.after, job_id, EVENTS_MAX)).await;
+        let page = waited.unwrap_or_else(|_| events.page(self.after, job_id, EVENTS_MAX));
         Ok(Answer::new(page.to_json()))
     }
 }
 
-/// As `job_get_events` without waiting; from then on every event comes as a notification `job_event` on this connection.
+/// As `job_get_events` without waiting; from then on every event comes as a notification `job_event` on this connection. A
+/// subscriber that reads too slowly is told how many events it missed, in an event `events_missed` with a `count`.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct JobSubscribe {
     /// Only events after this sequence number; none before the call if not given.
@@ -275,27 +277,13 @@ impl Rpc for JobSubscribe {
     const RESULT: &'static str = "as of job_get_events";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        let target = caller.target;
-        let after = self.after.unwrap_or_else(|| target.events.newest());
-        let first = target.events.page(after, self.job_id.as_deref());
-        let mut seen = first.sequence;
-        if let Some(notifications) = caller.notifications {
-            tokio::task::spawn_local(async move {
-                loop {
-                    let page = tokio::select! {
-                        page = target.events.wait(seen, self.job_id.as_deref()) => page,
-                        () = notifications.closed() => return,
-                    };
-                    seen = page.sequence;
-                    for event in page.events {
-                        let notification =
-                            json!({ "jsonrpc": "2.0", "method": "job_event", "params": event });
-                        if notifications.send(notification).is_err() {
-                            return;
-                        }
-                    }
-                }
-            });
+        let events = &caller.target.events;
+        let after = self.after.unwrap_or_else(|| events.newest());
+        let first = events.page(after, self.job_id.as_deref(), EVENTS_MAX);
+        if let Some(notifications) = &caller.notifications {
+            let subscription = notifications.subscribe()?;
+            let target = Rc::clone(&caller.target);
+            tokio::task::spawn_local(subscription.feed(target, first.sequence, self.job_id));
         }
         Ok(Answer::new(first.to_json()))
     }

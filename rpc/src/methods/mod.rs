@@ -23,9 +23,9 @@ use std::rc::Rc;
 use schemars::{JsonSchema, Schema};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::sync::mpsc::UnboundedSender;
 
 use crate::error::{RpcError, code};
+use crate::subscriptions::Notifications;
 use crate::target::Target;
 
 /// What a method is called with beside its parameters.
@@ -34,7 +34,7 @@ pub struct Caller {
     /// What is being served.
     pub(crate) target: Rc<Target>,
     /// Takes notifications for the caller's connection; closed when it goes. None for calls that come from nowhere.
-    pub(crate) notifications: Option<UnboundedSender<Value>>,
+    pub(crate) notifications: Option<Notifications>,
 }
 
 impl Caller {

@@ -27,6 +27,7 @@ pub mod malloc;
 pub mod mirror;
 pub mod null;
 pub mod passthru;
+pub mod sectors;
 pub mod slots;
 pub mod stats;
 pub mod uring;

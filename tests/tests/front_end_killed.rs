@@ -2,57 +2,17 @@
 //! acknowledged write.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
-use resilver_tests::e2e::Server;
 use resilver_tests::e2e::driver::BLOCK;
 use resilver_tests::e2e::guest::{assert_holds, fill, table_generations};
 use resilver_tests::e2e::tools::first_difference;
+use resilver_tests::e2e::{GuestProcess, Server};
 use serde_json::{Value, json};
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_guest");
 const BLOCKS: u64 = 32 * 1024;
 const SIZE: u64 = BLOCKS * BLOCK as u64;
-
-/// A guest process, killed with the test.
-struct Process(Child);
-
-impl Process {
-    /// Starts one and waits until it has compared the whole disk with the table and writes again.
-    fn start(socket: &Path, table: &Path, seed: u64) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_guest"))
-            .args([socket, table])
-            .args([BLOCKS.to_string(), seed.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        let process = Self(child);
-        assert_eq!(line, "running\n", "the guest did not start");
-        process
-    }
-
-    fn kill(mut self) {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap();
-    }
-
-    fn finish(mut self) {
-        drop(self.0.stdin.take());
-        assert!(self.0.wait().unwrap().success(), "the guest found an error");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 #[test]
 fn a_front_end_killed_in_mid_mirror_reconnects_and_the_mirror_finishes() {
@@ -68,7 +28,8 @@ fn a_front_end_killed_in_mid_mirror_reconnects_and_the_mirror_finishes() {
     drop(disk);
     server.serve_file("vm", &source, "vm.sock");
     let socket = server.controller("vm.sock");
-    let guest = Process::start(&socket, &table, 1);
+    let start = |seed| GuestProcess::start(PROGRAM, &socket, &table, BLOCKS, seed);
+    let guest = start(1);
 
     server.call(
         "bdev_mirror_start",
@@ -90,7 +51,7 @@ fn a_front_end_killed_in_mid_mirror_reconnects_and_the_mirror_finishes() {
         guest.kill();
         let job = server.job("move");
         assert_eq!(job["status"], "running", "the mirror does not need a guest: {job}");
-        guest = Process::start(&socket, &table, seed);
+        guest = start(seed);
         let job = server.job("move");
         assert_eq!(job["status"], "running", "the kill must be in mid-mirror: {job}");
         server.call("job_set_speed", json!({ "job_id": "move", "speed": SIZE / 4 }));
@@ -100,12 +61,12 @@ fn a_front_end_killed_in_mid_mirror_reconnects_and_the_mirror_finishes() {
 
     // Once more while both legs are equal, and across the switch-over.
     guest.kill();
-    let guest = Process::start(&socket, &table, 4);
+    let guest = start(4);
     server.call("job_complete", json!({ "job_id": "move" }));
     let job = server.wait_for_status("move", "concluded");
     assert!(job.get("error").is_none_or(Value::is_null), "{job}");
     guest.kill();
-    let guest = Process::start(&socket, &table, 5);
+    let guest = start(5);
     guest.finish();
 
     assert_eq!(server.served_bdev("vm.sock"), "move-target");

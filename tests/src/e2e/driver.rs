@@ -21,8 +21,10 @@ pub struct Driver {
     notifier: Box<dyn QueueNotifier>,
     buffers: Vec<&'static mut [u8]>,
     capacity: u64,
-    _transport: Box<VirtioBlkTransport>,
+    transport: Box<VirtioBlkTransport>,
     _memory: OwnedFd,
+    /// Memory that no request names: address, length, and its descriptor, which the crate sends along when it goes.
+    spare: Option<(usize, usize, OwnedFd)>,
 }
 
 impl Driver {
@@ -48,7 +50,26 @@ impl Driver {
         queue.set_used_notif_enabled(false);
         let notifier = transport.get_submission_notifier(0);
         let buffers = buffer.chunks_exact_mut(BLOCK).collect();
-        Ok(Self { queue, notifier, buffers, capacity, _transport: transport, _memory: memory })
+        Ok(Self { queue, notifier, buffers, capacity, transport, _memory: memory, spare: None })
+    }
+
+    /// Changes the memory table, as hot-plug does: another region comes, the one that came so before goes. What is in flight
+    /// stays.
+    ///
+    /// # Errors
+    /// The crate's.
+    pub fn change_memory(&mut self) -> io::Result<()> {
+        let memory = rustix::fs::memfd_create(c"resilver-spare", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&memory, BLOCK as u64)?;
+        let mapped = leak_shared(memory.as_fd(), BLOCK as u64).map_err(io::Error::other)?;
+        let (address, length) = (mapped.as_ptr() as usize, mapped.len());
+        self.transport.map_mem_region(address, length, memory.as_raw_fd(), 0)?;
+        match self.spare.replace((address, length, memory)) {
+            Some((address, length, _memory)) => {
+                Ok(self.transport.unmap_mem_region(address, length)?)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Bytes of the disk.

@@ -78,6 +78,9 @@ struct Shared {
     stage: AtomicU8,
     heard: AtomicU8,
     written: AtomicU64,
+    /// Changes of the memory table that are wanted, and those that were made.
+    memory_wanted: AtomicU64,
+    memory_changed: AtomicU64,
 }
 
 /// A running guest.
@@ -158,6 +161,20 @@ impl Guest {
     pub fn enter(&self, stage: Stage) {
         self.shared.stage.store(stage as u8, Ordering::Release);
         while self.shared.heard.load(Ordering::Acquire) != stage as u8 && !self.has_ended() {
+            thread::yield_now();
+        }
+    }
+
+    /// Changes the memory table while requests are in flight.
+    ///
+    /// # Panics
+    /// If the guest stands still.
+    pub fn change_memory(&self) {
+        let goal = self.shared.memory_wanted.fetch_add(1, Ordering::AcqRel) + 1;
+        let begun = Instant::now();
+        while self.shared.memory_changed.load(Ordering::Acquire) < goal {
+            assert!(!self.has_ended(), "the guest has ended");
+            assert!(begun.elapsed() < LOST_AFTER, "the guest stands still");
             thread::yield_now();
         }
     }
@@ -263,6 +280,11 @@ impl Worker {
             }
             if !stopping {
                 self.fill_slots();
+            }
+            let wanted = self.shared.memory_wanted.load(Ordering::Acquire);
+            if self.shared.memory_changed.load(Ordering::Acquire) < wanted {
+                self.driver.change_memory().unwrap();
+                self.shared.memory_changed.fetch_add(1, Ordering::AcqRel);
             }
             if !self.reap() {
                 let lost = |(_, _, _, at): &(Op, usize, u64, Instant)| at.elapsed() > LOST_AFTER;

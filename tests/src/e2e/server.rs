@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 /// How long anything may take that takes a moment.
@@ -46,33 +47,20 @@ impl Server {
     /// If it does not start.
     pub fn start() -> Self {
         let directory = tempfile::Builder::new().prefix("resilver-e2e-").tempdir().unwrap();
-        let at = |name: &str| directory.path().join(name);
-        std::fs::create_dir(at("vhost")).unwrap();
-        let log = File::create(at("serve.log")).unwrap();
-        let child = Command::new(binary())
-            .arg("serve")
-            .args([Path::new("--rpc-socket"), &at("rpc.sock")])
-            .args([Path::new("--vhost-dir"), &at("vhost")])
-            .args([Path::new("--state-dir"), &at("state")])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let mut starting = Starting { child: Some(child), log: at("serve.log") };
-        let begun = Instant::now();
-        let socket = loop {
-            if let Ok(socket) = UnixStream::connect(at("rpc.sock")) {
-                break socket;
-            }
-            let ended = starting.child.as_mut().unwrap().try_wait().unwrap();
-            assert!(ended.is_none(), "resilver serve ended at once: {}", starting.log());
-            assert!(begun.elapsed() < DEADLINE, "no RPC socket: {}", starting.log());
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        socket.set_read_timeout(Some(DEADLINE)).unwrap();
-        let child = starting.child.take().unwrap();
+        std::fs::create_dir(directory.path().join("vhost")).unwrap();
+        let (child, socket) = launch(directory.path());
         Self { child, socket, calls: 0, directory }
+    }
+
+    /// Ends it by a signal and starts another one in the same directory, with the configuration `config.json` if it is there.
+    /// Says how the first ended.
+    ///
+    /// # Panics
+    /// If it does not end, or another one does not start.
+    pub fn restart(&mut self, signal: Signal) -> ExitStatus {
+        let status = self.end(signal);
+        (self.child, self.socket) = launch(self.directory.path());
+        status
     }
 
     /// A path in the server's directory.
@@ -180,13 +168,19 @@ impl Server {
     /// If it does not end well.
     #[must_use]
     pub fn stop(mut self) -> impl Drop {
+        let status = self.end(Signal::TERM);
+        assert!(status.success(), "resilver serve ended with {status}: {}", self.log());
+        self
+    }
+
+    /// Ends it by a signal.
+    fn end(&mut self, signal: Signal) -> ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
         let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                assert!(status.success(), "resilver serve ended with {status}: {}", self.log());
-                return self;
+                return status;
             }
             assert!(begun.elapsed() < DEADLINE, "it does not stop: {}", self.log());
             std::thread::sleep(Duration::from_millis(5));
@@ -201,6 +195,37 @@ impl Drop for Server {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Starts a server in a directory; gives it and a connection to it.
+fn launch(directory: &Path) -> (Child, UnixStream) {
+    let at = |name: &str| directory.join(name);
+    let log = File::options().append(true).create(true).open(at("serve.log")).unwrap();
+    let mut command = Command::new(binary());
+    command
+        .arg("serve")
+        .args([Path::new("--rpc-socket"), &at("rpc.sock")])
+        .args([Path::new("--vhost-dir"), &at("vhost")])
+        .args([Path::new("--state-dir"), &at("state")])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log);
+    if at("config.json").exists() {
+        command.args([Path::new("--config"), &at("config.json")]);
+    }
+    let mut starting = Starting { child: Some(command.spawn().unwrap()), log: at("serve.log") };
+    let begun = Instant::now();
+    let socket = loop {
+        if let Ok(socket) = UnixStream::connect(at("rpc.sock")) {
+            break socket;
+        }
+        let ended = starting.child.as_mut().unwrap().try_wait().unwrap();
+        assert!(ended.is_none(), "resilver serve ended at once: {}", starting.log());
+        assert!(begun.elapsed() < DEADLINE, "no RPC socket: {}", starting.log());
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    (starting.child.take().unwrap(), socket)
 }
 
 /// A child that is killed if the server does not come up.

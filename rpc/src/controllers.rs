@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use resilver_bdev::Limits;
+use resilver_vhost::protocol::QUEUES_MAX;
 use resilver_vhost::server::{Controller, ControllerConfig, ControllerInfo, VhostError};
 use resilver_vhost::stats::VhostStats;
 use serde_json::{Value, json};
@@ -61,7 +62,9 @@ impl From<VhostError> for RpcError {
                 Self::new(code::EXISTS, "not_a_socket", message, json!({ "path": path }))
             }
             VhostError::Socket { path, source } => Self::file("making the socket", &path, &source),
-            VhostError::NumQueues(given) => Self::parameter("num_queues", given, message),
+            VhostError::NumQueues(given) => {
+                Self::parameter("num_queues", given, format!("from 1 to {QUEUES_MAX} queues"))
+            }
             VhostError::StillInFlight { name, in_flight } => Self::new(
                 code::TIMED_OUT,
                 "still_in_flight",

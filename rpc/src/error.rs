@@ -91,6 +91,32 @@ impl RpcError {
         )
     }
 
+    /// A parameter that is not given and should be.
+    #[must_use]
+    pub fn missing(name: &str, expected: impl Into<String>) -> Self {
+        let expected = expected.into();
+        Self::new(
+            code::INVALID_PARAMS,
+            "invalid_parameter",
+            format!("parameter '{name}' is missing: {expected}"),
+            json!({ "parameter": name, "value": null, "expected": expected }),
+        )
+    }
+
+    /// The same error under the parameter that the caller knows: an error about one of `ours` becomes one about `theirs`,
+    /// which was given as `value`.
+    #[must_use]
+    pub(crate) fn told_as(self, ours: &[&str], theirs: &str, value: impl Into<Value>) -> Self {
+        let data = self.data.as_ref();
+        let field = |name: &str| data.and_then(|data| data.get(name)).and_then(Value::as_str);
+        match (field("parameter"), field("expected")) {
+            (Some(parameter), Some(expected)) if ours.contains(&parameter) => {
+                Self::parameter(theirs, value, expected)
+            }
+            (_, _) => self,
+        }
+    }
+
     /// A parameter that is specified and not built yet: refused rather than ignored.
     #[must_use]
     pub fn not_yet(name: &str, value: impl Into<Value>, instead: &str) -> Self {
@@ -170,7 +196,9 @@ impl From<BdevError> for RpcError {
                 Self::new(code::EXISTS, "exists", message, json!({ "name": name }))
             }
             BdevError::Invalid { parameter, value, expected } => {
-                Self::parameter(parameter, value, expected)
+                // The crates below say numbers as text.
+                let number = value.parse::<u64>().map(Value::from);
+                Self::parameter(parameter, number.unwrap_or_else(|_| value.into()), expected)
             }
             BdevError::File { path, source, .. } => Self::new(
                 errno(&source),

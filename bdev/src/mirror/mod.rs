@@ -161,22 +161,33 @@ fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), Bdev
     }
     if target.block_size > source.block_size {
         let expected = format!(
-            "expects blocks no larger than the source's, {}; a guest that writes smaller blocks than the target has is \
+            "its blocks have {} bytes; expects blocks no larger than the source's, {}; a guest that writes smaller blocks than the target has is \
              not supported yet",
-            source.block_size
+            target.block_size, source.block_size
         );
-        return invalid("target block size", target.block_size.to_string(), &expected);
+        return invalid("target", target.block_size.to_string(), &expected);
     }
     if !source.block_size.is_multiple_of(target.block_size) {
-        let expected = format!("expects a divisor of the source's, {}", source.block_size);
-        return invalid("target block size", target.block_size.to_string(), &expected);
+        let expected = format!(
+            "its blocks have {} bytes; expects a divisor of the source's, {}",
+            target.block_size, source.block_size
+        );
+        return invalid("target", target.block_size.to_string(), &expected);
     }
     if target.size() < source.size() {
-        let expected = format!("expects at least the source's size, {} bytes", source.size());
-        return invalid("target size", format!("{} bytes", target.size()), &expected);
+        let expected = format!(
+            "it has {} bytes; expects at least the source's size, {} bytes",
+            target.size(),
+            source.size()
+        );
+        return invalid("target", target.size().to_string(), &expected);
     }
     if target.read_only {
-        return invalid("target", "read-only".to_owned(), "expects a target that can be written");
+        return invalid(
+            "target",
+            "read-only".to_owned(),
+            "it is read-only; expects a target that can be written",
+        );
     }
     validate_scope(config)?;
     if let Some(working) = &config.bitmap {

@@ -69,7 +69,7 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
     let kind = kind_of(&canonical).map_err(|error| failed("opening", error))?.ok_or_else(|| {
         BdevError::Invalid {
             parameter: "filename",
-            value: format!("'{}'", path.display()),
+            value: path.display().to_string(),
             expected: "a regular file or a block device was expected".to_owned(),
         }
     })?;

@@ -121,9 +121,9 @@ fn geometry(config: &UringConfig, size: u64, block_size: u32) -> Result<Geometry
     let fitting = size.next_multiple_of(block).max(block);
     Err(BdevError::Invalid {
         parameter: "filename",
-        value: format!("'{}', of {size} bytes", config.path.display()),
+        value: config.path.display().to_string(),
         expected: format!(
-            "the size must be a multiple of the block size of {block_size} bytes, and not zero; `truncate -s {fitting}` would \
+            "its size is {size} bytes and must be a multiple of the block size of {block_size} bytes, and not zero; `truncate -s {fitting}` would \
              make it one"
         ),
     })

@@ -115,6 +115,9 @@ impl Rpc for BdevNullDelete {
     }
 }
 
+/// What the crates below call a new size.
+pub(super) const SIZES: &[&str] = &["size", "num_blocks"];
+
 /// Changes the size of a null bdev. Guests are told.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct BdevNullResize {
@@ -131,7 +134,8 @@ impl Rpc for BdevNullResize {
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
         let size = self.new_size.saturating_mul(MIB);
-        caller.target.resize_bdev(&self.name, "null", size).await?;
+        let resized = caller.target.resize_bdev(&self.name, "null", size).await;
+        resized.map_err(|error| error.told_as(SIZES, "new_size", self.new_size))?;
         Ok(Answer::done())
     }
 }

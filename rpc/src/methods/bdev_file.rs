@@ -6,7 +6,7 @@ use resilver_bdev::uring::UringConfig;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::bdev::made_by;
+use super::bdev::{SIZES, made_by};
 use super::{Answer, Caller, Rpc};
 use crate::error::RpcError;
 use crate::files;
@@ -108,7 +108,8 @@ impl Rpc for BdevUringResize {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.resize_bdev(&self.name, "uring", self.new_size).await?;
+        let resized = caller.target.resize_bdev(&self.name, "uring", self.new_size).await;
+        resized.map_err(|error| error.told_as(SIZES, "new_size", self.new_size))?;
         Ok(Answer::done())
     }
 }

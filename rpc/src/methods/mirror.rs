@@ -245,6 +245,14 @@ pub(super) struct BdevMirrorStart {
     keep_source: Option<Value>,
 }
 
+/// How the target was named.
+enum GivenTarget {
+    /// A bdev.
+    Bdev(String),
+    /// A file, for which a bdev is made.
+    File(PathBuf),
+}
+
 impl BdevMirrorStart {
     /// Refuses what this version cannot do.
     fn refuse_what_is_not_there_yet(&self) -> Result<(), RpcError> {
@@ -299,6 +307,22 @@ impl BdevMirrorStart {
         Ok(Some((bitmap.clone(), mode)))
     }
 
+    /// The target, which is named in one of two ways.
+    fn given_target(&self) -> Result<GivenTarget, RpcError> {
+        match (&self.target, &self.target_path) {
+            (Some(name), None) => Ok(GivenTarget::Bdev(name.clone())),
+            (None, Some(path)) => Ok(GivenTarget::File(path.clone())),
+            (None, None) => {
+                let expected = "give either 'target', the name of a bdev, or 'target_path', a file";
+                Err(RpcError::missing("target", expected))
+            }
+            (Some(_), Some(path)) => {
+                let expected = "give either 'target', the name of a bdev, or 'target_path', a file, and not both";
+                Err(RpcError::parameter("target_path", path.to_string_lossy(), expected))
+            }
+        }
+    }
+
     fn start(&self) -> MirrorStart {
         let job_id = self.job_id.clone().unwrap_or_else(|| self.source.clone());
         MirrorStart {
@@ -343,18 +367,26 @@ impl Rpc for BdevMirrorStart {
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
         self.refuse_what_is_not_there_yet()?;
         let target: &std::rc::Rc<Target> = &caller.target;
+        let given = self.given_target()?;
         let bitmap = self.working_bitmap()?;
         let mut start = self.start();
         start.bitmap = bitmap;
         let (names, source) = target.engage_mirror(&start)?;
         let job_id = start.config.job_id.clone();
-        match (self.target, self.target_path) {
-            (Some(leg), None) => {
-                target.start_mirror(start, names, TargetLeg::Given(leg)).await?;
+        match given {
+            GivenTarget::Bdev(leg) => {
+                let told = |error: RpcError| error.told_as(&["target"], "target", leg.as_str());
+                let leg = TargetLeg::Given(leg.clone());
+                target.start_mirror(start, names, leg).await.map_err(told)?;
             }
-            (None, Some(path)) => {
+            GivenTarget::File(path) => {
+                let told = |error: RpcError| {
+                    error.told_as(&["target", "filename"], "target_path", path.to_string_lossy())
+                };
                 let name = self.target_name.unwrap_or_else(|| format!("{job_id}-target"));
-                let engaged = target.engage_new_bdev(&name)?;
+                let engaged = target
+                    .engage_new_bdev(&name)
+                    .map_err(|error| error.told_as(&["name"], "target_name", name.as_str()))?;
                 // Not whether it was superseded: it is overwritten, and moving back to the old disk is a common thing.
                 target.check_file_is_free(&path, false)?;
                 let geometry = source.geometry();
@@ -373,21 +405,17 @@ impl Rpc for BdevMirrorStart {
                 };
                 let create = BdevUringCreate {
                     name,
-                    filename: path,
+                    filename: path.clone(),
                     block_size: Some(geometry.block_size),
                     readonly: false,
                     direct: true,
                     uuid: None,
                 };
-                let made = create.open(&caller, engaged).await?;
-                target.start_mirror(start, names, TargetLeg::Made(made)).await?;
+                let made = create.open(&caller, engaged).await.map_err(told)?;
+                target.start_mirror(start, names, TargetLeg::Made(made)).await.map_err(told)?;
                 if let Some(file) = file {
                     file.keep();
                 }
-            }
-            (Some(_), Some(_)) | (None, None) => {
-                let expected = "either 'target', the name of a bdev, or 'target_path', a file";
-                return Err(RpcError::parameter("target", Value::Null, expected));
             }
         }
         Ok(Answer::new(json!({ "job_id": job_id })))

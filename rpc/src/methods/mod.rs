@@ -13,6 +13,7 @@ mod config;
 mod framework;
 mod job;
 mod mirror;
+mod shape;
 mod state;
 mod verify;
 mod vhost;
@@ -22,7 +23,7 @@ use std::rc::Rc;
 
 use schemars::{JsonSchema, Schema};
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::{RpcError, code};
 use crate::subscriptions::Notifications;
@@ -210,37 +211,43 @@ pub async fn call(caller: Caller, name: &str, params: Value) -> Result<Answer, R
     (method.call)(caller, params).await
 }
 
-/// Reads parameters. What is missing or unknown is told by comparison with the schema, which names all that there is; the
-/// rest by serde, with the path to the culprit.
+/// Reads parameters. What is missing, unknown or of a wrong type is told by comparison with the schema, which names all
+/// that there is; the rest by serde.
 fn parse<M: Rpc>(params: Value) -> Result<M, RpcError> {
     let params = match params {
-        Value::Null => json!({}),
-        Value::Object(_) => params,
+        Value::Null => Map::new(),
+        Value::Object(params) => params,
         other @ (Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_)) => {
             return Err(RpcError::parameter("params", other, "an object: parameters go by name"));
         }
     };
-    let schema = schemars::schema_for!(M);
-    let known = schema.get("properties").and_then(Value::as_object);
-    let accepted: Vec<&str> =
-        known.into_iter().flat_map(|it| it.keys().map(String::as_str)).collect();
-    let given = params.as_object().into_iter().flatten();
-    if let Some((name, value)) =
-        given.into_iter().find(|(name, _)| !accepted.contains(&name.as_str()))
-    {
-        let expected = format!("{} does not know it; it takes {}", M::NAME, list(&accepted));
-        return Err(RpcError::parameter(name, value.clone(), expected));
+    let schema = schemars::schema_for!(M).to_value();
+    let none = Map::new();
+    let known = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
+    let accepted: Vec<&str> = known.keys().map(String::as_str).collect();
+    for (name, value) in &params {
+        let Some(shape) = known.get(name) else {
+            let expected = format!("{} does not know it; it takes {}", M::NAME, list(&accepted));
+            return Err(RpcError::parameter(name, value.clone(), expected));
+        };
+        if !shape::fits(&schema, shape, value) {
+            let expected = format!("expected {}", shape::words(&schema, shape));
+            return Err(RpcError::parameter(name, value.clone(), expected));
+        }
     }
     let required = schema.get("required").and_then(Value::as_array);
     let mut required = required.into_iter().flatten().filter_map(Value::as_str);
-    if let Some(name) = required.find(|name| params.get(name).is_none()) {
+    if let Some(name) = required.find(|name| !params.contains_key(*name)) {
         let expected = format!("{} needs it; it takes {}", M::NAME, list(&accepted));
-        return Err(RpcError::parameter(name, "missing", expected));
+        return Err(RpcError::missing(name, expected));
     }
+    let params = Value::Object(params);
     serde_path_to_error::deserialize(&params).map_err(|error| {
-        let name = error.path().to_string();
-        let value = params.pointer(&format!("/{}", name.replace('.', "/"))).cloned();
-        RpcError::parameter(&name, value.unwrap_or(Value::Null), error.inner().to_string())
+        // The parameter, and not the place in it.
+        let path = error.path().to_string();
+        let name = path.split(['.', '[']).next().unwrap_or_default();
+        let value = params.get(name).cloned().unwrap_or(Value::Null);
+        RpcError::parameter(name, value, error.inner().to_string())
     })
 }
 
@@ -269,6 +276,64 @@ mod tests {
     }
 
     #[test]
+    fn a_value_of_a_wrong_type_is_refused_alike_everywhere() {
+        let wrong = json!([[{ "no": "such" }]]);
+        for method in METHODS {
+            let example: Value = serde_json::from_str(method.example).unwrap();
+            let schema = method.schema().to_value();
+            let parameters = schema.get("properties").and_then(Value::as_object);
+            for (name, shape) in parameters.into_iter().flatten() {
+                if shape::words(&schema, shape).is_empty() {
+                    continue; // It takes anything, and says itself what is wrong with it.
+                }
+                let mut params = example.clone();
+                params[name] = wrong.clone();
+                let error = method.check(params).unwrap_err();
+                let data = error.data.unwrap();
+                let told = (&data["parameter"], &data["value"]);
+                assert_eq!(told, (&json!(name), &wrong), "{}", method.name);
+                assert!(error.message.contains("]: expected "), "{}", error.message);
+            }
+        }
+    }
+
+    #[test]
+    fn what_would_be_accepted_is_said_in_words() {
+        let told = |method: &str, more: Value| {
+            let method = Method::find(method).unwrap();
+            let mut params: Value = serde_json::from_str(method.example).unwrap();
+            params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            method.check(params).unwrap_err().message
+        };
+        for (more, message) in [
+            (
+                json!({ "speed": -1 }),
+                "parameter 'speed' is -1: expected a whole number from 0 to 18446744073709551615",
+            ),
+            (
+                json!({ "granularity": 1u64 << 32 }),
+                "parameter 'granularity' is 4294967296: expected a whole number from 0 to 4294967295",
+            ),
+            (json!({ "unmap": "no" }), "parameter 'unmap' is \"no\": expected true or false"),
+            (json!({ "source": 7 }), "parameter 'source' is 7: expected a string"),
+            (
+                json!({ "copy_mode": "x" }),
+                "parameter 'copy_mode' is \"x\": expected 'background' or 'write-blocking'",
+            ),
+            (
+                json!({ "on_target_error": "auto" }),
+                "parameter 'on_target_error' is \"auto\": expected 'report' or 'ignore' or 'stop' or 'enospc'",
+            ),
+        ] {
+            assert_eq!(told("bdev_mirror_start", more), message);
+        }
+        // What may be left out may be null.
+        let params =
+            json!({ "source": "a", "target": "b", "granularity": null, "bitmap_mode": null });
+        Method::find("bdev_mirror_start").unwrap().check(params).unwrap();
+    }
+
+    #[test]
     fn names_are_unique() {
         let mut names: Vec<&str> = METHODS.iter().map(|method| method.name).collect();
         names.sort_unstable();
@@ -287,7 +352,7 @@ mod tests {
         let (name, value, message) =
             check(json!({ "name": "a", "num_blocks": "x", "block_size": 512 }));
         assert_eq!((name, value), ("num_blocks".into(), "x".into()));
-        assert!(message.contains("expected u64"), "{message}");
+        assert!(message.contains("expected a whole number"), "{message}");
         let (name, value, message) =
             check(json!({ "nam": "a", "num_blocks": 1, "block_size": 512 }));
         assert_eq!((name, value), ("nam".into(), "a".into()));

@@ -1,0 +1,95 @@
+# What the guest scripts share: tools, kernel, initramfs, boot. Sourced, not run.
+#
+# A guest is QEMU without hardware acceleration, Debian's cloud kernel and an initramfs with busybox, the modules that the run
+# needs, and our own programs. Everything that is downloaded is kept in a cache directory outside the tree.
+
+cache=${RESILVER_GUEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/resilver/guest}
+tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+work=$(mktemp -d)
+
+say() { echo "== $*"; }
+
+# Ends the run because something is missing here: not a failure, but said aloud.
+skip() {
+    echo "skipped: $*"
+    exit 0
+}
+
+# need COMMAND:PACKAGE...: installs what is missing where that may be done.
+need() {
+    local wanted=() pair
+    for pair in "$@"; do
+        command -v "${pair%%:*}" >/dev/null || wanted+=("${pair##*:}")
+    done
+    [ ${#wanted[@]} -eq 0 ] && return 0
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        skip "not installed: ${wanted[*]} (on Debian: apt-get install -t bookworm-backports ${wanted[*]})"
+    fi
+    if ! grep -rqs bookworm-backports /etc/apt/sources.list /etc/apt/sources.list.d; then
+        echo "deb http://deb.debian.org/debian bookworm-backports main" \
+            >/etc/apt/sources.list.d/resilver-backports.list
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        -t bookworm-backports "${wanted[@]}" >/dev/null
+}
+
+# Downloads the kernel once; sets `kernel` and `modules` (a directory with lib/modules).
+get_kernel() {
+    modules=$cache/kernel
+    if ! ls "$modules"/boot/vmlinuz-* >/dev/null 2>&1; then
+        say "getting Debian's cloud kernel"
+        mkdir -p "$cache/download" && rm -rf "$modules"
+        local package
+        package=$(apt-cache depends linux-image-cloud-amd64/bookworm-backports |
+            awk '/Depends: linux-image/ { print $2; exit }')
+        [ -n "$package" ] || skip "no cloud kernel in the package lists (apt-get update?)"
+        (cd "$cache/download" && apt-get download -qq "$package" 2>/dev/null)
+        dpkg -x "$cache/download/$package"_*.deb "$modules"
+        # The guest's modprobe takes them only as they are.
+        find "$modules" -name "*.ko.xz" -exec unxz {} +
+        depmod -b "$modules" "$(ls "$modules/lib/modules")"
+    fi
+    kernel=$(ls "$modules"/boot/vmlinuz-*)
+    version=$(ls "$modules/lib/modules")
+}
+
+# add PROGRAM [NAME]: puts a program and the libraries that it needs into the guest.
+add() {
+    local name=${2:-$(basename "$1")} library
+    install -D "$1" "$work/root/bin/$name"
+    strip "$work/root/bin/$name" 2>/dev/null || true
+    for library in $(ldd "$1" 2>/dev/null | grep -o '/[^ ]*'); do
+        [ -e "$work/root$library" ] || install -D "$library" "$work/root$library"
+    done
+}
+
+# make_initramfs SCRIPT MODULE...: the guest's root; SCRIPT is what it runs.
+make_initramfs() {
+    local script=$1 module file
+    shift
+    mkdir -p "$work/root"/{bin,proc,sys,dev,tmp,mnt,run}
+    add "$(command -v busybox)" busybox
+    install "$tree/scripts/guest/init" "$work/root/init"
+    install "$script" "$work/root/run.sh"
+    for module in "$@"; do
+        for file in $(modprobe -S "$version" -d "$modules" --show-depends "$module" |
+            awk '$1 == "insmod" { print $2 }'); do
+            install -D "$file" "$work/root/${file#"$modules"}"
+        done
+        echo "$module" >>"$work/root/modules"
+    done
+    cp "$modules/lib/modules/$version"/modules.{dep,builtin,order} "$work/root/lib/modules/$version/"
+    (cd "$work/root" && find . | cpio -o -H newc --quiet | gzip -1) >"$work/initramfs"
+}
+
+# boot LIMIT ARGUMENT...: runs the guest for so many seconds at most. Its console comes on standard output, line by line
+# (so sed -u: tr would keep a line that asks the host for something until it has a buffer full of them).
+boot() {
+    local limit=$1
+    shift
+    timeout "$limit" qemu-system-x86_64 -accel tcg,thread=multi -machine q35 -cpu max -smp 2 -m 1024 \
+        -nodefaults -display none -serial stdio -no-reboot \
+        -kernel "$kernel" -initrd "$work/initramfs" -append "console=ttyS0 quiet panic=-1" "$@" </dev/null |
+        sed -u 's|\r$||'
+}

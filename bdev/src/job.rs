@@ -175,6 +175,8 @@ pub enum JobVerb {
     Dismiss,
     /// Change the copy mode.
     Change(CopyMode),
+    /// Change the latency that the copier is to leave the guest; none for as it is without a ceiling.
+    SetCeiling(Option<Nanos>),
     /// Converge and leave the target as a point-in-time copy (QEMU's soft cancel).
     Finish,
     /// Compare both legs while they are in use.
@@ -195,7 +197,7 @@ impl JobVerb {
             Self::Complete => "complete",
             Self::Finalize => "finalize",
             Self::Dismiss => "dismiss",
-            Self::Change(_) => "change",
+            Self::Change(_) | Self::SetCeiling(_) => "change",
             Self::Finish => "finish",
             Self::Verify(_) => "verify",
             Self::StopVerify => "stop-verify",
@@ -210,7 +212,11 @@ impl JobVerb {
             Self::Cancel => {
                 matches!(status, Created | Running | Paused | Ready | Standby | Waiting | Pending)
             }
-            Self::Pause | Self::Resume | Self::SetSpeed(_) | Self::Change(_) => {
+            Self::Pause
+            | Self::Resume
+            | Self::SetSpeed(_)
+            | Self::Change(_)
+            | Self::SetCeiling(_) => {
                 matches!(status, Created | Running | Paused | Ready | Standby)
             }
             Self::Complete | Self::Finish => matches!(status, Ready | Standby),
@@ -677,6 +683,7 @@ mod tests {
             JobVerb::Complete,
             JobVerb::Finalize,
             JobVerb::Change(CopyMode::Background),
+            JobVerb::SetCeiling(None),
             JobVerb::Finish,
         ];
         for verb in verbs {

@@ -19,6 +19,7 @@ use super::life::{JobFlush, Stage};
 use super::pieces::{Kind, Plan, UnitMap};
 use super::ranges::Entered;
 use super::tables::{Failed, Mirroring};
+use super::throttle::WINDOW_MAX;
 use crate::io::{IoError, IoKind};
 use crate::job::{CopyMode, JobEvent, WriteCounts};
 
@@ -31,6 +32,8 @@ pub(super) enum Pace {
     Gentle,
     /// A guest is at work and makes chunks dirty faster than a gentle copier cleans them.
     Firm,
+    /// What the throttle allows beside a guest whose latency has a ceiling, evenly spaced.
+    Held,
 }
 
 impl Pace {
@@ -40,6 +43,8 @@ impl Pace {
             Self::Alone => usize::MAX,
             Self::Gentle => 1,
             Self::Firm => 4,
+            // As many as a slow target needs to take what is allowed.
+            Self::Held => 8,
         }
     }
 
@@ -47,7 +52,7 @@ impl Pace {
     fn run(self) -> u64 {
         match self {
             Self::Alone | Self::Firm => u64::MAX,
-            Self::Gentle => 128 << 10,
+            Self::Gentle | Self::Held => 128 << 10,
         }
     }
 }
@@ -55,8 +60,6 @@ impl Pace {
 /// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
 /// between two requests of a guest that makes one at a time.
 const GUEST_RESTS: Nanos = Nanos::from_millis(2);
-/// Stretches in a row without progress after which background copying is not going to converge.
-const STUCK: u32 = 6;
 /// Places looked at in one turn: bounded work.
 const LOOKS: usize = 32;
 
@@ -150,16 +153,21 @@ impl Copy {
 }
 
 impl Core {
-    /// Whether the copier may begin something, its rests and limits aside.
-    fn copier_runs(&self) -> bool {
-        let stage = match self.stage {
+    /// Whether the job is in a stage in which it copies.
+    pub(super) fn stage_copies(&self) -> bool {
+        match self.stage {
             Stage::Running | Stage::Ready | Stage::Waiting(_) => true,
             Stage::Pending(_, step) => step.copies(),
             Stage::Created | Stage::Paused(_) | Stage::Standby(_) | Stage::Leaving(_) => false,
-        };
+        }
+    }
+
+    /// Whether the copier may begin something, its rests and limits aside.
+    fn copier_runs(&self) -> bool {
         // While the job's own flush is in flight nothing is begun, or a guest that writes all the time would keep the
         // job from ever being ready.
-        stage && !matches!(self.job_flush, JobFlush::Asked(_)) && self.maps.dirty.count() > 0
+        let flushes = matches!(self.job_flush, JobFlush::Asked(_));
+        self.stage_copies() && !flushes && self.maps.dirty.count() > 0
     }
 
     /// When the copier may begin what it could not in its last turn, unless the end of an I/O tells it.
@@ -172,25 +180,56 @@ impl Core {
         if guest_busy {
             self.guest_seen = Some(now);
         }
-        let at_work = self.guest_seen.is_some_and(|seen| now < seen + GUEST_RESTS);
-        match (at_work, self.mirroring()) {
-            (false, _) => Pace::Alone,
+        // A ceiling is also for a guest that asks for little and seldom.
+        let held = self.throttle.ceiling().is_some();
+        let rests = if held { WINDOW_MAX } else { GUEST_RESTS };
+        if self.guest_seen.is_none_or(|seen| now >= seen + rests) {
+            return Pace::Alone;
+        }
+        let shrinks = match self.mirroring() {
             // What goes to both legs makes nothing dirty, so any pace gets there.
-            (true, Mirroring::Both | Mirroring::Switching) => Pace::Gentle,
-            (true, _) if self.shrinking.seen(self.maps.dirty.bytes(), now) => Pace::Gentle,
-            (true, Mirroring::Behind | Mirroring::Detached) => {
-                self.maybe_converge();
-                // Under a ceiling its allowance alone says how firm the copier may be.
-                if self.config.latency_ceiling.is_some() { Pace::Gentle } else { Pace::Firm }
-            }
+            Mirroring::Both | Mirroring::Switching => true,
+            Mirroring::Behind | Mirroring::Detached => self.shrinks(now),
+        };
+        match (held, shrinks) {
+            (true, _) => Pace::Held,
+            (false, true) => Pace::Gentle,
+            (false, false) => Pace::Firm,
         }
     }
 
-    /// A background copy that has not got on for some seconds goes over to write-blocking, once, where that is allowed.
-    fn maybe_converge(&mut self) {
-        let may = self.config.auto_converge && !self.auto_converged;
-        let copies = matches!(self.stage, Stage::Running | Stage::Ready);
-        if may && copies && self.shrinking.stuck() >= STUCK {
+    /// Changes the ceiling of the guest's latency.
+    pub(super) fn set_ceiling(&mut self, ceiling: Option<Nanos>, now: Nanos) {
+        self.throttle.set_ceiling(ceiling);
+        self.follow_throttle(now);
+    }
+
+    /// The limiter beside the guest goes by what the throttle allows now.
+    pub(super) fn follow_throttle(&mut self, now: Nanos) {
+        self.beside_guest.set_speed(self.throttle.allowance().unwrap_or(0), now);
+    }
+
+    /// Whether what is left gets less beside a guest whose writes make chunks dirty.
+    fn shrinks(&mut self, now: Nanos) -> bool {
+        if self.maps.dirty.count() == 0 || !self.stage_copies() {
+            self.chase.over();
+        } else if self.config.auto_converge && !self.auto_converged {
+            self.maybe_converge(now);
+        }
+        self.shrinking.seen(self.maps.dirty.bytes(), now)
+    }
+
+    /// Bytes that copies under way have yet to do.
+    pub(super) fn in_flight_bytes(&self) -> u64 {
+        self.copies.iter().map(Copy::left).sum()
+    }
+
+    /// A background copy that has been for nothing for some seconds goes over to write-blocking, once, where that is allowed.
+    fn maybe_converge(&mut self, now: Nanos) {
+        let left = self.maps.dirty.bytes() + self.in_flight_bytes();
+        let Counters { copied, zero, skipped, .. } = self.counters;
+        let switches = !matches!(self.stage, Stage::Running | Stage::Ready);
+        if self.chase.is_vain(left, copied + zero + skipped, now) && !switches {
             self.auto_converged = true;
             self.config.copy_mode = CopyMode::WriteBlocking;
             self.tell(JobEvent::AutoConverged);
@@ -200,6 +239,9 @@ impl Core {
     /// Begins copies, as many as may be in flight.
     pub(super) fn start_copies(&mut self, pace: Pace, now: Nanos) {
         self.copier_due = None;
+        if pace != Pace::Held {
+            self.beside_guest.forgive(now);
+        }
         if !self.copier_runs() {
             return;
         }
@@ -216,12 +258,12 @@ impl Core {
             else {
                 return;
             };
-            if self.copies.iter().filter(taken).count() >= most {
+            // What was given up and has not ended holds nobody up.
+            let live = |copy: &&Copy| copy.state == CopyState::Waiting || copy.is_at_work();
+            if self.copies.iter().filter(live).count() >= most {
                 return;
             }
-            let beside =
-                if pace == Pace::Alone { Nanos::ZERO } else { self.beside_guest.wait(now) };
-            let wait = self.limiter.wait(now).max(beside);
+            let wait = self.limiter.wait(now).max(self.beside_guest.wait(now));
             if wait > Nanos::ZERO {
                 self.copier_due = Some(now + wait);
                 return;
@@ -263,7 +305,7 @@ impl Core {
         let hole = self.maps.hole.get(first);
         let largest = match (hole, pace) {
             (true, Pace::Alone) => self.config.hole_run,
-            (true, Pace::Gentle | Pace::Firm) => self.config.run,
+            (true, Pace::Gentle | Pace::Firm | Pace::Held) => self.config.run,
             (false, _) => self.config.run.min(pace.run()).min(self.limiter.largest()),
         };
         let most = (largest / self.grid.granularity()).max(1);
@@ -474,6 +516,7 @@ impl Core {
         let length = slot.plan.end - offset;
         self.limiter.charge(length);
         self.beside_guest.charge(length);
+        self.throttle.moves(length);
         #[allow(clippy::cast_possible_truncation)] // at most a window
         self.act(Action::CopyRead { copy, offset, length: length as u32 });
     }

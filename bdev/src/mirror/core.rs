@@ -26,7 +26,7 @@ use super::durable::FlushLine;
 use super::errors::{BadSpots, ErrorLog};
 use super::life::{JobFlush, Record, Stage, Wish};
 use super::ranges::{Entered, Holder, Ranges};
-use super::rate::{Limiter, Rates, Shrinking};
+use super::rate::{Chase, Limiter, Rates, Shrinking};
 use super::rows::Rows;
 use super::scope::{ObserverPolicy, SyncMode};
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
@@ -269,6 +269,8 @@ pub(super) struct Core {
     pub copier_due: Option<Nanos>,
     /// Whether what is dirty gets less.
     pub shrinking: Shrinking,
+    /// Whether copying is for nothing.
+    pub chase: Chase,
     /// When the guest last had something in flight.
     pub guest_seen: Option<Nanos>,
     /// Where the copier looks next, a chunk.
@@ -299,6 +301,7 @@ impl Core {
         let (ops, copies) = (usize::from(config.ops), usize::from(config.copies));
         let empty = || Bitmap::empty(grid);
         let all = config.sync == SyncMode::Full && !config.by_bitmap;
+        let throttle = Throttle::new(config.latency_ceiling);
         let target_zero = if config.target_is_zero { Bitmap::full(grid) } else { empty() };
         Self {
             grid,
@@ -331,14 +334,15 @@ impl Core {
             copier_due: None,
             guest_seen: None,
             shrinking: Shrinking::default(),
+            chase: Chase::default(),
             cursor: 0,
             // Where nothing is brought over, nobody looks for holes.
             scanned_upto: if config.sync == SyncMode::None { u64::MAX } else { 0 },
             limiter: Limiter::new(config.speed, Nanos::ZERO),
             rates: Rates::default(),
             bad: BadSpots::default(),
-            throttle: Throttle::new(config.latency_ceiling),
-            beside_guest: Limiter::new(0, Nanos::ZERO),
+            beside_guest: Limiter::even(throttle.allowance().unwrap_or(0), Nanos::ZERO),
+            throttle,
             auto_converged: false,
             errors: ErrorLog::default(),
             counters: Counters::default(),

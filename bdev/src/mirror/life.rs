@@ -287,6 +287,7 @@ impl Core {
             JobVerb::Resume => self.resume()?,
             JobVerb::SetSpeed(speed) => self.limiter.set_speed(speed, now),
             JobVerb::Change(mode) => self.config.copy_mode = mode,
+            JobVerb::SetCeiling(ceiling) => self.set_ceiling(ceiling, now),
             JobVerb::Complete => self.switch(Goal::Complete),
             JobVerb::Finish => self.switch(Goal::Finish),
             JobVerb::Finalize => match self.stage {
@@ -604,10 +605,8 @@ impl Core {
     pub(super) fn turn(&mut self, guest_busy: bool, now: Nanos) {
         self.check_timeouts(now);
         self.advance(now);
-        if self.throttle.tick(now)
-            && let Some(allowed) = self.throttle.allowance()
-        {
-            self.beside_guest.set_speed(allowed, now);
+        if self.throttle.tick(now) {
+            self.follow_throttle(now);
         }
         let pace = self.pace(guest_busy, now);
         self.start_copies(pace, now);
@@ -784,7 +783,7 @@ impl Core {
         let mut rates = self.rates;
         rates.tick(now);
         let dirty_bytes = self.maps.dirty.bytes();
-        let in_flight_bytes = self.copies.iter().map(|copy| copy.left()).sum();
+        let in_flight_bytes = self.in_flight_bytes();
         let left = dirty_bytes + in_flight_bytes;
         let both = matches!(self.mirroring(), Mirroring::Both | Mirroring::Switching);
         let was_ready = !matches!(
@@ -811,11 +810,13 @@ impl Core {
             in_flight_bytes,
             copy_bytes_per_second: rates.copy_rate(),
             guest_write_bytes_per_second: rates.write_rate(),
-            eta: rates.eta(self.maps.dirty.bytes_without(&self.maps.hole) + in_flight_bytes, now),
+            eta: rates
+                .eta(self.maps.dirty.bytes_without(&self.maps.hole) + in_flight_bytes, now)
+                .filter(|_| left == 0 || self.stage_copies()),
             guest_p99: self.throttle.p99(),
             throttle: self.throttle.allowance(),
             auto_converged: self.auto_converged,
-            converging: left == 0 || rates.converging(),
+            converging: left == 0 || (self.stage_copies() && rates.converging()),
             actively_synced: both && was_ready && self.in_sync() && self.trailing == 0,
             target_undurable_bytes: self.lines[Side::Target as usize].undurable_bytes(),
             io_status: self.io_status,

@@ -18,6 +18,8 @@ const FORGOTTEN: u64 = 256;
 pub(super) struct Limiter {
     /// Bytes a second; 0 for no limit.
     speed: u64,
+    /// The allowance of how long a time may be spent at once.
+    burst: Nanos,
     /// Bytes in credit, or owed.
     credit: i64,
     /// When the credit was last brought up to date.
@@ -27,9 +29,19 @@ pub(super) struct Limiter {
 impl Limiter {
     /// A limiter with a full allowance.
     pub(super) fn new(speed: u64, now: Nanos) -> Self {
-        let mut limiter = Self { speed, credit: 0, at: now };
+        let mut limiter = Self { speed, burst: BURST, credit: 0, at: now };
         limiter.credit = limiter.burst();
         limiter
+    }
+
+    /// A limiter that lets an operation start only when all before it are paid for.
+    pub(super) fn even(speed: u64, now: Nanos) -> Self {
+        Self { speed, burst: Nanos::ZERO, credit: 1, at: now }
+    }
+
+    /// Forgets what is owed.
+    pub(super) fn forgive(&mut self, now: Nanos) {
+        (self.credit, self.at) = (self.burst(), now);
     }
 
     /// Bytes a second; 0 for no limit.
@@ -87,7 +99,7 @@ impl Limiter {
     }
 
     fn burst(&self) -> i64 {
-        bytes_in(self.speed, BURST).max(1)
+        bytes_in(self.speed, self.burst).max(1)
     }
 }
 
@@ -221,36 +233,59 @@ impl Rates {
 /// Over which time it is looked whether the dirty bytes get less.
 const SHRINKS_WITHIN: Nanos = Nanos::from_millis(500);
 
-/// Whether what is dirty gets less by a gentle copier's work, beside a guest that makes more.
+/// Whether what is left to do gets less by a gentle copier's work, beside a guest that makes more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shrinking {
     since: Nanos,
-    dirty: u64,
+    left: u64,
     yes: bool,
-    /// Stretches in a row in which they did not.
-    stuck: u32,
 }
 
 impl Default for Shrinking {
     fn default() -> Self {
-        Self { since: Nanos::ZERO, dirty: u64::MAX, yes: true, stuck: 0 }
+        Self { since: Nanos::ZERO, left: u64::MAX, yes: true }
     }
 }
 
 impl Shrinking {
-    /// So many bytes are dirty now. Whether they got less by a sixteenth in the last stretch.
-    pub(super) fn seen(&mut self, dirty: u64, now: Nanos) -> bool {
+    /// So many bytes are left now. Whether they got less by a sixteenth in the last stretch.
+    pub(super) fn seen(&mut self, left: u64, now: Nanos) -> bool {
         if now >= self.since + SHRINKS_WITHIN {
-            self.yes = dirty < self.dirty - self.dirty / 16;
-            (self.since, self.dirty) = (now, dirty);
-            self.stuck = if self.yes { 0 } else { self.stuck + 1 };
+            self.yes = left < self.left - self.left / 16;
+            (self.since, self.left) = (now, left);
         }
         self.yes
     }
+}
 
-    /// For how many stretches in a row they have not got less.
-    pub(super) fn stuck(&self) -> u32 {
-        self.stuck
+/// Over which time it is looked whether copying is for nothing.
+const CHASE: Nanos = Nanos::from_secs(3);
+
+/// Whether the copier runs after a guest that it does not catch: how large the disk is, and how slow the copy, must not matter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(super) struct Chase {
+    /// When it was last looked, and what was left and had been copied then.
+    from: Option<(Nanos, u64, u64)>,
+}
+
+impl Chase {
+    /// Nothing is dirty, or nothing is being copied.
+    pub(super) fn over(&mut self) {
+        self.from = None;
+    }
+
+    /// So many bytes are left, and so many were copied since the job began. Whether of what was copied in a stretch that now
+    /// ends, seven eighths or more are to be copied again.
+    pub(super) fn is_vain(&mut self, left: u64, done: u64, now: Nanos) -> bool {
+        match self.from {
+            Some((since, _, _)) if now < since + CHASE => false,
+            from => {
+                self.from = Some((now, left, done));
+                from.is_some_and(|(_, left_then, done_then)| {
+                    left_then.saturating_sub(left) < done.saturating_sub(done_then) / 8
+                })
+            }
+        }
     }
 }
 
@@ -334,12 +369,32 @@ mod tests {
     #[test]
     fn what_does_not_get_less_in_a_stretch_is_not_shrinking() {
         let mut shrinking = Shrinking::default();
-        let mut at = |millis, dirty| shrinking.seen(dirty, Nanos::from_millis(millis));
+        let mut at = |millis, left| shrinking.seen(left, Nanos::from_millis(millis));
         assert!(at(1000, 1600));
         assert!(at(1200, 1600), "the stretch is not over");
         assert!(at(1500, 1400));
         assert!(!at(2000, 1350));
         assert!(!at(2100, 10));
         assert!(at(2500, 10));
+    }
+
+    #[test]
+    fn a_chase_is_vain_by_what_the_guest_undoes_and_not_by_how_much_is_left() {
+        let vain = |copied: u64, dirtied: u64, pauses: bool| {
+            let (mut chase, mut left, mut done) = (Chase::default(), 1 << 40, 0);
+            (0..60).any(|second| {
+                (left, done) = (left - copied + dirtied, done + copied);
+                if pauses && second % 2 == 0 {
+                    chase.over();
+                }
+                chase.is_vain(left, done, Nanos::from_secs(second))
+            })
+        };
+        assert!(vain(100, 100, false));
+        assert!(vain(100, 300, false));
+        assert!(!vain(100, 0, false), "a long way");
+        assert!(!vain(100, 80, false), "slow");
+        assert!(!vain(0, 100, false), "a copier that rests");
+        assert!(!vain(100, 100, true), "one that catches up now and then");
     }
 }

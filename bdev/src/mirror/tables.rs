@@ -325,6 +325,7 @@ pub(super) fn on_hang(verb: JobVerb, hung: Side) -> (char, Outcome) {
             | JobVerb::Resume
             | JobVerb::SetSpeed(_)
             | JobVerb::Change(_)
+            | JobVerb::SetCeiling(_)
             | JobVerb::Verify(_)
             | JobVerb::StopVerify
             | JobVerb::Dismiss,
@@ -439,6 +440,7 @@ mod tests {
             JobVerb::Finalize,
             JobVerb::Dismiss,
             JobVerb::Change(CopyMode::Background),
+            JobVerb::SetCeiling(None),
             JobVerb::Finish,
         ];
         let mut rows = BTreeSet::new();

@@ -19,6 +19,7 @@ use crate::job::{
 use crate::malloc::Malloc;
 
 mod scope;
+mod throttle;
 mod verify;
 mod working;
 

@@ -2,8 +2,9 @@
 //!
 //! The guest's requests are timed from their arrival to their answer, in a histogram of one window. At the end of each window
 //! the copier's allowance follows its 99th percentile: halved above the ceiling, a little more below it (additive increase,
-//! multiplicative decrease: what shares a link fairly shares a device as well). The allowance never falls to nothing, so the
-//! copy goes on; and it counts only while a guest is at work.
+//! multiplicative decrease: what shares a link fairly shares a device as well). It grows only where it is used: one that grew
+//! while something else held the copier back would take as long to be felt again. It never falls to nothing, so the copy
+//! goes on; and it counts only while a guest is at work.
 
 use resilver_reactor::Nanos;
 
@@ -12,13 +13,14 @@ const BUCKETS: usize = 128;
 /// How long a window lasts if it has requests enough.
 const WINDOW: Nanos = Nanos::from_millis(50);
 /// And how long if it has not.
-const WINDOW_MAX: Nanos = Nanos::from_millis(500);
+pub(super) const WINDOW_MAX: Nanos = Nanos::from_millis(500);
 /// Requests that are enough.
 const ENOUGH: u32 = 100;
-/// Bytes a second that are always allowed, that are allowed at first, and by how many more it gets each window.
+/// Bytes a second that are always allowed, and that are allowed at first.
 const FLOOR: u64 = 1 << 20;
 const FIRST: u64 = 32 << 20;
-const STEP: u64 = 4 << 20;
+/// By how many it grows in a window, and a sixteenth: small beside what it is, or it would be too much every other time.
+const STEP: u64 = 256 << 10;
 /// More than any device does.
 const CAP: u64 = 16 << 30;
 
@@ -28,6 +30,8 @@ pub(super) struct Throttle {
     ceiling: Option<Nanos>,
     counts: [u32; BUCKETS],
     total: u32,
+    /// Bytes that the copier has moved in the window.
+    moved: u64,
     since: Nanos,
     p99: Option<Nanos>,
     allowance: u64,
@@ -52,6 +56,7 @@ impl Throttle {
             ceiling,
             counts: [0; BUCKETS],
             total: 0,
+            moved: 0,
             since: Nanos::ZERO,
             p99: None,
             allowance: FIRST,
@@ -63,6 +68,21 @@ impl Throttle {
     pub(super) fn answered(&mut self, latency: Nanos) {
         self.counts[bucket(latency)] += 1;
         self.total += 1;
+    }
+
+    /// The copier moves so many bytes.
+    pub(super) fn moves(&mut self, bytes: u64) {
+        self.moved = self.moved.saturating_add(bytes);
+    }
+
+    /// Changes the ceiling. What it leaves the copier is found anew.
+    pub(super) fn set_ceiling(&mut self, ceiling: Option<Nanos>) {
+        (self.ceiling, self.allowance) = (ceiling, FIRST);
+    }
+
+    /// The latency that is not to be exceeded.
+    pub(super) fn ceiling(&self) -> Option<Nanos> {
+        self.ceiling
     }
 
     /// The 99th percentile of the last window that had requests.
@@ -82,6 +102,8 @@ impl Throttle {
             return false;
         }
         self.since = now;
+        let moved = u128::from(std::mem::take(&mut self.moved)) * 1_000_000_000;
+        let used = moved * 2 >= u128::from(self.allowance) * u128::from(age.0);
         if self.total == 0 {
             self.p99 = None;
             return false;
@@ -96,10 +118,10 @@ impl Throttle {
         self.counts = [0; BUCKETS];
         self.total = 0;
         if let (Some(ceiling), Some(p99)) = (self.ceiling, self.p99) {
-            self.allowance = if p99 > ceiling {
-                (self.allowance / 2).max(FLOOR)
-            } else {
-                (self.allowance + STEP.max(self.allowance / 16)).min(CAP)
+            self.allowance = match (p99 > ceiling, used) {
+                (true, _) => (self.allowance / 2).max(FLOOR),
+                (false, true) => (self.allowance + self.allowance / 16 + STEP).min(CAP),
+                (false, false) => self.allowance,
             };
         }
         true
@@ -132,6 +154,7 @@ mod tests {
             for _ in 0..10 {
                 throttle.answered(latency(throttle.allowance));
             }
+            throttle.moves(throttle.allowance / 1000);
             if throttle.tick(now) && milli > 30_000 {
                 windows += 1;
                 moved += throttle.allowance;
@@ -147,6 +170,17 @@ mod tests {
         assert!(above < 0.2, "above the ceiling in {above} of the windows");
         // The device could copy 320 MiB/s under that ceiling.
         assert!(mean > 120 << 20, "{} MiB/s", mean >> 20);
+    }
+
+    #[test]
+    fn an_allowance_that_is_not_used_does_not_grow() {
+        let mut throttle = Throttle::new(Some(Nanos::from_millis(1)));
+        for quarter in 1..100 {
+            throttle.answered(Nanos::from_micros(100));
+            throttle.moves(FIRST / 10);
+            assert!(throttle.tick(Nanos::from_millis(quarter * 500)));
+        }
+        assert_eq!(throttle.allowance(), Some(FIRST));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use resilver_bdev::JobVerb;
 use resilver_bdev::job::CopyMode;
+use resilver_reactor::Nanos;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -209,13 +210,18 @@ impl Rpc for JobSetSpeed {
     }
 }
 
-/// Changes the copy mode of a mirror, both ways.
+/// Changes how a mirror works, while it does: its copy mode, both ways, and the latency that it leaves the guest. What is not
+/// given stays as it is.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct JobChange {
     /// The job.
     job_id: String,
     /// The new copy mode.
-    copy_mode: CopyModeName,
+    #[serde(default)]
+    copy_mode: Option<CopyModeName>,
+    /// The new ceiling of the guest's latency (as of `bdev_mirror_start`), microseconds; 0 for none.
+    #[serde(default)]
+    latency_ceiling_us: Option<u64>,
 }
 
 impl Rpc for JobChange {
@@ -224,7 +230,18 @@ impl Rpc for JobChange {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.job_verb(&self.job_id, JobVerb::Change(self.copy_mode.into())).await?;
+        let (target, id) = (&caller.target, &self.job_id);
+        if self.copy_mode.is_none() && self.latency_ceiling_us.is_none() {
+            let expected = "copy_mode or latency_ceiling_us was expected";
+            return Err(RpcError::parameter("copy_mode", "nothing", expected));
+        }
+        if let Some(mode) = self.copy_mode {
+            target.job_verb(id, JobVerb::Change(mode.into())).await?;
+        }
+        if let Some(micros) = self.latency_ceiling_us {
+            let ceiling = (micros > 0).then(|| Nanos::from_micros(micros));
+            target.job_verb(id, JobVerb::SetCeiling(ceiling)).await?;
+        }
         Ok(Answer::done())
     }
 }

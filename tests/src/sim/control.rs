@@ -636,6 +636,7 @@ impl World {
             JobVerb::Resume,
             JobVerb::SetSpeed(rng.pick(&[0, 4096, 1 << 20])),
             JobVerb::Change(mode),
+            JobVerb::SetCeiling(rng.pick(&[None, Some(Nanos(1)), Some(Nanos::from_micros(300))])),
             JobVerb::Complete,
             JobVerb::Finish,
             JobVerb::Finalize,

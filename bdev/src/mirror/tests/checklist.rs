@@ -219,6 +219,48 @@ fn a_background_copy_that_does_not_converge_goes_over_to_write_blocking_where_it
 }
 
 #[test]
+fn a_long_copy_beside_a_guest_is_not_taken_for_one_that_does_not_converge() {
+    let config = MirrorConfig {
+        auto_converge: true,
+        speed: 32768,
+        granularity: 4096,
+        ..MirrorConfig::default()
+    };
+    let mut bench = Bench::new(config);
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    for tag in 0..10_000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.write(tag, 4096 * u64::from(tag % 4), &[8; 512]);
+        bench.turns(2);
+    }
+    let info = bench.info();
+    assert!(info.dirty_bytes > SIZE / 2, "it takes half a minute: {info:?}");
+    assert_eq!((info.copy_mode, info.auto_converged), (CopyMode::Background, false));
+}
+
+#[test]
+fn a_job_that_is_paused_estimates_nothing() {
+    let config = MirrorConfig { speed: 65536, granularity: 4096, ..MirrorConfig::default() };
+    let mut bench = Bench::new(config);
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    for _ in 0..3000 {
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.turn();
+    }
+    let info = bench.info();
+    assert!(info.eta.is_some() && info.converging, "{info:?}");
+    bench.verb(JobVerb::Pause).unwrap();
+    let info = bench.info();
+    assert!(info.eta.is_none() && !info.converging && info.dirty_bytes > 0, "{info:?}");
+    bench.verb(JobVerb::Resume).unwrap();
+    assert!(bench.info().eta.is_some());
+}
+
+#[test]
 fn under_a_ceiling_that_no_device_keeps_the_copy_goes_on_at_its_floor() {
     let config = MirrorConfig { latency_ceiling: Some(Nanos(1)), ..blocking() };
     let mut bench = Bench::new(config);

@@ -191,8 +191,11 @@ pub enum DiskCommand {
     StartJob(StartJob),
     /// Change the root channel.
     ReplaceRoot(ReplaceRoot),
-    /// Hold the disk, whatever is above it, until [`DiskCommand::Release`]: the answer comes when it has drained.
+    /// Hold the disk until [`DiskCommand::Release`]: the answer comes when it has drained.
     Hold {
+        /// Whether control knows a job above the disk. If the disk knows better (a job has just ended), it is not held: control
+        /// would go on with what is no longer there.
+        under_job: bool,
         /// How long the disk may take to drain.
         deadline: Nanos,
         /// The answer.
@@ -428,9 +431,11 @@ impl Disk {
                 Err(error) => (replace.reply)(Err((error, replace.root))),
                 Ok(()) => self.close(cx, replace.deadline, Hold::Replace(replace)),
             },
-            DiskCommand::Hold { deadline, reply } => match self.gate {
-                Gate::Open => self.close(cx, deadline, Hold::UntilReleased(reply)),
-                Gate::Closed { .. } | Gate::Held => reply(Err(HoldError::Busy)),
+            DiskCommand::Hold { under_job, deadline, reply } => match (&self.gate, &self.root) {
+                (Gate::Open, root) if matches!(root, Root::Job(_)) == under_job => {
+                    self.close(cx, deadline, Hold::UntilReleased(reply));
+                }
+                _ => reply(Err(HoldError::Busy)),
             },
             DiskCommand::Release(bitmaps) => {
                 self.bitmaps = bitmaps.unwrap_or(std::mem::take(&mut self.bitmaps));

@@ -5,10 +5,15 @@
 //! and the copy takes the registry's place in one step while nothing is in flight. An action that changes bits changes those of a
 //! copy of its bitmap, so a failure leaves everything as it was.
 //!
-//! A persistent bitmap is marked as in use in the state directory before it records anything, and stored when the target
-//! stops or its bdev is deleted. One that is found in use was not stored: it is inconsistent and can only be removed.
+//! The target of a mirror is written by the job, which no disk sees: its bitmaps record nothing when the mirror starts, and stay as
+//! they are until it ends.
+//!
+//! A persistent bitmap is marked as in use in the state directory before it records anything, and before any guest is held for it;
+//! it is stored when the target stops or its bdev goes. One that is found in use was not stored: it is inconsistent and can only
+//! be removed.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use resilver_bdev::bitmap::Grid;
@@ -20,10 +25,15 @@ use serde_json::{Value, json};
 
 use crate::disks::{DiskId, ask};
 use crate::error::{RpcError, code};
-use crate::target::{Graph, Target, Use};
+use crate::jobs::Job;
+use crate::stored_bitmaps::StoredBitmap;
+use crate::target::{Engaged, Graph, Space, Target, Use};
 
 /// The longest name, bytes (QEMU `BDRV_BITMAP_MAX_NAME_SIZE`).
 const NAME_MAX: usize = 1023;
+/// The most chunks of a bitmap: 128 MiB of bits, which is 64 TiB in chunks of 64 KiB (QEMU bounds the bits that a qcow2 image
+/// stores to 512 MiB).
+const CHUNKS_MAX: u64 = 1 << 30;
 
 /// A named bitmap of a bdev.
 #[derive(Debug, Clone)]
@@ -74,12 +84,25 @@ impl BitmapAction {
     }
 }
 
-/// An action that could not be carried out; nothing was.
+/// Why actions could not be carried out; none was.
 #[derive(Debug)]
 pub(crate) struct Failed {
-    /// Its place in the list.
-    pub(crate) index: usize,
+    /// The place in the list of the action that failed, if it was one.
+    pub(crate) index: Option<usize>,
     pub(crate) error: RpcError,
+}
+
+impl Failed {
+    /// This action failed.
+    pub(crate) fn at(index: usize) -> impl FnOnce(RpcError) -> Self {
+        move |error| Self { index: Some(index), error }
+    }
+}
+
+impl From<RpcError> for Failed {
+    fn from(error: RpcError) -> Self {
+        Self { index: None, error }
+    }
 }
 
 fn not_found(name: &BitmapName) -> RpcError {
@@ -133,6 +156,7 @@ impl Graph {
     fn try_action(&self, registry: &mut Registry, action: &BitmapAction) -> Result<(), RpcError> {
         let name = action.name();
         let bdev = &self.bdev(&name.bdev)?.bdev;
+        self.must_not_be_a_target(&name.bdev)?;
         match action {
             BitmapAction::Add { granularity, persistent, disabled, .. } => {
                 check_bitmap_name(&name.bitmap)?;
@@ -140,11 +164,6 @@ impl Graph {
                 if granularity < BITMAP_GRANULARITY_MIN || !granularity.is_power_of_two() {
                     let expected = "Bitmap granularity must be power of 2 and at least 512";
                     return Err(RpcError::parameter("granularity", granularity, expected));
-                }
-                // Its writes are the job's, and no disk sees them.
-                let uses = self.uses_of(&name.bdev);
-                if let Some(job) = uses.iter().find(|it| matches!(it, Use::MirrorTarget(_))) {
-                    return Err(RpcError::busy(&name.bdev, &job.to_string()));
                 }
                 if *persistent && bdev.identity().is_none() {
                     let expected =
@@ -158,6 +177,13 @@ impl Graph {
                     return Err(RpcError::new(code::EXISTS, "bitmap_exists", message, facts));
                 }
                 let grid = Grid::new(bdev.geometry().size(), granularity);
+                if grid.chunks() > CHUNKS_MAX {
+                    let expected = format!(
+                        "a larger one: the disk would have {} chunks, and a bitmap has at most {CHUNKS_MAX}",
+                        grid.chunks()
+                    );
+                    return Err(RpcError::parameter("granularity", granularity, expected));
+                }
                 own.insert(
                     name.bitmap.clone(),
                     BitmapEntry {
@@ -192,9 +218,12 @@ impl Graph {
                 let merged = usable(registry, name)?.bitmap.copy();
                 for other in from {
                     let source = &usable(registry, other)?.bitmap;
-                    if source.grid().size() != merged.grid().size() {
-                        let expected =
-                            format!("bitmaps of disks with {} bytes", merged.grid().size());
+                    let (size, own) = (source.grid().size(), merged.grid().size());
+                    if size != own {
+                        let expected = format!(
+                            "Bitmaps are of different sizes (destination size is {own}, source size is {size}) and can't be \
+                             merged"
+                        );
                         return Err(RpcError::parameter("bitmaps", other.bitmap.clone(), expected));
                     }
                     merged.merge(source);
@@ -209,16 +238,25 @@ impl Graph {
     fn try_actions(&self, actions: &[BitmapAction]) -> Result<Registry, Failed> {
         let mut registry = self.bitmaps.clone();
         for (index, action) in actions.iter().enumerate() {
-            self.try_action(&mut registry, action).map_err(|error| Failed { index, error })?;
+            self.try_action(&mut registry, action).map_err(Failed::at(index))?;
         }
         Ok(registry)
     }
 
+    /// Refuses a bdev that a mirror writes, itself or through a bdev that is stacked on it.
+    fn must_not_be_a_target(&self, bdev: &str) -> Result<(), RpcError> {
+        let writes = |job: &&Job| job.legs().is_some_and(|(_, target)| has(target.as_ref(), bdev));
+        match self.jobs.values().find(writes) {
+            None => Ok(()),
+            Some(job) => {
+                let by = Use::MirrorTarget(job.id.clone()).to_string();
+                Err(RpcError::busy(bdev, &format!("{by}; end that before its bitmaps change")))
+            }
+        }
+    }
+
     /// The disks that record the writes of a bdev, those over bdevs stacked on it included.
     pub(crate) fn disks_above(&self, bdev: &str) -> impl Iterator<Item = (DiskId, DiskHandle)> {
-        fn has(bdev: &dyn Bdev, name: &str) -> bool {
-            bdev.name() == name || bdev.children().iter().any(|child| has(child.as_ref(), name))
-        }
         let above = self.disks.iter().filter(move |(_, disk)| has(disk.bdev.as_ref(), bdev));
         above.map(|(id, disk)| (*id, disk.handle.clone()))
     }
@@ -284,6 +322,11 @@ impl Graph {
     }
 }
 
+/// Whether a bdev has this name, or is stacked on one that has.
+fn has(bdev: &dyn Bdev, name: &str) -> bool {
+    bdev.name() == name || bdev.children().iter().any(|child| has(child.as_ref(), name))
+}
+
 fn below(registry: &Registry, bdev: &dyn Bdev) -> Vec<Arc<DirtyBitmap>> {
     let own = registry.get(bdev.name()).into_iter().flat_map(BTreeMap::values);
     let usable = own.filter(|entry| !entry.inconsistent).map(|entry| Arc::clone(&entry.bitmap));
@@ -326,31 +369,52 @@ impl Drop for Held {
 impl Target {
     /// Holds every disk that records the writes of one of these bdevs, or none of them.
     async fn hold_disks(&self, bdevs: &BTreeSet<&str>) -> Result<Held, RpcError> {
-        let disks: BTreeMap<DiskId, DiskHandle> = {
-            let graph = self.graph();
-            bdevs.iter().flat_map(|bdev| graph.disks_above(bdev).collect::<Vec<_>>()).collect()
-        };
         let mut held = Held::default();
-        for (id, handle) in disks {
+        loop {
+            // Looked for again after each wait: a controller may have put another bdev to use meanwhile.
+            let next = {
+                let graph = self.graph();
+                let mut disks = bdevs.iter().flat_map(|bdev| graph.disks_above(bdev));
+                let next = disks.find(|(id, _)| !held.0.contains_key(id));
+                next.map(|(id, handle)| (id, handle, graph.job_on(id).is_some()))
+            };
+            let Some((id, handle, under_job)) = next else { return Ok(held) };
             let deadline = HOLD_DEADLINE;
-            ask(&handle, |reply| DiskCommand::Hold { deadline, reply }).await??;
+            ask(&handle, |reply| DiskCommand::Hold { under_job, deadline, reply }).await??;
             held.0.insert(id, handle);
         }
-        Ok(held)
     }
 
     /// Changes bitmaps, all or none of the actions.
-    pub(crate) async fn change_bitmaps(&self, actions: &[BitmapAction]) -> Result<(), Failed> {
+    pub(crate) async fn change_bitmaps(
+        self: &Rc<Self>,
+        actions: &[BitmapAction],
+    ) -> Result<(), Failed> {
         // Refused before any guest waits for it, if it can be.
-        self.graph().try_actions(actions)?;
-        let bdevs = actions.iter().flat_map(BitmapAction::bdevs).collect();
-        let held = self.hold_disks(&bdevs).await.map_err(|error| Failed { index: 0, error })?;
+        let planned = self.graph().try_actions(actions)?;
+        let bdevs: BTreeSet<&str> = actions.iter().flat_map(BitmapAction::bdevs).collect();
+        let names: Result<Vec<Engaged>, RpcError> =
+            bdevs.iter().map(|bdev| self.engage(Space::Bdev, bdev)).collect();
+        let _engaged = names?;
+        let mut done = self.mark_in_use(actions, &planned);
+        if done.is_ok() {
+            done = self.change_held(actions, &bdevs).await;
+        }
+        self.forget_unused(actions);
+        done
+    }
+
+    /// Has the disks of these bdevs held and makes the change.
+    async fn change_held(
+        &self,
+        actions: &[BitmapAction],
+        bdevs: &BTreeSet<&str>,
+    ) -> Result<(), Failed> {
+        let held = self.hold_disks(bdevs).await?;
         // Nobody else is asked between here and the end: what is tried now is what is done.
         let after = self.graph().try_actions(actions)?;
-        self.mark_in_use(actions, &after)?;
         self.graph_mut().bitmaps = after;
         held.release_with_bitmaps(&self.graph());
-        self.forget_removed(actions);
         Ok(())
     }
 
@@ -376,22 +440,23 @@ impl Target {
             let Some(entry) = after.get(&name.bdev).and_then(|own| own.get(&name.bitmap)) else {
                 continue;
             };
-            let bdev = self.bdev(&name.bdev).map_err(|error| Failed { index, error })?;
+            let bdev = self.bdev(&name.bdev).map_err(Failed::at(index))?;
             self.store_bitmap(bdev.as_ref(), &name.bitmap, entry, true)
-                .map_err(|error| Failed { index, error })?;
+                .map_err(Failed::at(index))?;
         }
         Ok(())
     }
 
-    /// Bitmaps that are gone are gone from the state directory too.
-    fn forget_removed(&self, actions: &[BitmapAction]) {
+    /// Bitmaps that are gone, or did not come to be, are gone from the state directory too.
+    fn forget_unused(&self, actions: &[BitmapAction]) {
         for action in actions {
-            let BitmapAction::Remove(name) = action else { continue };
+            let (BitmapAction::Remove(name) | BitmapAction::Add { name, .. }) = action else {
+                continue;
+            };
             let graph = self.graph();
-            let there =
-                graph.bitmaps.get(&name.bdev).is_some_and(|own| own.contains_key(&name.bitmap));
+            let entry = graph.bitmaps.get(&name.bdev).and_then(|own| own.get(&name.bitmap));
             let file = graph.bdev(&name.bdev).ok().and_then(|entry| entry.bdev.identity());
-            if let (false, Some(file)) = (there, file) {
+            if let (false, Some(file)) = (entry.is_some_and(|entry| entry.persistent), file) {
                 self.state.forget_bitmap(&file, &name.bitmap);
             }
         }
@@ -413,13 +478,36 @@ impl Target {
     }
 
     /// Stores the persistent bitmaps of a bdev that nobody writes any more.
-    pub(crate) fn store_bitmaps(&self, bdev: &str) {
+    pub(crate) fn store_bitmaps(&self, bdev: &dyn Bdev) {
         let graph = self.graph();
-        let (Ok(entry), Some(own)) = (graph.bdev(bdev), graph.bitmaps.get(bdev)) else { return };
-        for (name, bitmap) in own.iter().filter(|(_, it)| it.persistent && !it.inconsistent) {
-            if let Err(error) = self.store_bitmap(entry.bdev.as_ref(), name, bitmap, false) {
-                tracing::error!(bdev, bitmap = name, %error, "the bitmap could not be stored; it will be inconsistent");
+        let own = graph.bitmaps.get(bdev.name()).into_iter().flatten();
+        for (name, bitmap) in own.filter(|(_, it)| it.persistent && !it.inconsistent) {
+            if let Err(error) = self.store_bitmap(bdev, name, bitmap, false) {
+                tracing::error!(bdev = bdev.name(), bitmap = name, %error, "the bitmap could not be stored; it will be inconsistent");
             }
+        }
+    }
+
+    /// A bdev goes, and its bitmaps with it; what is stored of them stays.
+    pub(crate) fn put_bitmaps_away(&self, bdev: &dyn Bdev) {
+        self.store_bitmaps(bdev);
+        self.graph_mut().bitmaps.remove(bdev.name());
+    }
+
+    /// Refuses a file as a mirror's target if bitmaps that were stored for it would miss what the mirror writes.
+    pub(crate) fn stored_must_not_record(&self, bdev: &dyn Bdev) -> Result<(), RpcError> {
+        let Some(file) = bdev.identity() else { return Ok(()) };
+        let stored = self.state.load_bitmaps(&file, bdev.geometry().size());
+        match stored.iter().find(|stored| stored.bitmap.recording()) {
+            None => Ok(()),
+            Some(stored) => Err(RpcError::busy(
+                bdev.name(),
+                &format!(
+                    "its stored dirty bitmap '{}' records its writes, and a mirror's are not recorded; bdev_uring_create it and \
+                     disable or remove the bitmap first",
+                    stored.name
+                ),
+            )),
         }
     }
 
@@ -427,16 +515,19 @@ impl Target {
     pub(crate) fn load_bitmaps(&self, bdev: &dyn Bdev) {
         let Some(file) = bdev.identity() else { return };
         for stored in self.state.load_bitmaps(&file, bdev.geometry().size()) {
-            let name = stored.name.clone();
+            let adopted = self.state.adopt_bitmap(&file, &stored).map_err(RpcError::from);
+            let StoredBitmap { name, bitmap, inconsistent, .. } = stored;
             let mut entry = BitmapEntry {
-                bitmap: Arc::new(stored.bitmap),
+                bitmap: Arc::new(bitmap),
                 persistent: true,
-                inconsistent: stored.inconsistent,
+                inconsistent,
                 busy: None,
             };
-            if !entry.inconsistent
-                && let Err(error) = self.store_bitmap(bdev, &name, &entry, true)
-            {
+            let marked = adopted.and_then(|()| match inconsistent {
+                true => Ok(()),
+                false => self.store_bitmap(bdev, &name, &entry, true),
+            });
+            if let Err(error) = marked {
                 tracing::error!(bdev = bdev.name(), bitmap = name, %error, "a stored bitmap cannot be marked as in use");
                 entry.inconsistent = true;
             }

@@ -16,6 +16,7 @@ use tokio::sync::{Notify, oneshot};
 
 use crate::error::{RpcError, code};
 use crate::mirror::Origin;
+use crate::modules::BdevEntry;
 use crate::reactors::CpuMask;
 use crate::target::{Graph, Target, files_of};
 
@@ -138,22 +139,32 @@ impl Target {
         if let Some(disk) = graph.disks.get_mut(&id) {
             disk.releasing.channels = disk.releasing.channels.saturating_sub(1);
         }
-        graph.close_released(id);
+        drop(graph);
+        self.close_released(id);
+    }
+
+    /// Once nothing of the ended jobs of a disk is in flight, their legs are free, and those that were made for a job are
+    /// closed.
+    pub(crate) fn close_released(&self, id: DiskId) {
+        let released = self.graph_mut().take_released(id);
+        for entry in released {
+            self.put_bitmaps_away(entry.bdev.as_ref());
+        }
     }
 }
 
 impl Graph {
-    /// Once nothing of the ended jobs of a disk is in flight, their legs are free, and those that were made for a job are
-    /// closed.
-    pub(crate) fn close_released(&mut self, id: DiskId) {
+    /// The legs that were made for ended jobs of a disk, once nothing is in flight on any.
+    fn take_released(&mut self, id: DiskId) -> Vec<BdevEntry> {
         let Some(disk) = self.disks.get_mut(&id).filter(|disk| disk.releasing.channels == 0) else {
-            return;
+            return Vec::new();
         };
-        for (name, origin) in std::mem::take(&mut disk.releasing.bdevs) {
-            if origin == Origin::Made && self.uses_of(&name).is_empty() {
-                self.bdevs.remove(&name);
-            }
-        }
+        let legs = std::mem::take(&mut disk.releasing.bdevs);
+        let made = legs.into_iter().filter(|(_, origin)| *origin == Origin::Made);
+        made.filter_map(|(name, _)| {
+            self.uses_of(&name).is_empty().then(|| self.bdevs.remove(&name)).flatten()
+        })
+        .collect()
     }
 }
 

@@ -173,7 +173,7 @@ impl Job {
     }
 
     /// Both legs, while it is live.
-    fn legs(&self) -> Option<(Arc<dyn Bdev>, Arc<dyn Bdev>)> {
+    pub(crate) fn legs(&self) -> Option<(Arc<dyn Bdev>, Arc<dyn Bdev>)> {
         match &self.stage {
             Stage::Live { source, target, .. } => Some((Arc::clone(source), Arc::clone(target))),
             Stage::Ended { .. } => None,
@@ -509,9 +509,9 @@ impl Target {
             };
             entry.releasing.add(releasing, leg.name(), origin);
         }
-        graph.close_released(disk);
         graph.free_bitmaps(&id);
         drop(graph);
+        self.close_released(disk);
         self.verify_mirror_ended(&id);
         self.state.settled(&id);
         tracing::info!(

@@ -153,7 +153,10 @@ impl Target {
                 self.graph().must_be_unused(name)?;
                 (self.bdev(name)?, Origin::Given, Some(engaged))
             }
-            TargetLeg::Made(made) => (Arc::clone(&made.bdev), Origin::Made, None),
+            TargetLeg::Made(made) => {
+                self.stored_must_not_record(made.bdev.as_ref())?;
+                (Arc::clone(&made.bdev), Origin::Made, None)
+            }
         };
         check_legs(source.as_ref(), target.as_ref())?;
         self.graph().must_not_record(target.as_ref())?;
@@ -259,7 +262,10 @@ impl Target {
     async fn undo_start(&self, id: &str, disk: DiskId) {
         let job = self.graph_mut().jobs.remove(id);
         if let Some(Job { origin: Origin::Made, target, .. }) = job {
-            self.graph_mut().bdevs.remove(&target);
+            let made = self.graph_mut().bdevs.remove(&target);
+            if let Some(made) = made {
+                self.put_bitmaps_away(made.bdev.as_ref());
+            }
         }
         self.events.add("job_status_change", id, json!({ "status": JobStatus::Null.name() }));
         self.retire_disk(disk).await;

@@ -76,12 +76,10 @@ impl Target {
         let _engaged = self.engage(Space::Bdev, name)?;
         self.graph().must_be(name, module)?;
         self.graph().must_be_unused(name)?;
-        self.store_bitmaps(name);
-        let mut graph = self.graph_mut();
-        graph.bitmaps.remove(name);
-        let entry = graph.bdevs.remove(name);
-        drop(graph);
-        drop(entry);
+        let entry = self.graph_mut().bdevs.remove(name);
+        if let Some(entry) = entry {
+            self.put_bitmaps_away(entry.bdev.as_ref());
+        }
         Ok(())
     }
 
@@ -106,7 +104,10 @@ impl Target {
         }
         let file = Arc::clone(&bdev);
         let resized = tokio::task::spawn_blocking(move || file.resize(size)).await;
-        resized.map_err(|_| RpcError::gone())??;
+        if let Err(error) = resized.map_err(|_| RpcError::gone())? {
+            self.resize_bitmaps(name, bdev.geometry().size()).await?;
+            return Err(error.into());
+        }
         if let Some(entry) = self.graph_mut().bdevs.get_mut(name)
             && let Some(blocks) = entry.made_by.params.get_mut("num_blocks")
         {

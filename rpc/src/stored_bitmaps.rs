@@ -2,12 +2,19 @@
 //!
 //! A line of JSON says which file's bitmap it is, then come its words, little-endian. While a bitmap is in use its file says
 //! so and has no words; what is found like that after a crash is inconsistent, for nobody knows what was written since.
+//!
+//! A file is named by a hash of the disk's path and the bitmap's name, the same in every version of this program; what it is about
+//! is in the header. A disk that was renamed is known by its inode, and its bitmaps are renamed with it when they are loaded. A
+//! path that has another inode than before is another disk in the old one's place: what was stored says nothing about it. Two
+//! files about one bitmap cannot both be right, so the bitmap is inconsistent.
 
-use std::fs;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use resilver_bdev::bitmap::Grid;
+use resilver_bdev::dirty_bitmap::BITMAP_GRANULARITY_MIN;
 use resilver_bdev::{DirtyBitmap, FileIdentity};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +22,8 @@ use crate::state::{DiskFile, StateError, StateStore, io_error, replace_file};
 
 /// The subdirectory.
 const DIR: &str = "bitmaps";
+/// What the names of files end with.
+const EXTENSION: &str = "bitmap";
 /// The format that this version writes and reads.
 const VERSION: u32 = 1;
 
@@ -33,39 +42,73 @@ struct Header {
 /// A bitmap as it was found.
 pub(crate) struct StoredBitmap {
     pub(crate) name: String,
+    /// Where it was found.
+    path: PathBuf,
     pub(crate) bitmap: DirtyBitmap,
-    /// It was in use, or cannot be read, or its file has another size now.
+    /// It was in use, or is not whole, or its disk is another one now.
     pub(crate) inconsistent: bool,
 }
 
-fn read(path: &Path, size: u64) -> Option<(Header, StoredBitmap)> {
-    let bytes = fs::read(path).ok()?;
-    let end = bytes.iter().position(|byte| *byte == b'\n')?;
-    let header: Header = serde_json::from_slice(&bytes[..end]).ok()?;
-    let sane = header.version == VERSION
-        && header.granularity.is_power_of_two()
-        && header.granularity >= 512;
-    if !sane {
-        return None;
+/// Reads a stored bitmap of a disk that has so many bytes now.
+fn read(path: &Path, size: u64) -> Result<(Header, DirtyBitmap, bool), String> {
+    let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    let end = bytes.iter().position(|byte| *byte == b'\n').ok_or("it has no header")?;
+    let (header, words) = bytes.split_at(end);
+    let header: Header = serde_json::from_slice(header).map_err(|error| error.to_string())?;
+    if header.version != VERSION {
+        return Err(format!("its version is {}, this program reads {VERSION}", header.version));
+    }
+    if !header.granularity.is_power_of_two() || header.granularity < BITMAP_GRANULARITY_MIN {
+        return Err(format!("its granularity is {}", header.granularity));
+    }
+    if header.in_use || header.size != size {
+        // What it has is not asked for, and a disk that is not its own may have any size.
+        let nothing = DirtyBitmap::new(Grid::new(0, header.granularity), false);
+        return Ok((header, nothing, true));
     }
     let bitmap = DirtyBitmap::new(Grid::new(size, header.granularity), header.recording);
-    let (words, rest) = bytes[end + 1..].as_chunks::<8>();
+    let (words, rest) = words.get(1..).unwrap_or_default().as_chunks::<8>();
     let complete = bitmap.set_words(words.iter().map(|word| u64::from_le_bytes(*word)));
-    let inconsistent = header.in_use || !complete || !rest.is_empty() || header.size != size;
-    if inconsistent {
-        bitmap.clear();
-        bitmap.set_recording(false);
-    }
-    let name = header.name.clone();
-    Some((header, StoredBitmap { name, bitmap, inconsistent }))
+    Ok((header, bitmap, !complete || !rest.is_empty()))
+}
+
+/// The FNV-1a hash of some bytes (Fowler, Noll, Vo): no secret, and the same for ever, which the standard library's is not.
+fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 impl StateStore {
+    fn bitmap_dir(&self) -> Option<PathBuf> {
+        Some(self.path()?.join(DIR))
+    }
+
     fn bitmap_path(&self, file: &FileIdentity, name: &str) -> Option<PathBuf> {
-        let dir = self.path()?.join(DIR);
-        let mut hasher = DefaultHasher::new();
-        (&file.path, name).hash(&mut hasher);
-        Some(dir.join(format!("{:016x}.bitmap", hasher.finish())))
+        let path = file.path.as_os_str().as_bytes().iter().copied();
+        let hash = fnv1a(path.chain([0]).chain(name.bytes()));
+        Some(self.bitmap_dir()?.join(format!("{hash:016x}.{EXTENSION}")))
+    }
+
+    /// The files that have a bitmap of a disk which has so many bytes now.
+    fn bitmap_files(
+        &self,
+        file: &FileIdentity,
+        size: u64,
+    ) -> impl Iterator<Item = (PathBuf, Header, DirtyBitmap, bool)> {
+        let dir = self.bitmap_dir().and_then(|dir| fs::read_dir(dir).ok());
+        let paths = dir.into_iter().flatten().flatten().map(|entry| entry.path());
+        let stored = paths.filter(|path| path.extension().is_some_and(|it| it == EXTENSION));
+        stored.filter_map(move |path| match read(&path, size) {
+            Ok((header, bitmap, inconsistent)) => {
+                let replaced = header.file.inode != file.inode;
+                header.file.is(file).then_some((path, header, bitmap, inconsistent || replaced))
+            }
+            Err(reason) => {
+                tracing::warn!(path = %path.display(), reason, "a stored bitmap cannot be read");
+                None
+            }
+        })
     }
 
     /// Stores a bitmap of a file, or that it is in use; durable when it returns.
@@ -102,21 +145,121 @@ impl StateStore {
 
     /// The bitmaps that were stored for a file, which has so many bytes now.
     pub(crate) fn load_bitmaps(&self, file: &FileIdentity, size: u64) -> Vec<StoredBitmap> {
-        let Some(dir) = self.path().map(|path| path.join(DIR)) else { return Vec::new() };
-        let files = fs::read_dir(dir).into_iter().flatten().flatten();
-        let found = files.filter_map(|entry| read(&entry.path(), size));
-        found.filter(|(header, _)| header.file.is(file)).map(|(_, stored)| stored).collect()
+        let mut found: BTreeMap<String, StoredBitmap> = BTreeMap::new();
+        for (path, header, bitmap, inconsistent) in self.bitmap_files(file, size) {
+            let (name, granularity) = (header.name, header.granularity);
+            let twice = found.contains_key(&name);
+            let bitmap = match inconsistent || twice {
+                true => DirtyBitmap::new(Grid::new(size, granularity), false),
+                false => bitmap,
+            };
+            let inconsistent = inconsistent || twice;
+            let stored = StoredBitmap { name: name.clone(), path, bitmap, inconsistent };
+            found.insert(name, stored);
+        }
+        found.into_values().collect()
+    }
+
+    /// Names a stored bitmap after its disk's path of now, so that what is stored next takes its place.
+    pub(crate) fn adopt_bitmap(
+        &self,
+        file: &FileIdentity,
+        stored: &StoredBitmap,
+    ) -> Result<(), StateError> {
+        let Some(path) = self.bitmap_path(file, &stored.name) else { return Ok(()) };
+        if path == stored.path {
+            return Ok(());
+        }
+        fs::rename(&stored.path, &path).map_err(io_error("renaming", &stored.path))
     }
 
     /// Removes what was stored of a bitmap.
     pub(crate) fn forget_bitmap(&self, file: &FileIdentity, name: &str) {
-        let Some(dir) = self.path().map(|path| path.join(DIR)) else { return };
-        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-            let ours = read(&entry.path(), 0)
-                .is_some_and(|(header, _)| header.file.is(file) && header.name == name);
-            if ours && let Err(error) = fs::remove_file(entry.path()) {
+        let ours = self.bitmap_files(file, 0).filter(|(_, header, ..)| header.name == name);
+        for (path, ..) in ours {
+            let removed = fs::remove_file(&path).and_then(|()| match path.parent() {
+                Some(dir) => File::open(dir)?.sync_all(),
+                None => Ok(()),
+            });
+            if let Err(error) = removed {
                 tracing::error!(bitmap = name, %error, "a stored bitmap cannot be removed");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn file(path: &str, inode: u64) -> FileIdentity {
+        FileIdentity { device: 1, inode, path: path.into() }
+    }
+
+    fn bitmap() -> DirtyBitmap {
+        let bitmap = DirtyBitmap::new(Grid::new(SIZE, 4096), true);
+        bitmap.mark(8192, 4096);
+        bitmap
+    }
+
+    fn store() -> (tempfile::TempDir, StateStore) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        (dir, store)
+    }
+
+    /// Name, dirty bytes, recording and inconsistent of what is found.
+    fn found(store: &StateStore, file: &FileIdentity, size: u64) -> Vec<(String, u64, bool, bool)> {
+        let loaded = store.load_bitmaps(file, size).into_iter();
+        loaded
+            .map(|it| (it.name, it.bitmap.count_bytes(), it.bitmap.recording(), it.inconsistent))
+            .collect()
+    }
+
+    #[test]
+    fn what_was_stored_comes_back_for_the_same_file_whatever_it_is_called_now() {
+        let (_dir, store) = store();
+        let disk = file("/disks/a", 7);
+        store.store_bitmap(&disk, "b", &bitmap(), false).unwrap();
+        let good = vec![("b".to_owned(), 4096, true, false)];
+        assert_eq!(found(&store, &disk, SIZE), good);
+        assert_eq!(found(&store, &file("/disks/other", 8), SIZE), vec![]);
+        let renumbered = FileIdentity { device: 2, ..disk.clone() };
+        assert_eq!(found(&store, &renumbered, SIZE), good, "devices are numbered anew at a boot");
+        let renamed = file("/disks/moved", 7);
+        let loaded = store.load_bitmaps(&renamed, SIZE);
+        store.adopt_bitmap(&renamed, &loaded[0]).unwrap();
+        store.store_bitmap(&renamed, "b", &bitmap(), true).unwrap();
+        let lost = vec![("b".to_owned(), 0, false, true)];
+        assert_eq!(found(&store, &renamed, SIZE), lost, "in use, and under one name only");
+        store.forget_bitmap(&renamed, "b");
+        assert_eq!(found(&store, &disk, SIZE), vec![]);
+    }
+
+    #[test]
+    fn what_may_be_about_another_disk_or_another_time_is_inconsistent() {
+        let (dir, store) = store();
+        let (disk, lost) = (file("/disks/a", 7), vec![("b".to_owned(), 0, false, true)]);
+        store.store_bitmap(&disk, "b", &bitmap(), false).unwrap();
+        assert_eq!(found(&store, &disk, SIZE * 2), lost, "its size has changed meanwhile");
+        assert_eq!(found(&store, &file("/disks/a", 8), SIZE), lost, "a new file in its place");
+        let path = store.bitmap_path(&disk, "b").unwrap();
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
+        assert_eq!(found(&store, &disk, SIZE), lost, "cut short");
+        fs::write(&path, &bytes).unwrap();
+        fs::write(dir.path().join(DIR).join("0.bitmap"), &bytes).unwrap();
+        assert_eq!(found(&store, &disk, SIZE), lost, "two say what it is");
+        fs::write(&path, "not a header").unwrap();
+        let found = found(&store, &disk, SIZE);
+        assert_eq!((found.len(), found[0].3), (1, false), "what cannot be read is nobody's");
+    }
+
+    #[test]
+    fn files_are_named_the_same_in_every_version() {
+        assert_eq!(fnv1a("".bytes()), 0xcbf2_9ce4_8422_2325);
+        assert_eq!(fnv1a("foobar".bytes()), 0x8594_4171_f739_67e8);
     }
 }

@@ -14,6 +14,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, BdevError, FileIdentity, JobVerb};
 use resilver_sys::RingMode;
@@ -29,6 +30,11 @@ use crate::modules::BdevEntry;
 use crate::reactors::Reactors;
 use crate::state::StateStore;
 use crate::verify::VerifyJob;
+
+/// How long a target that stops waits for its jobs.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// How often it looks.
+const STOP_AGAIN: Duration = Duration::from_millis(1);
 
 /// What a target is made of.
 pub struct TargetConfig {
@@ -284,6 +290,7 @@ impl Target {
             // One that is over, or about to be, refuses: just as well. A hold does not keep a target from stopping.
             let _ = self.mirror_verb(&id, JobVerb::Cancel).await;
         }
+        self.jobs_have_ended().await;
         let controllers: Vec<String> = self.graph().controllers.keys().cloned().collect();
         for name in controllers {
             if let Err(error) = self.delete_controller(&name).await {
@@ -295,13 +302,27 @@ impl Target {
             self.retire_disk(disk).await;
         }
         // Nobody writes any more, unless a disk hangs: then its bitmaps stay in use, and are inconsistent next time.
-        let quiet: Vec<String> = {
+        let quiet: Vec<Arc<dyn Bdev>> = {
             let graph = self.graph();
-            let recorded = |bdev: &&String| graph.disks_above(bdev).next().is_none();
-            graph.bitmaps.keys().filter(recorded).cloned().collect()
+            let recorded = |bdev: &&Arc<dyn Bdev>| graph.disks_above(bdev.name()).next().is_none();
+            graph.bdevs.values().map(|entry| &entry.bdev).filter(recorded).cloned().collect()
         };
         for bdev in quiet {
-            self.store_bitmaps(&bdev);
+            self.store_bitmaps(bdev.as_ref());
+        }
+    }
+
+    /// Waits until no job is left, nor anything in flight that one has left: a bitmap that a job works by is whole only then.
+    /// Not for ever: a device may hang.
+    async fn jobs_have_ended(&self) {
+        let left = || {
+            let graph = self.graph();
+            let releasing = graph.disks.values().any(|disk| disk.releasing.channels > 0);
+            releasing || graph.jobs.values().any(Job::is_live)
+        };
+        let begun = Instant::now();
+        while left() && begun.elapsed() < STOP_PATIENCE {
+            tokio::time::sleep(STOP_AGAIN).await;
         }
     }
 

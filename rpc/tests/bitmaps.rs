@@ -179,3 +179,140 @@ fn a_bitmap_follows_its_disks_size_and_goes_with_its_bdev() {
     let refused = target.refused("bdev_mirror_start", watched).message;
     assert!(refused.contains("a dirty bitmap records its writes"), "{refused}");
 }
+
+/// Files of stored bitmaps, of one disk or another.
+fn stored(target: &Served) -> usize {
+    std::fs::read_dir(target.dir.join("state/bitmaps")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn the_bitmaps_of_a_mirrors_target_stay_as_they_are_until_it_ends() {
+    let (_dir, mut target) = served();
+    for name in ["disk", "base"] {
+        target.malloc(name, 4);
+    }
+    let stacked = json!({ "base_bdev_name": "base", "name": "copy" });
+    target.call("bdev_passthru_create", stacked);
+    let disabled = with(on("base", "a"), json!({ "disabled": true }));
+    target.call("bdev_dirty_bitmap_add", disabled);
+    let start = json!({ "source": "disk", "target": "copy", "job_id": "move" });
+    target.call("bdev_mirror_start", start);
+    target.wait_for_status("move", "ready");
+    for (method, name) in [("enable", "a"), ("clear", "a"), ("remove", "a"), ("add", "b")] {
+        let refused =
+            target.refused(&format!("bdev_dirty_bitmap_{method}"), on("base", name)).message;
+        assert!(refused.contains("it is the target of mirror job 'move'"), "{refused}");
+    }
+    // It may be merged from, and the source's are free.
+    target.call("bdev_dirty_bitmap_add", on("disk", "b"));
+    let merge = with(on("disk", "b"), json!({ "bitmaps": [{ "name": "base", "bitmap": "a" }] }));
+    target.call("bdev_dirty_bitmap_merge", merge);
+    target.call("job_complete", json!({ "job_id": "move" }));
+    target.wait_for("move", |event| event["event"] == "job_completed");
+    target.call("bdev_dirty_bitmap_enable", on("base", "a"));
+    assert_eq!(bitmaps(&mut target, "base")[0]["recording"], true);
+}
+
+#[test]
+fn a_file_that_a_mirror_opens_keeps_its_stored_bitmaps() {
+    let (dir, mut target) = served();
+    target.file("disk", 16);
+    let path = target.file("copy", 16);
+    let kept = with(on("copy", "kept"), json!({ "persistent": true }));
+    target.call("bdev_dirty_bitmap_add", kept);
+    target.call("bdev_uring_delete", json!({ "name": "copy" }));
+    let start = |job: &str| json!({ "source": "disk", "job_id": job, "target_name": "it", "target_path": path });
+    let refused = target.refused("bdev_mirror_start", start("first")).message;
+    assert!(refused.contains("its stored dirty bitmap 'kept' records its writes"), "{refused}");
+    let copy = json!({ "name": "copy", "filename": path });
+    target.call("bdev_uring_create", copy.clone());
+    target.call("bdev_dirty_bitmap_disable", on("copy", "kept"));
+    target.call("bdev_uring_delete", json!({ "name": "copy" }));
+
+    target.call("bdev_mirror_start", start("second"));
+    target.wait_for_status("second", "ready");
+    assert_eq!(bitmaps(&mut target, "it")[0]["name"], "kept");
+    target.call("job_cancel", json!({ "job_id": "second" }));
+    target.wait_for("second", |event| event["event"] == "job_completed");
+    target.wait_until_free("disk");
+    // Another file under the same name does not inherit it, and the file has it still.
+    let other = json!({ "source": "disk", "job_id": "third", "target_name": "it", "target_mode": "create",
+        "target_path": dir.path().join("other.raw") });
+    target.call("bdev_mirror_start", other);
+    assert_eq!(bitmaps(&mut target, "it"), json!([]));
+    target.call("bdev_uring_create", copy);
+    let found = bitmaps(&mut target, "copy");
+    assert_eq!((found[0]["name"].as_str(), found[0].get("inconsistent")), (Some("kept"), None));
+}
+
+#[test]
+fn a_stop_under_a_mirror_by_bitmap_stores_the_bitmap() {
+    let (dir, mut target) = served();
+    let path = target.file("disk", 16);
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "disk" }));
+    target.malloc("copy", 16);
+    let kept = with(on("disk", "kept"), json!({ "persistent": true }));
+    target.call("bdev_dirty_bitmap_add", kept);
+    let start = json!({ "source": "disk", "target": "copy", "job_id": "delta", "sync": "bitmap", "bitmap": "kept" });
+    target.call("bdev_mirror_start", start);
+    drop(target);
+    let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+    target.call("bdev_uring_create", json!({ "name": "disk", "filename": path }));
+    let found = bitmaps(&mut target, "disk");
+    let state = (&found[0]["recording"], &found[0]["busy"], found[0].get("inconsistent"));
+    assert_eq!(state, (&json!(true), &json!(false), None));
+}
+
+#[test]
+fn what_is_stored_follows_what_there_is() {
+    let (_dir, mut target) = served();
+    target.file("disk", 16);
+    let persistent = json!({ "persistent": true });
+    let action = |method: &str, params: Value| json!({ "method": format!("bdev_dirty_bitmap_{method}"), "params": params });
+    // A transaction that fails leaves nothing behind.
+    let failing = json!([
+        action("add", with(on("disk", "a"), persistent.clone())),
+        action("clear", on("disk", "none")),
+    ]);
+    target.refused("transaction", json!({ "actions": failing }));
+    assert_eq!(stored(&target), 0);
+    target.call("bdev_dirty_bitmap_add", with(on("disk", "a"), persistent.clone()));
+    assert_eq!(stored(&target), 1, "it is marked as in use at once");
+    // One of the same name takes the place of it, and is not kept.
+    let exchange = json!([action("remove", on("disk", "a")), action("add", on("disk", "a"))]);
+    target.call("transaction", json!({ "actions": exchange }));
+    assert_eq!(stored(&target), 0);
+    let exchange = json!([
+        action("remove", on("disk", "a")),
+        action("add", with(on("disk", "a"), persistent)),
+    ]);
+    target.call("transaction", json!({ "actions": exchange }));
+    assert_eq!(stored(&target), 1);
+}
+
+#[test]
+fn a_bitmap_that_would_take_all_memory_is_refused() {
+    let (_dir, mut target) = served();
+    let huge = json!({ "name": "huge", "num_blocks": 1_u64 << 40, "block_size": 512 });
+    target.call("bdev_null_create", huge);
+    let fine = with(on("huge", "a"), json!({ "granularity": 512 }));
+    let refused = target.refused("bdev_dirty_bitmap_add", fine).message;
+    assert!(refused.contains("a bitmap has at most 1073741824"), "{refused}");
+    target.call("bdev_dirty_bitmap_add", with(on("huge", "a"), json!({ "granularity": 1 << 30 })));
+    target.malloc("other", 4);
+    target.call("bdev_dirty_bitmap_add", on("other", "a"));
+    let merge = with(on("other", "a"), json!({ "bitmaps": [{ "name": "huge", "bitmap": "a" }] }));
+    let refused = target.refused("bdev_dirty_bitmap_merge", merge).message;
+    assert!(refused.contains("Bitmaps are of different sizes"), "{refused}");
+}
+
+#[test]
+fn without_a_state_directory_nothing_is_kept_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut target = Served::start(dir.path(), None);
+    target.file("disk", 16);
+    let kept = with(on("disk", "kept"), json!({ "persistent": true }));
+    let refused = target.refused("bdev_dirty_bitmap_add", kept).message;
+    assert!(refused.contains("--state-dir"), "{refused}");
+    assert_eq!(bitmaps(&mut target, "disk"), json!([]));
+}

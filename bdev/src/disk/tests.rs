@@ -453,6 +453,25 @@ fn a_job_that_cannot_be_dissolved_in_time_is_told_and_tried_again() {
 }
 
 #[test]
+fn a_disk_whose_job_has_ended_is_not_held_for_a_control_that_knows_of_none_of_it() {
+    let mut world = World::new();
+    world.start_job();
+    let deadline = HOLD_DEADLINE;
+    let hold = |under_job| move |reply| DiskCommand::Hold { under_job, deadline, reply };
+    let held = world.ask(hold(true));
+    assert_eq!(*held.lock().unwrap(), Some(Ok(())), "the job stays where it is meanwhile");
+    world.ask(|reply| DiskCommand::Verb(JobVerb::Complete, reply));
+    world.turns(3);
+    assert!(world.events().is_empty());
+    world.handle.send(DiskCommand::Release(None)).ok().unwrap();
+    world.turns(3);
+    let refused = world.ask(hold(true));
+    assert_eq!(*refused.lock().unwrap(), Some(Err(HoldError::Busy)));
+    let held = world.ask(hold(false));
+    assert_eq!(*held.lock().unwrap(), Some(Ok(())));
+}
+
+#[test]
 fn a_released_channel_stays_until_its_last_request_has_ended() {
     let mut world = World::new();
     let (_source, target, _, _) = world.start_job();

@@ -230,19 +230,19 @@ impl Rpc for Transaction {
         let mut actions = Vec::with_capacity(self.actions.len());
         for (index, TransactionAction { method, params }) in self.actions.into_iter().enumerate() {
             let action = action_of(&method, params);
-            actions.push(action.map_err(|error| not_done(Failed { index, error }))?);
+            actions.push(action.map_err(Failed::at(index)).map_err(not_done)?);
         }
         caller.target.change_bitmaps(&actions).await.map_err(not_done)?;
         Ok(Answer::new(vec![Value::from(true); actions.len()]))
     }
 }
 
-/// The error of the action that failed, and which it was.
+/// The error, and of which action it is.
 fn not_done(failed: Failed) -> RpcError {
     let Failed { index, mut error } = failed;
-    error.message =
-        format!("action {index} of the transaction: {}; nothing was done", error.message);
-    if let Some(Value::Object(data)) = &mut error.data {
+    let place = index.map(|index| format!("action {index} of ")).unwrap_or_default();
+    error.message = format!("{place}the transaction: {}; nothing was done", error.message);
+    if let (Some(index), Some(Value::Object(data))) = (index, &mut error.data) {
         data.insert("action".to_owned(), index.into());
     }
     error

@@ -53,7 +53,7 @@ impl World {
             let held = held.is_ok();
             lock(&heard).push_back(Heard::Held(Box::new(plan), held));
         });
-        self.send(DiskCommand::Hold { deadline: HOLD_DEADLINE, reply });
+        self.send(DiskCommand::Hold { under_job: false, deadline: HOLD_DEADLINE, reply });
     }
 
     /// The disk is held: begins the mirror, or does not.

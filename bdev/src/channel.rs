@@ -35,6 +35,13 @@ impl Limits {
         self.num_blocks.saturating_mul(u64::from(self.block_size))
     }
 
+    /// The same in blocks of `block_size`, a multiple of these: what a guest that knows larger blocks may ask.
+    #[must_use]
+    pub fn in_blocks_of(self, block_size: u32) -> Self {
+        let block_size = block_size.max(self.block_size);
+        Self { block_size, num_blocks: self.size() / u64::from(block_size), ..self }
+    }
+
     /// Whether `io` fits the device: aligned, within its size, writable if it writes. What a guest sends is checked with
     /// this once, at the top.
     #[must_use]

@@ -541,7 +541,7 @@ impl Disk {
             (Hold::Replace(mut replace), Root::Plain(mut old)) => {
                 old.detach(cx);
                 replace.root.attach(cx);
-                self.exposed = *replace.root.limits();
+                self.exposed = replace.root.limits().in_blocks_of(self.exposed.block_size);
                 self.root = Root::Plain(replace.root);
                 (replace.reply)(Ok(old));
             }

@@ -55,7 +55,8 @@ impl Sectors {
     /// It is none.
     pub fn new(base: Arc<dyn Bdev>, block_size: u32) -> Result<Self, BdevError> {
         let own = base.geometry().block_size;
-        if block_size == 0 || !own.is_multiple_of(block_size) {
+        Geometry::new(block_size, 1)?;
+        if !own.is_multiple_of(block_size) {
             return Err(BdevError::Invalid {
                 parameter: "block_size",
                 value: block_size.to_string(),
@@ -63,6 +64,17 @@ impl Sectors {
             });
         }
         Ok(Self { base, block_size })
+    }
+
+    /// A bdev whose blocks are not larger than `block_size`: `base` itself if its own are not, else a view of it.
+    ///
+    /// # Errors
+    /// As [`Sectors::new`].
+    pub fn at_most(base: Arc<dyn Bdev>, block_size: u32) -> Result<Arc<dyn Bdev>, BdevError> {
+        if base.geometry().block_size <= block_size {
+            return Ok(base);
+        }
+        Ok(Arc::new(Self::new(base, block_size)?))
     }
 }
 

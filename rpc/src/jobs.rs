@@ -500,6 +500,11 @@ impl Target {
         ended["error"] = error.clone().into();
         let cancelled = Phase::of(info.status, info.failure) == Phase::Cancelling;
         ended["qemu_event"] = if cancelled { qemu::CANCELLED } else { qemu::COMPLETED }.into();
+        if let Some(known) = graph.disks.get(&disk).map(|entry| entry.limits.block_size)
+            && side == Side::Target
+        {
+            graph.goes_on_as(&target, known);
+        }
         if let Some(entry) = graph.disks.get_mut(&disk) {
             // The leg that the disk does not go on with stays claimed while I/O is in flight on it; what was made for the
             // job goes with it.

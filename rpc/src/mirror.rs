@@ -16,6 +16,7 @@ use resilver_bdev::job::ScanReport;
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode,
 };
+use resilver_bdev::sectors::Sectors;
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, JobStatus, StartJob};
 use serde_json::json;
 
@@ -160,6 +161,8 @@ impl Target {
         };
         check_legs(source.as_ref(), target.as_ref())?;
         self.graph().must_not_record(target.as_ref())?;
+        // The guest's block size stays what it is wherever the disk goes.
+        let target = Sectors::at_most(target, source.geometry().block_size)?;
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH)?,
             copy_source: source.open_channel(COPY_DEPTH)?,

@@ -119,7 +119,9 @@ impl Target {
             return self.resize_bitmaps(name, bdev.geometry().size()).await;
         };
         let root = bdev.open_channel(DISK_DEPTH)?;
-        let limits = *root.limits();
+        // The guest's block size does not change with the size, also on a disk whose own blocks are smaller.
+        let known = self.graph().disks.get(&disk).map_or(0, |entry| entry.limits.block_size);
+        let limits = root.limits().in_blocks_of(known);
         let replaced = ask(&handle, |reply| {
             DiskCommand::ReplaceRoot(ReplaceRoot { root, deadline: HOLD_DEADLINE, reply })
         });
@@ -206,6 +208,38 @@ impl Graph {
 }
 
 impl Graph {
+    /// A disk whose guest knows this block size goes on with this bdev, which may be a view of the one that was made: from
+    /// now on it stands for that, and is made again with the guest's block size from a saved configuration.
+    pub(crate) fn goes_on_as(&mut self, bdev: &Arc<dyn Bdev>, block_size: u32) {
+        let Some(entry) = self.bdevs.get_mut(bdev.name()) else { return };
+        let own = entry.bdev.geometry();
+        if own.block_size == block_size {
+            return;
+        }
+        entry.bdev = Arc::clone(bdev);
+        // A target may be larger than its source, by less than a block of it.
+        if own.size().is_multiple_of(u64::from(block_size)) {
+            self.remember_block_size(bdev.as_ref(), block_size);
+        }
+    }
+
+    /// The call that makes a bdev again gives it this block size; that of its base, where it takes it from there.
+    fn remember_block_size(&mut self, bdev: &dyn Bdev, block_size: u32) {
+        let size = bdev.geometry().size();
+        if let Some(entry) = self.bdevs.get_mut(bdev.name())
+            && let Some(params) = entry.made_by.params.as_object_mut()
+            && bdev.children().is_empty()
+        {
+            params.insert("block_size".into(), block_size.into());
+            if let Some(blocks) = params.get_mut("num_blocks") {
+                *blocks = (size / u64::from(block_size)).into();
+            }
+        }
+        for child in bdev.children() {
+            self.remember_block_size(child.as_ref(), block_size);
+        }
+    }
+
     /// The mirrors of live jobs, as `bdev_get_bdevs` shows them: a mirror has the size of its source.
     pub(crate) fn mirrors_json(&self) -> impl Iterator<Item = Value> {
         self.jobs.values().filter(|job| job.is_live()).filter_map(|job| {

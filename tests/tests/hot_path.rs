@@ -21,6 +21,7 @@ use resilver_bdev::malloc::Malloc;
 use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
+use resilver_bdev::sectors::Sectors;
 use resilver_bdev::uring::{self, Uring, UringConfig};
 use resilver_bdev::{
     Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, DirtyBitmap, Disk, DiskCommand,
@@ -397,6 +398,11 @@ fn child(case: &str) {
         "null" => hammer(&null(), &[], Sin::None),
         "malloc" => hammer(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], Sin::None),
         "passthru" => hammer(&Passthru::new("layer", Arc::new(null())), &[], Sin::None),
+        // Every request is a part of a block.
+        "sectors" => {
+            let large = Malloc::new("disk", 2 * LENGTH, DISK / u64::from(2 * LENGTH)).unwrap();
+            hammer(&Sectors::new(Arc::new(large), 512).unwrap(), &[], Sin::None)
+        }
         "delay" => {
             hammer(&Delay::new("layer", Arc::new(null()), LATENCIES).unwrap(), &[], Sin::None)
         }
@@ -461,7 +467,7 @@ fn the_case_of_a_child_process() {
 
 #[test]
 fn disks_in_memory_make_no_system_call_and_allocate_nothing() {
-    for case in ["null", "malloc", "passthru", "delay", "error"] {
+    for case in ["null", "malloc", "passthru", "delay", "error", "sectors"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

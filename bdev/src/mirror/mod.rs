@@ -161,8 +161,7 @@ fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), Bdev
     }
     if target.block_size > source.block_size {
         let expected = format!(
-            "its blocks have {} bytes; expects blocks no larger than the source's, {}; a guest that writes smaller blocks than the target has is \
-             not supported yet",
+            "its blocks have {} bytes; expects blocks no larger than the source's, {}, or a view of smaller sectors over them",
             target.block_size, source.block_size
         );
         return invalid("target", target.block_size.to_string(), &expected);

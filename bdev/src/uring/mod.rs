@@ -33,6 +33,7 @@ pub use file::create;
 use crate::channel::{IoChannel, Limits};
 use crate::device::{BLOCK_SIZE_MIN, Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
 use crate::ledger::Ledger;
+use crate::sectors::Sectors;
 use crate::stats::IoStats;
 
 /// What a guest's file system uses as a page anyway.
@@ -77,6 +78,26 @@ impl Uring {
     /// [`BdevError::Locked`] if somebody uses it; otherwise what is wrong with it and what to do.
     pub fn open(config: UringConfig) -> Result<Self, BdevError> {
         let file = file::open(&config.path, config.read_only, config.direct)?;
+        Self::over(config, file)
+    }
+
+    /// The same with the block size that is asked for whatever direct I/O needs: where that needs larger ones, through a view
+    /// of smaller sectors. A guest that was told its block size keeps it wherever its disk goes.
+    ///
+    /// # Errors
+    /// As [`Uring::open`].
+    pub fn open_in_sectors(mut config: UringConfig) -> Result<Arc<dyn Bdev>, BdevError> {
+        let file = file::open(&config.path, config.read_only, config.direct)?;
+        let asked = config.block_size;
+        config.block_size = asked.map(|asked| asked.max(file.alignment.offset));
+        let bdev = Arc::new(Self::over(config, file)?);
+        match asked {
+            Some(asked) => Sectors::at_most(bdev, asked),
+            None => Ok(bdev),
+        }
+    }
+
+    fn over(config: UringConfig, file: OpenFile) -> Result<Self, BdevError> {
         let block_size = block_size(&config, file.alignment.offset)?;
         let geometry = geometry(&config, file.size, block_size)?;
         Ok(Self {

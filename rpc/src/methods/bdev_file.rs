@@ -24,7 +24,8 @@ pub(crate) struct BdevUringCreate {
     pub(crate) name: String,
     /// Path of the file or block device.
     pub(crate) filename: PathBuf,
-    /// Bytes of a block; what direct I/O on the file needs, at least 512, if not given.
+    /// Bytes of a block; what direct I/O on the file needs, at least 512, if not given. Smaller ones than that are emulated: the
+    /// blocks around them are read, merged and written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) block_size: Option<u32>,
     /// Refuse writes. Others may read the file too then.

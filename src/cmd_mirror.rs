@@ -1,20 +1,19 @@
 //! `resilver mirror`: mirrors as an operator runs them, in the manner of `virsh blockcopy`.
 //!
-//! A command that waits follows the job's events, so that it sees the end of a job that is dismissed at once. It only
-//! watches: interrupted, it leaves the job running.
+//! A command that waits is in [`crate::watch`].
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use bytesize::ByteSize;
 use clap::{Args, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use resilver_rpc::Client;
 use serde_json::{Map, Value, json};
 
-use crate::output::{self, bytes};
-use crate::{Session, TimedOut, cmd_method};
+use crate::output;
+use crate::watch::{Then, WaitFor, Watch};
+use crate::{Session, cmd_method};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,9 +22,7 @@ Examples:
   resilver mirror status
   resilver mirror complete vm1";
 
-/// How long one look at the events lasts.
-const LOOK_MS: u64 = 250;
-/// How long an answer may take beyond that.
+/// How long an answer may take.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Arguments of `mirror`.
@@ -46,7 +43,7 @@ enum MirrorVerb {
         /// One job; all if not given.
         job: Option<String>,
     },
-    /// Wait for a mirror that runs already.
+    /// Wait for a mirror that runs already; of one that has ended, say how.
     Wait {
         /// The job.
         job: String,
@@ -148,7 +145,7 @@ struct StartArgs {
 
 #[derive(Debug, Clone, Args)]
 struct WaitArgs {
-    /// Wait until the mirror is in sync, or has ended if --pivot or --finish is given.
+    /// Wait until the mirror is in sync, or has ended if --pivot or --finish is given. With `start`, Ctrl-C cancels it.
     #[arg(long)]
     wait: bool,
     /// Show progress; waits.
@@ -163,6 +160,9 @@ struct WaitArgs {
     /// Cancel the mirror if that takes longer, such as 10m; waits.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     timeout: Option<Duration>,
+    /// Do not wait for the end of a mirror that was told to end: by --pivot or --finish, an interrupt or the time-out.
+    #[arg(long = "async")]
+    asynchronous: bool,
 }
 
 impl WaitArgs {
@@ -170,22 +170,19 @@ impl WaitArgs {
         self.wait || self.verbose || self.pivot || self.finish || self.timeout.is_some()
     }
 
-    /// What is done once the mirror is in sync.
-    fn then(&self) -> Then {
-        match (self.pivot, self.finish) {
-            (true, _) => Then::Pivot,
-            (false, true) => Then::Finish,
-            (false, false) => Then::Leave,
+    /// What is waited for, and what is done then.
+    fn what(&self) -> WaitFor {
+        WaitFor {
+            verbose: self.verbose,
+            then: match (self.pivot, self.finish) {
+                (true, _) => Then::Pivot,
+                (false, true) => Then::Finish,
+                (false, false) => Then::Leave,
+            },
+            timeout: self.timeout,
+            asynchronous: self.asynchronous,
         }
     }
-}
-
-/// What is done with a mirror that is in sync.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Then {
-    Leave,
-    Pivot,
-    Finish,
 }
 
 pub(crate) fn run(session: &Session, args: &MirrorArgs) -> anyhow::Result<()> {
@@ -198,7 +195,7 @@ pub(crate) fn run(session: &Session, args: &MirrorArgs) -> anyhow::Result<()> {
     };
     match &args.verb {
         MirrorVerb::Start(args) => start(session, client, args),
-        MirrorVerb::Wait { job, wait } => Watch::new(client, job, 0)?.run(session, wait),
+        MirrorVerb::Wait { job, wait } => Watch::of_any(client, job)?.run(session, &wait.what()),
         MirrorVerb::Status { job } => status(session, client, job.as_deref()),
         MirrorVerb::Pause { job } => tell("job_pause", job),
         MirrorVerb::Resume { job } => tell("job_resume", job),
@@ -279,8 +276,8 @@ fn start(session: &Session, mut client: Client, args: &StartArgs) -> anyhow::Res
     let answer = client.call("bdev_mirror_start", args.params(&source)?.into())?.result;
     let job = answer["job_id"].as_str().context("the target's answer names no job")?.to_owned();
     if args.wait.waits() {
-        return Watch::new(client, &job, before["sequence"].as_u64().unwrap_or(0))?
-            .run(session, &args.wait);
+        let seen = before["sequence"].as_u64().unwrap_or(0);
+        return Watch::of_new(client, &job, seen).run(session, &args.wait.what());
     }
     if session.json {
         output::json(&answer);
@@ -288,170 +285,4 @@ fn start(session: &Session, mut client: Client, args: &StartArgs) -> anyhow::Res
         output::say(&job);
     }
     Ok(())
-}
-
-/// Follows one job.
-struct Watch {
-    client: Client,
-    job: String,
-    /// The last event that was seen.
-    seen: u64,
-    bar: ProgressBar,
-    /// The last error that was told.
-    told: String,
-}
-
-/// How a job that was followed came out.
-enum Outcome {
-    /// In sync, and left so.
-    InSync,
-    /// Over; the disk goes on with this leg.
-    Ended(String),
-}
-
-impl Watch {
-    /// Follows a job from an event on; from now on if it is 0.
-    fn new(mut client: Client, job: &str, after: u64) -> anyhow::Result<Self> {
-        let mut seen = after;
-        if after == 0 {
-            // It must be there to be waited for.
-            client.call("job_get_list", json!({ "job_id": job }))?;
-            let page = client.call("job_get_events", json!({ "after": u64::MAX }))?.result;
-            seen = page["sequence"].as_u64().unwrap_or(0);
-        }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        Ok(Self { client, job: job.to_owned(), seen, bar, told: String::new() })
-    }
-
-    fn run(mut self, session: &Session, args: &WaitArgs) -> anyhow::Result<()> {
-        if args.verbose {
-            let style = ProgressStyle::with_template(
-                "{prefix} [{bar:30}] {percent:>3}% {bytes}/{total_bytes} {msg}",
-            )?;
-            self.bar = ProgressBar::new(0)
-                .with_style(style.progress_chars("=> "))
-                .with_prefix(self.job.clone());
-        }
-        let outcome = self.follow(args)?;
-        self.bar.finish_and_clear();
-        let line = match &outcome {
-            Outcome::InSync => format!("{} is in sync", self.job),
-            Outcome::Ended(leg) if leg == "target" => {
-                format!("{} switched over to its target", self.job)
-            }
-            Outcome::Ended(_) => format!("{} ended; its target is a copy of one moment", self.job),
-        };
-        if session.json {
-            output::json(&self.last_words()?);
-        } else {
-            output::say(&line);
-        }
-        Ok(())
-    }
-
-    /// What the job says about itself, or said last.
-    fn last_words(&mut self) -> anyhow::Result<Value> {
-        for method in ["job_get_list", "job_get_history"] {
-            let jobs = self.client.call(method, json!({}))?.result;
-            let found = jobs.as_array().into_iter().flatten().rfind(|it| it["id"] == *self.job);
-            if let Some(job) = found {
-                return Ok(job.clone());
-            }
-        }
-        Ok(Value::Null)
-    }
-
-    fn follow(&mut self, args: &WaitArgs) -> anyhow::Result<Outcome> {
-        let begun = Instant::now();
-        let mut then = args.then();
-        loop {
-            let params = json!({ "after": self.seen, "timeout_ms": LOOK_MS, "job_id": self.job });
-            let page = self.client.call("job_get_events", params)?.result;
-            self.seen = page["sequence"].as_u64().unwrap_or(self.seen);
-            for event in page["events"].as_array().into_iter().flatten() {
-                if let Some(outcome) = self.heard(event)? {
-                    return Ok(outcome);
-                }
-            }
-            if self.is_in_sync()? {
-                match std::mem::replace(&mut then, Then::Leave) {
-                    Then::Pivot => self.tell("job_complete")?,
-                    Then::Finish => self.tell("bdev_mirror_finish")?,
-                    Then::Leave if args.then() == Then::Leave => return Ok(Outcome::InSync),
-                    // It was told already and is about to go.
-                    Then::Leave => {}
-                }
-            }
-            if args.timeout.is_some_and(|timeout| begun.elapsed() > timeout) {
-                self.bar.abandon();
-                // If it ended just now there is nothing to cancel.
-                let _ = self.client.call("job_cancel", json!({ "job_id": self.job }));
-                return Err(TimedOut(format!(
-                    "{} was not done in time and was cancelled",
-                    self.job
-                ))
-                .into());
-            }
-        }
-    }
-
-    fn tell(&mut self, method: &str) -> anyhow::Result<()> {
-        let answer = self.client.call(method, json!({ "job_id": self.job }))?;
-        self.bar.suspend(|| output::warn(answer.warning.as_deref()));
-        Ok(())
-    }
-
-    /// Takes an event; says how it came out if it is the last.
-    fn heard(&mut self, event: &Value) -> anyhow::Result<Option<Outcome>> {
-        let error = event["error"].as_str();
-        match (event["event"].as_str(), error) {
-            (Some("job_completed"), None) => {
-                let leg = event["goes_on_with"].as_str().unwrap_or_default().to_owned();
-                Ok(Some(Outcome::Ended(leg)))
-            }
-            (Some("job_completed"), Some(error)) => {
-                self.bar.abandon();
-                bail!("{} failed: {error}; the guest runs on from the source", self.job)
-            }
-            (Some("job_switch_undone"), error) => {
-                self.bar.abandon();
-                let error = error.unwrap_or("no reason given");
-                bail!(
-                    "{}: {error}; it is still in sync, try again with: resilver mirror complete {}",
-                    self.job,
-                    self.job
-                )
-            }
-            _ => Ok(None),
-        }
-    }
-
-    /// Shows the job's progress; says whether it is in sync. A job that is gone is not: its last event tells.
-    fn is_in_sync(&mut self) -> anyhow::Result<bool> {
-        let jobs = self.client.call("job_get_list", json!({}))?.result;
-        let Some(job) = jobs.as_array().into_iter().flatten().find(|it| it["id"] == *self.job)
-        else {
-            return Ok(false);
-        };
-        let number = |name: &str| job[name].as_u64().unwrap_or(0);
-        self.bar.set_length(number("total_bytes"));
-        self.bar.set_position(number("total_bytes").saturating_sub(number("dirty_bytes")));
-        self.bar.set_message(message(job));
-        let standing = job["io_status"] != "ok" || job["status"] == "paused";
-        if let Some(error) = job["error"].as_str().filter(|error| standing && *error != self.told) {
-            self.told = error.to_owned();
-            self.bar.suspend(|| output::warn(Some(error)));
-        }
-        Ok(job["status"] == "ready")
-    }
-}
-
-/// What stands behind the bar.
-fn message(job: &Value) -> String {
-    let rate = bytes(job["copy_bytes_per_second"].as_u64().unwrap_or(0));
-    let status = job["status"].as_str().unwrap_or_default();
-    let eta = job["eta_seconds"].as_f64().map(|eta| format!(", {eta:.0} s left"));
-    let slower = status == "running" && job["converging"] == false;
-    let note = if slower { ", the guest writes faster than is copied" } else { "" };
-    format!("{status}, {rate}/s{}{note}", eta.unwrap_or_default())
 }

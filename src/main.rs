@@ -15,6 +15,7 @@ mod cut;
 mod demo;
 mod load;
 mod output;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,7 +25,7 @@ use resilver_rpc::{Client, ClientError};
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done; 1 refused or failed, with the reason on standard error; 2 wrong usage; 3 no target can be reached; \
-4 a wait timed out.";
+4 a wait timed out; 130 a wait was interrupted.";
 
 /// Serves virtual disks to virtual machines over vhost-user-blk, mirrors them live and switches them over.
 #[derive(Debug, Parser)]
@@ -114,7 +115,18 @@ fn main() -> ExitCode {
 #[error("{0}")]
 struct TimedOut(String);
 
+/// A wait that was interrupted.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Interrupted(String);
+
+/// What a shell knows an interrupted command by: 128 and SIGINT.
+const INTERRUPTED: u8 = 130;
+
 fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.is::<Interrupted>() {
+        return INTERRUPTED;
+    }
     if error.is::<TimedOut>() {
         return 4;
     }

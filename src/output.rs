@@ -29,6 +29,12 @@ pub(crate) fn complain(error: &anyhow::Error) {
     let _ = writeln!(out, "resilver: {text}");
 }
 
+/// Prints a line of progress.
+pub(crate) fn note(line: &str) {
+    let mut out = std::io::stderr().lock();
+    let _ = writeln!(out, "{line}");
+}
+
 /// Prints what the operator should know although all went well.
 pub(crate) fn warn(warning: Option<&str>) {
     if let Some(warning) = warning {

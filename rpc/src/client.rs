@@ -112,7 +112,11 @@ impl Client {
             if let Some(text) = self.splitter.next_value()? {
                 return Ok(serde_json::from_slice(text)?);
             }
-            let count = self.stream.read(&mut buffer)?;
+            let count = match self.stream.read(&mut buffer) {
+                // A signal that the caller takes; with a time-out the kernel does not begin anew by itself.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
             if count == 0 {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }

@@ -250,7 +250,10 @@ impl Drop for Starting {
 }
 
 /// The binary of the profile that the tests were built with, built if it is not.
-fn binary() -> &'static Path {
+///
+/// # Panics
+/// If it does not build.
+pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let test = std::env::current_exe().unwrap();

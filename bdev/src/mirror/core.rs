@@ -288,6 +288,8 @@ pub(super) struct Core {
     pub counters: Counters,
     pub verify: Verify,
     pub next_timeout_check: Nanos,
+    /// When the target is flushed for no other reason.
+    pub flush_due: Option<Nanos>,
     /// Rows of the tables come to so far.
     pub rows: Rows,
     actions: VecDeque<Action>,
@@ -348,6 +350,7 @@ impl Core {
             counters: Counters::default(),
             verify: Verify::new(grid, config.window),
             next_timeout_check: Nanos::ZERO,
+            flush_due: None,
             rows: Rows::default(),
             actions: VecDeque::with_capacity(4 * (ops + copies)),
             events: VecDeque::with_capacity(Self::EVENTS),

@@ -11,11 +11,14 @@ use resilver_reactor::Nanos;
 
 use super::bugs::{Bug, planted};
 use super::core::{Action, Core, Leg, OpState, Slot, Ticket};
-use super::life::JobFlush;
+use super::life::{JobFlush, Stage};
 use super::tables::Failed;
 use crate::bitmap::{Bitmap, Grid};
 use crate::io::{IoError, IoKind};
 use crate::job::Side;
+
+/// How long what was written to the target stays without a flush.
+const FLUSH_EVERY: Nanos = Nanos::from_secs(1);
 
 /// The flush of a leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -91,6 +94,22 @@ impl Core {
         std::mem::swap(&mut line.undurable, &mut line.flushing);
         line.line = Line::Flying { since: now, next: false };
         self.act(Action::Flush(side));
+    }
+
+    /// Flushes the target now and then while something is written there, so that a flush that fails, as that of a full share does,
+    /// takes back a second's work and not the whole copy.
+    pub(super) fn flush_now_and_then(&mut self, now: Nanos) {
+        let line = &self.lines[Side::Target as usize];
+        let at_work = matches!(self.stage, Stage::Running | Stage::Ready);
+        if !at_work || line.line != Line::Idle || line.undurable.count() == 0 {
+            self.flush_due = None;
+            return;
+        }
+        if now >= *self.flush_due.get_or_insert(now + FLUSH_EVERY) {
+            self.flush_due = None;
+            // Nobody waits for it.
+            self.ask_flush(Side::Target, now);
+        }
     }
 
     /// The flush of a leg has ended.

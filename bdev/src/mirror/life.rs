@@ -611,6 +611,7 @@ impl Core {
         let pace = self.pace(guest_busy, now);
         self.start_copies(pace, now);
         self.start_checks(guest_busy, now);
+        self.flush_now_and_then(now);
         // What is skipped without I/O can have been the last.
         self.advance(now);
         self.rates.tick(now);
@@ -740,7 +741,7 @@ impl Core {
             _ => None,
         };
         let copier = self.copier_deadline();
-        let others = [self.errors.deadline(), self.verify_deadline()];
+        let others = [self.errors.deadline(), self.verify_deadline(), self.flush_due];
         [timeout, retract, copier].into_iter().chain(others).flatten().min()
     }
 

@@ -278,3 +278,73 @@ fn under_a_ceiling_that_no_device_keeps_the_copy_goes_on_at_its_floor() {
     // A guest that rests is no reason to hold back.
     assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
 }
+
+#[test]
+fn a_failed_flush_takes_back_a_seconds_work_and_not_the_whole_copy() {
+    let config = MirrorConfig {
+        speed: 128 << 10,
+        on_target_error: OnError::Enospc,
+        granularity: 4096,
+        ..MirrorConfig::default()
+    };
+    let mut bench = Bench::new(config);
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    let run = |bench: &mut Bench, millis| {
+        for _ in 0..millis {
+            bench.now = bench.now + Nanos::from_millis(1);
+            bench.turn();
+        }
+    };
+    run(&mut bench, 5000);
+    let copied = bench.info().copied_bytes;
+    assert!(copied > 512 << 10, "{copied}");
+    bench.inject(Side::Target, IoKind::Flush, Effect::Fail(IoError::NO_SPACE), 1);
+    run(&mut bench, 1500);
+    let info = bench.info();
+    assert_eq!((info.status, info.io_status), (JobStatus::Paused, IoStatus::Nospace));
+    assert!(info.dirty_bytes < SIZE - copied + (300 << 10), "{info:?}");
+    bench.verb(JobVerb::Resume).unwrap();
+    bench.verb(JobVerb::SetSpeed(0)).unwrap();
+    bench.reach(JobStatus::Ready);
+    assert!(bench.info().copied_bytes < 3 << 19, "a second full copy: {:?}", bench.info());
+    assert_eq!(bench.contents(Side::Source), bench.contents(Side::Target));
+}
+
+/// Bytes that reach the target beside one copy of the disk while a guest writes `length` bytes at random places: ours, and what
+/// they would be if only writes behind the copy were mirrored.
+fn beside_the_copy(length: u32) -> (u64, u64) {
+    let mut bench = Bench::new(MirrorConfig { speed: 4 << 20, granularity: 16384, ..blocking() });
+    bench.fill_source(0, &[7; 1 << 20]);
+    bench.with(|mirror, cx| mirror.attach(cx));
+    bench.with(|mirror, cx| mirror.scanned(cx, ScanReport::Done));
+    let (mut behind, mut tag) = (0, 0u32);
+    let bytes = vec![8; length as usize];
+    while bench.status() == JobStatus::Running {
+        let offset = u64::from(tag.wrapping_mul(2_654_435_761) >> 8) % (1 << 20);
+        let offset = offset / u64::from(length) * u64::from(length);
+        if !bench.with(|mirror, _| mirror.is_dirty(offset / 16384)) {
+            behind += u64::from(length);
+        }
+        bench.write(tag, offset, &bytes);
+        bench.drain();
+        bench.now = bench.now + Nanos::from_millis(1);
+        bench.turn();
+        tag += 1;
+    }
+    let info = bench.info();
+    assert!(tag > 50 && info.copied_bytes <= SIZE, "{tag} writes, {info:?}");
+    let done = info.copied_bytes + info.zero_bytes;
+    (info.mirrored_bytes + done, behind + SIZE)
+}
+
+#[test]
+fn write_blocking_sends_the_target_what_a_cursor_would() {
+    // A write to a part of a chunk that is still to be copied is left to the copy, as a cursor would.
+    let (ours, cursor) = beside_the_copy(4096);
+    assert_eq!(ours, cursor);
+    // A write of a whole one goes to both legs at once, and the copy is spared that chunk.
+    let (ours, cursor) = beside_the_copy(16384);
+    assert!(ours.abs_diff(cursor) < cursor / 4, "{ours} and {cursor}");
+}

@@ -1,8 +1,12 @@
 //! What the simulator does about named bitmaps, and mirrors that work by one.
 //!
+//! Beside the one that a mirror may work by, the disk has one that the operator changes at any moment, under a mirror or not: made
+//! anew, cleared, enabled, disabled, merged into, each while the disk is held.
+//!
 //! The oracle:
 //! * A bitmap that records has a dirty chunk wherever a write has succeeded since it was made; also under a mirror that leaves it
 //!   alone.
+//! * A bitmap that does not record stays as it is.
 //! * Beside a mirror in mode `never`, and after one in mode `on-success` that failed, what was dirty before is dirty still.
 //! * After one in mode `always`, or `on-success` that went well, a clean chunk is equal on both disks at that moment.
 //! * After a switch-over the bitmap of the old disk says that nothing is missing on the new one.
@@ -30,6 +34,16 @@ pub(super) struct Recorder {
     dirty: Vec<u64>,
     /// A mirror keeps its bits.
     handed_over: bool,
+}
+
+/// What the operator does with a bitmap.
+#[derive(Debug, Clone, Copy)]
+enum Verb {
+    Add,
+    Clear,
+    Enable,
+    Disable,
+    Merge,
 }
 
 impl Recorder {
@@ -77,7 +91,7 @@ impl World {
         let recorder = Recorder { bitmap: Arc::clone(&bitmap), since, dirty, handed_over: false };
         self.recorder = Some(recorder);
         // No turn comes between the two.
-        self.send(DiskCommand::Release(Some(vec![bitmap])));
+        self.release_with_bitmaps();
         let started = self.start_mirror(&plan);
         if let Err(refused) = started {
             self.trace.line(format_args!("refused: {refused}"));
@@ -102,9 +116,75 @@ impl World {
         }
     }
 
+    /// The disk goes on with the bitmaps that it has now.
+    fn release_with_bitmaps(&mut self) {
+        let recorders = self.recorder.iter().chain(&self.watched);
+        let bitmaps = recorders.map(|it| Arc::clone(&it.bitmap)).collect();
+        self.send(DiskCommand::Release(Some(bitmaps)));
+    }
+
+    /// The operator is to change the bitmap that is theirs: the disk is held for that.
+    pub(super) fn change_bitmap_on_a_whim(&mut self) {
+        let under_job = self.control.job().is_some_and(Job::is_inserted);
+        let heard = self.control.heard();
+        let reply = Box::new(move |held: Result<(), _>| {
+            lock(&heard).push_back(Heard::HeldForBitmap(held.is_ok()));
+        });
+        self.send(DiskCommand::Hold { under_job, deadline: HOLD_DEADLINE, reply });
+    }
+
+    /// The disk is held: changes the operator's bitmap, or does not.
+    pub(super) fn held_for_change(&mut self, held: bool) {
+        if !held {
+            return;
+        }
+        let size = self.source.limits().size();
+        let granularity = self.rng.pick(&[512, 4 << 10, 64 << 10]);
+        let fresh = |recording| DirtyBitmap::new(Grid::new(size, granularity), recording);
+        let verb =
+            self.rng.pick(&[Verb::Add, Verb::Clear, Verb::Enable, Verb::Disable, Verb::Merge]);
+        let bitmap = match (verb, &self.watched) {
+            (Verb::Add, _) | (_, None) => fresh(true),
+            (Verb::Clear, Some(old)) => DirtyBitmap::new(old.bitmap.grid(), old.bitmap.recording()),
+            (Verb::Enable | Verb::Disable, Some(old)) => {
+                let copy = old.bitmap.copy();
+                copy.set_recording(matches!(verb, Verb::Enable));
+                copy
+            }
+            (Verb::Merge, Some(old)) => {
+                let (copy, other) = (old.bitmap.copy(), fresh(true));
+                let sector = self.rng.below(self.source.sectors() as u64);
+                other.mark(sector * SECTOR as u64, SECTOR as u64);
+                copy.merge(&other);
+                copy
+            }
+        };
+        self.trace.line(format_args!("bitmap: {verb:?}"));
+        // What was written before is no longer asked for where the bitmap was made anew; where it was not, it is in `dirty`.
+        let (since, dirty) = (lock(&self.oracle).moment(), Recorder::chunks_of(&bitmap));
+        self.watched =
+            Some(Recorder { bitmap: Arc::new(bitmap), since, dirty, handed_over: false });
+        self.release_with_bitmaps();
+    }
+
     /// What has been written is dirty.
-    pub(super) fn judge_recorder(&self) {
-        let Some(recorder) = self.recorder.as_ref().filter(|it| !it.handed_over) else { return };
+    pub(super) fn judge_recorders(&self) {
+        for recorder in self.recorder.iter().chain(&self.watched).filter(|it| !it.handed_over) {
+            self.judge_recorder(recorder);
+        }
+    }
+
+    fn judge_recorder(&self, recorder: &Recorder) {
+        let now = Recorder::chunks_of(&recorder.bitmap);
+        if let Some(lost) = recorder.dirty.iter().find(|chunk| !now.contains(chunk)) {
+            self.trace.finding(format_args!("the bitmap has forgotten chunk {lost}"));
+        }
+        if !recorder.bitmap.recording() {
+            if now.len() != recorder.dirty.len() {
+                self.trace.finding("a bitmap that is disabled has recorded");
+            }
+            return;
+        }
         let oracle = lock(&self.oracle);
         for sector in 0..self.sectors {
             if oracle.written(sector) > recorder.since && !recorder.is_dirty(sector) {
@@ -112,14 +192,12 @@ impl World {
                     .finding(format_args!("sector {sector} was written, and the bitmap is clean"));
             }
         }
-        let now = Recorder::chunks_of(&recorder.bitmap);
-        if let Some(lost) = recorder.dirty.iter().find(|chunk| !now.contains(chunk)) {
-            self.trace.finding(format_args!("the bitmap has forgotten chunk {lost}"));
-        }
     }
 
     /// A mirror has ended: what it left in its bitmap.
     pub(super) fn bitmap_ends(&mut self, job: &Job, side: Side, info: &JobInfo) {
+        // After a switch-over it is the old disk's, as the other one is.
+        self.watched = self.watched.take().filter(|_| side == Side::Source);
         let Some(mut recorder) = self.recorder.take() else { return };
         let good = side == Side::Target || info.failure.is_none();
         let gives_back = match job.bitmap_mode {
@@ -140,7 +218,6 @@ impl World {
             recorder.since = lock(&self.oracle).moment();
             recorder.dirty = Recorder::chunks_of(&recorder.bitmap);
         }
-        // After a switch-over it is the old disk's.
         self.recorder = Some(recorder).filter(|_| side == Side::Source);
     }
 }

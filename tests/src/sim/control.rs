@@ -85,6 +85,7 @@ pub enum Operator {
 /// What the disk answered.
 pub(super) enum Heard {
     Held(Box<MirrorPlan>, bool),
+    HeldForBitmap(bool),
     Started(Box<dyn IoChannel>),
     NotStarted(String),
     Verb(JobVerb, Result<(), VerbError>),
@@ -374,6 +375,7 @@ impl World {
                     self.control.holding = false;
                     self.held_for_bitmap(*plan, held);
                 }
+                Heard::HeldForBitmap(held) => self.held_for_change(held),
                 Heard::Started(old) => {
                     if old.in_flight() > 0 {
                         self.trace.finding("the replaced channel has I/O in flight");

@@ -28,6 +28,8 @@ pub struct Swarm {
     pub upheaval_per_mille: u32,
     /// Turns in a thousand in which faults come and go.
     pub weather_per_mille: u32,
+    /// Turns in a thousand in which the operator changes a bitmap.
+    pub bitmap_per_mille: u32,
     /// Sectors in a thousand that are holes at first.
     pub hole_per_mille: u32,
 }
@@ -45,6 +47,7 @@ impl Swarm {
             target_faults: if rng.chance(600) { faults(rng) } else { Faults::default() },
             guests: (0..guests).map(|_| guest(rng, &source.limits)).collect(),
             upheaval_per_mille: rng.pick(&[0, 0, 2, 10]),
+            bitmap_per_mille: rng.pick(&[0, 0, 2, 10]),
             weather_per_mille: rng.pick(&[0, 5, 20]),
             hole_per_mille: rng.pick(&[0, 200, 500, 900]),
         }
@@ -63,6 +66,7 @@ impl Swarm {
             target_faults: Faults::default(),
             guests: vec![guest],
             upheaval_per_mille: 0,
+            bitmap_per_mille: 0,
             weather_per_mille: 0,
             hole_per_mille: 0,
         }

@@ -66,6 +66,8 @@ pub struct World {
     pub control: Control,
     /// What records the writes of the disk.
     pub(super) recorder: Option<Recorder>,
+    /// Another one, that the operator changes.
+    pub(super) watched: Option<Recorder>,
     /// Sectors that the guests know of: no switch-over changes them, though a target may be larger.
     pub(super) sectors: usize,
     swarm: Swarm,
@@ -112,6 +114,7 @@ impl World {
             source,
             control: Control::new(rng.fork()),
             recorder: None,
+            watched: None,
             rng,
             oracle,
             memory,
@@ -307,7 +310,7 @@ impl World {
             self.check_chunks(job);
         }
         self.judge_observer();
-        self.judge_recorder();
+        self.judge_recorders();
     }
 
     /// A clean chunk with nothing in flight in it is equal on both legs.
@@ -350,6 +353,9 @@ impl World {
         {
             let sectors = job.target.sectors();
             job.target.change_faults(|faults| change_weather(rng, faults, sectors));
+        }
+        if self.rng.chance(self.swarm.bitmap_per_mille) {
+            self.change_bitmap_on_a_whim();
         }
         if self.rng.chance(self.swarm.upheaval_per_mille) {
             let index = self.rng.below(self.seats.len() as u64) as usize;

@@ -8,10 +8,10 @@
 //! neighbours would be lost. What meets it waits, for older ones only, so there is no cycle; whole writes among themselves
 //! need no order.
 //!
-//! **Capacity.** The base is opened for as many more I/Os as [`EDGES`] partial writes need, so what is submitted never lacks a slot
+//! **Capacity.** The base is opened for as many more I/Os as `EDGES` partial writes need, so what is submitted never lacks a slot
 //! there; more partial writes than that wait in line. Nothing is allocated after construction.
 //!
-//! Fault model: the base's. A failed read of an edge fails the write, of which nothing was written then. As with any drive of this
+//! Fault model: the base's. A write whose payload's memory goes while it waits fails, and nothing of it was written. A failed read of an edge fails the write, of which nothing was written then. As with any drive of this
 //! kind a power loss in the middle of a partial write may cost the rest of its blocks.
 
 use std::collections::VecDeque;
@@ -331,6 +331,16 @@ impl SectorChannel {
         })
     }
 
+    /// Gives up an I/O that waited, if the memory of its payload went meanwhile: its owner's doing.
+    fn payload_gone(&mut self, cx: &Context<'_>, slot: u32, payload: &[BufferSlice]) -> bool {
+        let gone = payload.iter().any(|slice| cx.memory.check(*slice).is_err());
+        if gone {
+            self.ops[slot].error = Some(IoError::FAULT);
+            self.end(slot);
+        }
+        gone
+    }
+
     /// Sends a part of an I/O to the base.
     fn send(
         &mut self,
@@ -478,7 +488,10 @@ impl SectorChannel {
             if let Some(held) = held {
                 slices = slices.with(&self.held[held].slices[..self.held[held].len]);
             }
-            return self.work(cx, slot, slices.as_slice());
+            if !self.payload_gone(cx, slot, slices.as_slice()) {
+                self.work(cx, slot, slices.as_slice());
+            }
+            return;
         }
         self.end(slot);
     }
@@ -506,6 +519,9 @@ impl SectorChannel {
             let mut slices = Slices::new();
             if let Some(held) = self.ops[slot].held {
                 slices = slices.with(&self.held[held].slices[..self.held[held].len]);
+            }
+            if self.payload_gone(cx, slot, slices.as_slice()) {
+                continue;
             }
             if self.must_wait(slot) || !self.begin(cx, slot, slices.as_slice()) {
                 self.waiting.push_back(slot);

@@ -17,8 +17,9 @@ use crate::bitmap::{Bitmap, Grid};
 use crate::io::{IoError, IoKind};
 use crate::job::Side;
 
-/// How long what was written to the target stays without a flush.
+/// How long what was written to the target stays without a flush, and how much of it.
 const FLUSH_EVERY: Nanos = Nanos::from_secs(1);
+const FLUSH_BYTES: u64 = 64 << 20;
 
 /// The flush of a leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -97,7 +98,7 @@ impl Core {
     }
 
     /// Flushes the target now and then while something is written there, so that a flush that fails, as that of a full share does,
-    /// takes back a second's work and not the whole copy.
+    /// takes back that much and not the whole copy.
     pub(super) fn flush_now_and_then(&mut self, now: Nanos) {
         let line = &self.lines[Side::Target as usize];
         let at_work = matches!(self.stage, Stage::Running | Stage::Ready);
@@ -105,7 +106,8 @@ impl Core {
             self.flush_due = None;
             return;
         }
-        if now >= *self.flush_due.get_or_insert(now + FLUSH_EVERY) {
+        let much = line.undurable.bytes() >= FLUSH_BYTES;
+        if much || now >= *self.flush_due.get_or_insert(now + FLUSH_EVERY) {
             self.flush_due = None;
             // Nobody waits for it.
             self.ask_flush(Side::Target, now);

@@ -66,7 +66,7 @@ impl MirrorPlan {
             auto_converge: rng.chance(500),
             ..MirrorConfig::default()
         };
-        scope::draw(rng, &mut config);
+        scope::draw(rng, &mut config, target.limits.block_size);
         Self { target, config }
     }
 }
@@ -282,9 +282,9 @@ impl World {
         }
         let scope = self.preset_scope(&plan.config, &target);
         let channels = MirrorChannels {
-            source: self.source.open_channel(DISK_DEPTH)?,
-            copy_source: self.source.open_channel(COPY_DEPTH)?,
-            target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+            source: self.in_guests_blocks(&self.source)?.open_channel(DISK_DEPTH)?,
+            copy_source: self.in_guests_blocks(&self.source)?.open_channel(COPY_DEPTH)?,
+            target: self.in_guests_blocks(&target)?.open_channel(DISK_DEPTH + COPY_DEPTH)?,
         };
         self.trace.line(format_args!("mirror to {name}: {plan:?}"));
         let mirror = Mirror::new(plan.config.clone(), channels)?;

@@ -335,12 +335,15 @@ impl SimDisk {
     /// guest that wants its writes stable gets a flush with each.
     #[must_use]
     pub fn failed_since(&self, since: Nanos, io: &BdevIo) -> bool {
+        let edges = self.limits.block_size as usize > SECTOR;
         lock(&self.medium).failed.iter().any(|failed| {
             let explains = match (failed.io.kind, io.kind) {
                 (IoKind::Flush, kind) => kind != IoKind::Read,
                 (_, IoKind::Flush) => false,
                 (failed_kind, kind) => {
-                    failed_kind.mutates() == kind.mutates()
+                    // A write of a part of a block reads the rest first.
+                    let edge = edges && failed_kind == IoKind::Read;
+                    (edge || failed_kind.mutates() == kind.mutates())
                         && overlap(&sectors_of(&failed.io), &sectors_of(io))
                 }
             };
@@ -607,9 +610,10 @@ impl Medium {
             self.landings += 1;
             let cell = &mut self.cells[sector];
             cell.unflushed.push((self.landings, content.clone()));
+            // Rot that is read as the edge of a block and written back is rot.
+            cell.rotten &= cell.content == content;
             cell.content = content;
             cell.allocated = allocated;
-            cell.rotten = false;
         }
     }
 

@@ -34,7 +34,7 @@ pub(super) struct Scope {
 }
 
 /// Draws what a mirror brings over.
-pub(super) fn draw(rng: &mut Rng, config: &mut MirrorConfig) {
+pub(super) fn draw(rng: &mut Rng, config: &mut MirrorConfig, target_block: u32) {
     config.sync = rng.pick(&[
         SyncMode::Full,
         SyncMode::Full,
@@ -64,6 +64,8 @@ pub(super) fn draw(rng: &mut Rng, config: &mut MirrorConfig) {
     if config.diff_cluster.is_some_and(|cluster| cluster < SECTOR as u32) {
         config.diff_cluster = Some(SECTOR as u32);
     }
+    // No image has clusters smaller than the blocks of what it is on.
+    config.diff_cluster = config.diff_cluster.filter(|cluster| *cluster >= target_block);
 }
 
 impl Scope {

@@ -96,6 +96,7 @@ pub fn disk(rng: &mut Rng, source: Option<&Limits>) -> DiskOptions {
     let block_size = match source {
         None => rng.pick(&[512, 512, 512, 4096]),
         Some(_) if rng.chance(200) => 512,
+        Some(_) if rng.chance(200) => 4096,
         Some(source) => source.block_size,
     };
     let mut size = match source {
@@ -105,13 +106,20 @@ pub fn disk(rng: &mut Rng, source: Option<&Limits>) -> DiskOptions {
     if source.is_some() && rng.chance(100) {
         size += rng.between(1, 16) * u64::from(block_size);
     }
+    size = size.next_multiple_of(u64::from(block_size));
+    // A view in smaller blocks needs room for its edges.
+    let viewed = source.is_some_and(|source| source.block_size < block_size);
     let unmap =
         rng.pick(&[UnmapResult::Zero, UnmapResult::Zero, UnmapResult::Keep, UnmapResult::Garbage]);
     let limits = Limits {
         block_size,
         num_blocks: size / u64::from(block_size),
-        max_transfer: rng.pick(&[8 << 10, 32 << 10, 128 << 10, 1 << 20]),
-        max_segments: rng.pick(&[1, 4, 128]),
+        max_transfer: rng.pick(&[8 << 10, 32 << 10, 128 << 10, 1 << 20]).max(if viewed {
+            32 << 10
+        } else {
+            0
+        }),
+        max_segments: rng.pick(&[1, 4, 128]).max(if viewed { 4 } else { 1 }),
         max_unmap: rng.pick(&[16 << 10, 1 << 20, 1 << 30]),
         unmap: unmap != UnmapResult::Keep,
         zeroes_unmap: rng.chance(700),

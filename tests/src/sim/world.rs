@@ -8,7 +8,10 @@ use std::sync::{Arc, Mutex};
 
 use resilver_bdev::disk::Consumer;
 use resilver_bdev::mirror::ChunkState;
-use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle, JobVerb};
+use resilver_bdev::sectors::Sectors;
+use resilver_bdev::{
+    Bdev, BdevError, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle, JobVerb,
+};
 use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Work};
 use resilver_sys::{RegionTable, WaitSet};
 
@@ -68,6 +71,8 @@ pub struct World {
     pub(super) recorder: Option<Recorder>,
     /// Another one, that the operator changes.
     pub(super) watched: Option<Recorder>,
+    /// Bytes of a block as the guests know it: no switch-over changes it, whatever blocks a target has.
+    block_size: u32,
     /// Sectors that the guests know of: no switch-over changes them, though a target may be larger.
     pub(super) sectors: usize,
     swarm: Swarm,
@@ -110,6 +115,7 @@ impl World {
             now: Nanos::ZERO,
             trace,
             seats: Vec::new(),
+            block_size: source.limits().block_size,
             sectors: source.sectors(),
             source,
             control: Control::new(rng.fork()),
@@ -386,6 +392,11 @@ impl World {
         Ok(())
     }
 
+    /// A disk as the guests' requests see it: those of larger blocks by way of a view in smaller ones.
+    pub(super) fn in_guests_blocks(&self, disk: &SimDisk) -> Result<Arc<dyn Bdev>, BdevError> {
+        Sectors::at_most(Arc::new(disk.clone()), self.block_size)
+    }
+
     /// Turns on what the swarm has against targets.
     pub(super) fn spoil_target(&mut self) {
         if let Some(job) = self.control.job() {
@@ -395,7 +406,7 @@ impl World {
 
     /// A mirror as the swarm has them.
     pub(super) fn invent_mirror(&mut self) -> MirrorPlan {
-        let limits = *self.source.limits();
+        let limits = self.source.limits().in_blocks_of(self.block_size);
         let target = disk(&mut self.rng, Some(&limits));
         MirrorPlan::new(&mut self.rng, target, limits.block_size)
     }

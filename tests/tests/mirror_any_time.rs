@@ -1,5 +1,5 @@
 //! What a guest and its machine may do at any time, done in the middle of a mirror: a reset, another front end, a change of
-//! the memory table.
+//! the memory table, a pause of the machine.
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
@@ -8,11 +8,13 @@ use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use resilver_sys::{BufferSlice, RegionTable};
 use resilver_tests::e2e::driver::BLOCK;
 use resilver_tests::e2e::guest::{GuestConfig, assert_holds, fill, table_generations};
 use resilver_tests::e2e::{Guest, Server};
+use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, DriverQueue, Request};
 use resilver_vhost::message::Message;
 use serde_json::{Value, json};
 
@@ -149,4 +151,64 @@ fn a_memory_table_that_changes_in_mid_mirror_and_mid_switch_loses_nothing() {
     guest.run_for(500);
     guest.finish();
     assert_file(server, "target.raw");
+}
+
+/// Carries a request out and waits for it.
+fn run(queue: &mut DriverQueue, request: Request, data: &[DataBuffer]) {
+    queue.submit(request, data, 1).unwrap();
+    queue.publish();
+    let begun = Instant::now();
+    loop {
+        if let Some(finished) = queue.pop().unwrap() {
+            return assert_eq!(finished.result, Ok(()), "{request:?}");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{request:?} does not end");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_machine_that_is_paused_meanwhile_finds_its_disk_moved_and_whole() {
+    let mut server = served();
+    let config = ConnectionConfig { queue_size: 32, ..ConnectionConfig::default() };
+    let socket = server.controller("vm");
+    let (mut connection, mut queues) = Connection::connect(&socket, config).unwrap();
+    let queue = &mut queues[0];
+    let table = RegionTable::with_capacity(1);
+    let region = table.insert(connection.memory().mapping().clone()).unwrap();
+    let data = DataBuffer { offset: 0, length: BLOCK as u32 };
+    let slice = BufferSlice { region, offset: 0, length: BLOCK as u32 };
+    let mut bytes = vec![0; BLOCK];
+    let mut write = |queue: &mut DriverQueue, number: u64, generation| {
+        fill(&mut bytes, number as usize, generation);
+        table.write(slice, &bytes).unwrap();
+        run(queue, Request::Write { offset: number * BLOCK as u64 }, &[data]);
+    };
+
+    mirror(&mut server, json!({}));
+    for number in 0..100 {
+        write(queue, number, 1);
+    }
+    // A pause stops the rings; the copy goes on, to the switch-over and beyond.
+    let base = connection.stop(queue).unwrap();
+    assert_eq!(base, 100);
+    switch_over(&mut server);
+    connection.resume(queue, base).unwrap();
+    for number in 50..150 {
+        write(queue, number, 2);
+    }
+    let mut expected = vec![0; BLOCK];
+    for number in 0..BLOCKS {
+        let generation = match number {
+            0..50 => 1,
+            50..150 => 2,
+            _ => 0,
+        };
+        fill(&mut expected, number as usize, generation);
+        let mut seen = vec![0; BLOCK];
+        run(queue, Request::Read { offset: number * BLOCK as u64 }, &[data]);
+        table.read(slice, &mut seen).unwrap();
+        assert!(seen == expected, "block {number}");
+    }
+    drop(server.stop());
 }

@@ -293,6 +293,15 @@ impl Connection {
         self.link()?.stop(queue.index())
     }
 
+    /// Starts a stopped ring again where it stopped, as a machine does that was paused.
+    ///
+    /// # Errors
+    /// The connection is lost, or the back end refuses.
+    pub fn resume(&mut self, queue: &DriverQueue, base: u16) -> Result<(), FrontEndError> {
+        let negotiated = self.negotiated;
+        self.link()?.start(&negotiated, queue, base)
+    }
+
     fn link(&self) -> Result<Link, FrontEndError> {
         let socket = self
             .socket

@@ -137,16 +137,26 @@ impl Link {
         let mut tell =
             |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
         tell(Message::SetMemTable(vec![memory.region()]), &[memory.fd()])?;
-        for queue in queues {
-            let (index, fd) = (u32::from(queue.index()), FdPresence::Attached);
-            tell(Message::SetVringNum { index, num: u32::from(queue.size()) }, &[])?;
-            tell(Message::SetVringBase { index, base: 0 }, &[])?;
-            tell(Message::SetVringAddr { index, addresses: queue.ring_addresses() }, &[])?;
-            tell(Message::SetVringCall { index, fd }, &[queue.call_fd()])?;
-            tell(Message::SetVringKick { index, fd }, &[queue.kick_fd()])?;
-            tell(Message::SetVringEnable { index, enable: 1 }, &[])?;
-            queue.kick();
-        }
+        queues.iter().try_for_each(|queue| self.start(negotiated, queue, 0))
+    }
+
+    /// Describes a ring and starts it at an index.
+    pub(super) fn start(
+        &mut self,
+        negotiated: &Negotiated,
+        queue: &DriverQueue,
+        base: u16,
+    ) -> Result<(), FrontEndError> {
+        let mut tell =
+            |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
+        let (index, fd) = (u32::from(queue.index()), FdPresence::Attached);
+        tell(Message::SetVringNum { index, num: u32::from(queue.size()) }, &[])?;
+        tell(Message::SetVringBase { index, base: u32::from(base) }, &[])?;
+        tell(Message::SetVringAddr { index, addresses: queue.ring_addresses() }, &[])?;
+        tell(Message::SetVringCall { index, fd }, &[queue.call_fd()])?;
+        tell(Message::SetVringKick { index, fd }, &[queue.kick_fd()])?;
+        tell(Message::SetVringEnable { index, enable: 1 }, &[])?;
+        queue.kick();
         Ok(())
     }
 

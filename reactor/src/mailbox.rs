@@ -2,9 +2,13 @@
 //!
 //! A full mailbox refuses the message and gives it back, so a control thread that floods a reactor notices; nothing is
 //! allocated to send or to receive.
+//!
+//! A message whose receiver has gone is dropped, at once or when it is sent: whoever waits for the answer that it carries would
+//! wait for ever, for it keeps the queue alive itself.
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::queue::ArrayQueue;
 
@@ -15,12 +19,23 @@ use crate::doorbell::Doorbell;
 #[cfg(not(loom))]
 pub struct Sender<T> {
     queue: Arc<ArrayQueue<T>>,
+    closed: Arc<AtomicBool>,
     doorbell: Arc<Doorbell>,
 }
 
 /// The receiving side, polled by its one owner.
 pub struct Receiver<T> {
     queue: Arc<ArrayQueue<T>>,
+    /// Set before the queue is emptied for the last time.
+    closed: Arc<AtomicBool>,
+}
+
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        // A sender that has not seen this has pushed before the queue is emptied here, or empties it itself.
+        self.closed.store(true, Ordering::SeqCst);
+        while self.queue.pop().is_some() {}
+    }
 }
 
 /// The mailbox was full; here is the message back.
@@ -39,7 +54,9 @@ impl<T> fmt::Debug for MailboxFull<T> {
 #[must_use]
 pub fn mailbox<T>(capacity: usize, doorbell: Arc<Doorbell>) -> (Sender<T>, Receiver<T>) {
     let queue = Arc::new(ArrayQueue::new(capacity));
-    (Sender { queue: Arc::clone(&queue), doorbell }, Receiver { queue })
+    let closed = Arc::new(AtomicBool::new(false));
+    let sender = Sender { queue: Arc::clone(&queue), closed: Arc::clone(&closed), doorbell };
+    (sender, Receiver { queue, closed })
 }
 
 #[cfg(not(loom))]
@@ -50,12 +67,16 @@ impl<T> Sender<T> {
         Arc::clone(&self.doorbell)
     }
 
-    /// Sends a message and wakes the reactor if it sleeps.
+    /// Sends a message and wakes the reactor if it sleeps. Where the receiver has gone the message is dropped.
     ///
     /// # Errors
     /// The mailbox is full; the message comes back.
     pub fn send(&self, message: T) -> Result<(), MailboxFull<T>> {
         self.queue.push(message).map_err(MailboxFull)?;
+        if self.closed.load(Ordering::SeqCst) {
+            while self.queue.pop().is_some() {}
+            return Ok(());
+        }
         self.doorbell.ring();
         Ok(())
     }
@@ -64,7 +85,8 @@ impl<T> Sender<T> {
 #[cfg(not(loom))]
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        Self { queue: Arc::clone(&self.queue), doorbell: Arc::clone(&self.doorbell) }
+        let (queue, closed) = (Arc::clone(&self.queue), Arc::clone(&self.closed));
+        Self { queue, closed, doorbell: Arc::clone(&self.doorbell) }
     }
 }
 
@@ -110,5 +132,16 @@ mod tests {
         assert_eq!(receiver.receive(), None);
         sender.send(3).unwrap();
         assert!(!receiver.is_empty());
+    }
+
+    #[test]
+    fn what_is_sent_to_nobody_is_dropped_and_not_kept() {
+        let (sender, receiver) = mailbox(4, Arc::new(Doorbell::new().unwrap()));
+        let message = Arc::new(());
+        sender.send(Arc::clone(&message)).unwrap();
+        drop(receiver);
+        assert_eq!(Arc::strong_count(&message), 1, "sent before the receiver went");
+        sender.send(Arc::clone(&message)).unwrap();
+        assert_eq!(Arc::strong_count(&message), 1, "sent afterwards");
     }
 }

@@ -349,7 +349,13 @@ impl Target {
                 Ok(())
             }
             (true, _, Some(handle)) => {
-                let answer = ask(&handle, |reply| DiskCommand::Verb(verb, reply)).await?;
+                let Ok(answer) = ask(&handle, |reply| DiskCommand::Verb(verb, reply)).await else {
+                    // The disk went while the verb was on its way: the job has ended.
+                    let status = self.graph().job(id)?.info.status;
+                    return Err(
+                        VerbError::State { job: id.to_owned(), status, verb: verb.name() }.into()
+                    );
+                };
                 answer.map_err(|error| match error {
                     // The disk knows no names: the job ended while the verb was on its way.
                     VerbError::NotFound { .. } => RpcError::no_job(id),

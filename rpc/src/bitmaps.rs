@@ -380,7 +380,12 @@ impl Target {
             };
             let Some((id, handle, under_job)) = next else { return Ok(held) };
             let deadline = HOLD_DEADLINE;
-            ask(&handle, |reply| DiskCommand::Hold { under_job, deadline, reply }).await??;
+            match ask(&handle, |reply| DiskCommand::Hold { under_job, deadline, reply }).await {
+                Ok(drained) => drained?,
+                // It was retired meanwhile: nobody writes there any more.
+                Err(_) if !self.graph().disks.contains_key(&id) => continue,
+                Err(error) => return Err(error),
+            }
             held.0.insert(id, handle);
         }
     }

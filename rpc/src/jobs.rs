@@ -298,7 +298,11 @@ impl Target {
             disk.map(|disk| disk.handle.clone())
         };
         let Some(handle) = handle else { return Ok(()) };
-        if let Some(info) = ask(&handle, DiskCommand::Query).await? {
+        let Ok(answer) = ask(&handle, DiskCommand::Query).await else {
+            // The disk went while the question was on its way: the job has ended, and its last word is known.
+            return self.graph().job(id).map(|_| ());
+        };
+        if let Some(info) = answer {
             // It may have ended, even been replaced on its disk, while the answer was on its way.
             if let Some(job) = self.graph_mut().jobs.get_mut(id).filter(|job| job.is_live()) {
                 job.info = info;

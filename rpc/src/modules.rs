@@ -125,7 +125,12 @@ impl Target {
         let replaced = ask(&handle, |reply| {
             DiskCommand::ReplaceRoot(ReplaceRoot { root, deadline: HOLD_DEADLINE, reply })
         });
-        drop(replaced.await?.map_err(|(error, _root)| RpcError::from(error))?);
+        match replaced.await {
+            Ok(replaced) => drop(replaced.map_err(|(error, _root)| RpcError::from(error))?),
+            // It was retired meanwhile: the next to use the bdev finds its new size.
+            Err(_) if !self.graph().disks.contains_key(&disk) => {}
+            Err(error) => return Err(error),
+        }
         if let Some(entry) = self.graph_mut().disks.get_mut(&disk) {
             entry.limits = limits;
         }

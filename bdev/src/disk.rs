@@ -151,7 +151,8 @@ impl Port<'_> {
         self.root.submit(cx, io, payload);
     }
 
-    /// Says that the guest has reset the device or gone away: a job may have a policy for that.
+    /// Says that the guest has reset the device: a job may have a policy for that. A front end that goes is no reset: it may
+    /// come back, and in a live migration it does so elsewhere.
     pub fn guest_reset(&mut self) {
         *self.reset = true;
     }

@@ -238,8 +238,6 @@ impl BlkSession {
             Command::GuestReset(reply) => self.reset = Some(reply),
             Command::Abandon(reply) => {
                 self.abandon();
-                // For a job above the disk, a guest that has gone is as one that has reset its device.
-                self.reset.get_or_insert_with(|| Box::new(|()| ()));
                 reply(self.in_flight());
             }
         }

@@ -462,7 +462,7 @@ impl Core {
         }
     }
 
-    /// The guest has reset its device, or gone.
+    /// The guest has reset its device.
     pub(super) fn guest_reset(&mut self, now: Nanos) {
         if self.config.cancel_on_guest_reset && JobVerb::Cancel.legal_in(self.status()) {
             self.cancel(JobFailure::GuestReset, now);

@@ -165,6 +165,20 @@ pub struct ConfigPiece {
     pub bytes: Vec<u8>,
 }
 
+/// The memory in which requests in flight are recorded, whose descriptor comes along (vhost-user, "Inflight I/O
+/// description").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InflightDescription {
+    /// Bytes of it.
+    pub mmap_size: u64,
+    /// Where it begins in its file, bytes.
+    pub mmap_offset: u64,
+    /// Rings that it records.
+    pub num_queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+}
+
 /// A request from the front end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)] // named and documented in [`request`]
@@ -188,6 +202,8 @@ pub enum Message {
     SetBackendReqFd,
     GetConfig(ConfigPiece),
     SetConfig(ConfigPiece),
+    GetInflightFd(InflightDescription),
+    SetInflightFd(InflightDescription),
     ResetDevice,
     GetMaxMemSlots,
     AddMemReg(RegionDescription),
@@ -253,6 +269,8 @@ fn decode_body(id: u32, body: &mut Body<'_>) -> Result<Message, DecodeError> {
         request::SET_BACKEND_REQ_FD => Message::SetBackendReqFd,
         request::GET_CONFIG => Message::GetConfig(body.config()?),
         request::SET_CONFIG => Message::SetConfig(body.config()?),
+        request::GET_INFLIGHT_FD => Message::GetInflightFd(body.inflight()?),
+        request::SET_INFLIGHT_FD => Message::SetInflightFd(body.inflight()?),
         request::RESET_DEVICE => Message::ResetDevice,
         request::GET_MAX_MEM_SLOTS => Message::GetMaxMemSlots,
         request::ADD_MEM_REG => Message::AddMemReg(body.single_region()?),
@@ -287,6 +305,8 @@ impl Message {
             Self::SetBackendReqFd => request::SET_BACKEND_REQ_FD,
             Self::GetConfig(_) => request::GET_CONFIG,
             Self::SetConfig(_) => request::SET_CONFIG,
+            Self::GetInflightFd(_) => request::GET_INFLIGHT_FD,
+            Self::SetInflightFd(_) => request::SET_INFLIGHT_FD,
             Self::ResetDevice => request::RESET_DEVICE,
             Self::GetMaxMemSlots => request::GET_MAX_MEM_SLOTS,
             Self::AddMemReg(_) => request::ADD_MEM_REG,
@@ -319,6 +339,8 @@ impl Message {
             Self::SetBackendReqFd => "SET_BACKEND_REQ_FD",
             Self::GetConfig(_) => "GET_CONFIG",
             Self::SetConfig(_) => "SET_CONFIG",
+            Self::GetInflightFd(_) => "GET_INFLIGHT_FD",
+            Self::SetInflightFd(_) => "SET_INFLIGHT_FD",
             Self::ResetDevice => "RESET_DEVICE",
             Self::GetMaxMemSlots => "GET_MAX_MEM_SLOTS",
             Self::AddMemReg(_) => "ADD_MEM_REG",
@@ -333,7 +355,7 @@ impl Message {
     pub fn descriptors(&self) -> usize {
         match self {
             Self::SetMemTable(regions) => regions.len(),
-            Self::AddMemReg(_) | Self::SetBackendReqFd => 1,
+            Self::AddMemReg(_) | Self::SetBackendReqFd | Self::SetInflightFd(_) => 1,
             Self::SetVringKick { fd, .. }
             | Self::SetVringCall { fd, .. }
             | Self::SetVringErr { fd, .. } => usize::from(*fd == FdPresence::Attached),
@@ -351,6 +373,7 @@ impl Message {
             | Self::SetVringEnable { .. }
             | Self::GetConfig(_)
             | Self::SetConfig(_)
+            | Self::GetInflightFd(_)
             | Self::ResetDevice
             | Self::GetMaxMemSlots
             | Self::RemMemReg(_)
@@ -389,6 +412,7 @@ impl Message {
             | Self::SetVringErr { index, fd } => vring_fd_bytes(*index, *fd),
             Self::SetVringEnable { index, enable } => words(&[*index, *enable]),
             Self::GetConfig(piece) | Self::SetConfig(piece) => config_bytes(piece),
+            Self::GetInflightFd(region) | Self::SetInflightFd(region) => inflight_bytes(region),
             Self::AddMemReg(region) | Self::RemMemReg(region) => {
                 let mut body = vec![0; 8];
                 push_region(&mut body, region);
@@ -412,6 +436,8 @@ pub enum Reply {
     },
     /// A piece of the configuration space.
     Config(ConfigPiece),
+    /// Memory in which requests in flight are recorded; its descriptor comes along.
+    Inflight(InflightDescription),
     /// No body at all: the piece of the configuration space that was asked for does not exist.
     Empty,
 }
@@ -424,6 +450,7 @@ impl Reply {
             Self::U64(value) => value.to_ne_bytes().to_vec(),
             Self::Vring { index, base } => words(&[*index, *base]),
             Self::Config(piece) => config_bytes(piece),
+            Self::Inflight(region) => inflight_bytes(region),
             Self::Empty => Vec::new(),
         };
         framed(request, flags::REPLY, &body)
@@ -439,6 +466,7 @@ impl Reply {
             request::GET_CONFIG if body.is_empty() => Self::Empty,
             request::GET_VRING_BASE => Self::Vring { index: reader.u32()?, base: reader.u32()? },
             request::GET_CONFIG => Self::Config(reader.config()?),
+            request::GET_INFLIGHT_FD => Self::Inflight(reader.inflight()?),
             _ => Self::U64(reader.u64()?),
         };
         if reader.rest.is_empty() {
@@ -498,6 +526,15 @@ fn config_bytes(piece: &ConfigPiece) -> Vec<u8> {
     body
 }
 
+fn inflight_bytes(region: &InflightDescription) -> Vec<u8> {
+    let mut body = Vec::with_capacity(20);
+    body.extend_from_slice(&region.mmap_size.to_ne_bytes());
+    body.extend_from_slice(&region.mmap_offset.to_ne_bytes());
+    body.extend_from_slice(&region.num_queues.to_ne_bytes());
+    body.extend_from_slice(&region.queue_size.to_ne_bytes());
+    body
+}
+
 /// What of a body has not been read yet.
 struct Body<'a> {
     rest: &'a [u8],
@@ -512,6 +549,10 @@ impl<'a> Body<'a> {
         let (first, rest) = self.rest.split_first_chunk().ok_or(DecodeError::Truncated)?;
         self.rest = rest;
         Ok(*first)
+    }
+
+    fn u16(&mut self) -> Result<u16, DecodeError> {
+        self.array().map(u16::from_ne_bytes)
     }
 
     fn u32(&mut self) -> Result<u32, DecodeError> {
@@ -564,6 +605,16 @@ impl<'a> Body<'a> {
         Ok(((value & vring_fd::INDEX_MASK) as u32, fd))
     }
 
+    /// 20 bytes: the structure is packed (QEMU's `VhostUserInflight`; the document shows its fields alone).
+    fn inflight(&mut self) -> Result<InflightDescription, DecodeError> {
+        Ok(InflightDescription {
+            mmap_size: self.u64()?,
+            mmap_offset: self.u64()?,
+            num_queues: self.u16()?,
+            queue_size: self.u16()?,
+        })
+    }
+
     fn config(&mut self) -> Result<ConfigPiece, DecodeError> {
         let (offset, size, flags) = (self.u32()?, self.u32()? as usize, self.u32()?);
         if size > CONFIG_BYTES_MAX || size != self.rest.len() {
@@ -588,11 +639,21 @@ mod tests {
         }
     }
 
+    fn inflight() -> InflightDescription {
+        InflightDescription {
+            mmap_size: 8192,
+            mmap_offset: 1 << 40,
+            num_queues: 2,
+            queue_size: 256,
+        }
+    }
+
     /// One of every message.
     fn all() -> Vec<Message> {
         let addresses =
             RingAddresses { flags: 1, descriptors: 2, used: 3, available: 4, log: u64::MAX };
         let piece = ConfigPiece { offset: 32, flags: 1, bytes: vec![7; 60] };
+        let inflight = inflight();
         vec![
             Message::GetFeatures,
             Message::SetFeatures(u64::MAX - 3),
@@ -613,6 +674,8 @@ mod tests {
             Message::SetBackendReqFd,
             Message::GetConfig(piece.clone()),
             Message::SetConfig(piece),
+            Message::GetInflightFd(inflight),
+            Message::SetInflightFd(inflight),
             Message::ResetDevice,
             Message::GetMaxMemSlots,
             Message::AddMemReg(region(1)),
@@ -688,6 +751,7 @@ mod tests {
             (request::GET_VRING_BASE, Reply::Vring { index: 1, base: 77 }),
             (request::GET_CONFIG, Reply::Config(piece)),
             (request::GET_CONFIG, Reply::Empty),
+            (request::GET_INFLIGHT_FD, Reply::Inflight(inflight())),
         ];
         for (request, reply) in replies {
             let bytes = reply.encode(request);

@@ -149,6 +149,9 @@ pub enum SessionError {
         /// Those.
         changed: u64,
     },
+    /// A message of a protocol feature that was not offered.
+    #[error("{0} belongs to a protocol feature that was not offered")]
+    NotOffered(&'static str),
     /// No such ring.
     #[error("there is no ring {index}; there are {num_queues}")]
     NoRing {
@@ -359,6 +362,9 @@ impl Session {
             Message::SetBackendReqFd => vec![Action::SetBackChannel],
             Message::GetConfig(piece) => vec![Action::Reply(self.get_config(piece))],
             Message::SetConfig(piece) => self.set_config(piece)?,
+            Message::GetInflightFd(_) | Message::SetInflightFd(_) => {
+                return Err(SessionError::NotOffered(message.name()));
+            }
             Message::ResetDevice => self.reset(),
             Message::SetStatus(status) => self.set_status(*status)?,
             Message::GetStatus => number(u64::from(self.status)),

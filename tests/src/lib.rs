@@ -2,6 +2,7 @@
 
 pub mod driver;
 pub mod e2e;
+pub mod fake_back_end;
 pub mod guest_memory;
 pub mod mounts;
 pub mod served;

@@ -11,10 +11,12 @@ use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
 use rustix::net::RecvFlags;
 
-use super::link::Link;
+use super::inflight::Inflight;
+use super::link::{Link, PROTOCOL};
 use super::memory::SharedMemory;
 use super::queue::{self, DriverQueue};
-use crate::protocol::{RING_SIZE_MAX, features};
+use super::ring::RingHandle;
+use crate::protocol::{RING_SIZE_MAX, features, protocol_features};
 
 /// How a front end connects.
 #[derive(Debug, Clone)]
@@ -29,6 +31,8 @@ pub struct ConnectionConfig {
     pub data_bytes: usize,
     /// Virtio features that the driver accepts: all that it knows, unless bits are taken away.
     pub accept: u64,
+    /// Let the back end record what is in flight, if it can: after its death its successor resubmits it.
+    pub inflight: bool,
     /// How long connecting, and any one call, may take.
     pub deadline: Duration,
 }
@@ -41,6 +45,7 @@ impl Default for ConnectionConfig {
             segments: 16,
             data_bytes: 1 << 20,
             accept: u64::MAX,
+            inflight: false,
             deadline: Duration::from_secs(5),
         }
     }
@@ -51,6 +56,33 @@ impl ConnectionConfig {
     pub const WITHOUT_EVENT_INDEX: u64 = !features::RING_EVENT_IDX;
     /// [`ConnectionConfig::accept`] without indirect descriptors.
     pub const WITHOUT_INDIRECT: u64 = !features::RING_INDIRECT_DESC;
+
+    fn protocol(&self) -> u64 {
+        PROTOCOL | if self.inflight { protocol_features::INFLIGHT_SHMFD } else { 0 }
+    }
+
+    /// Whether a device that describes itself so has what is asked for.
+    fn check(&self, device: &BlkConfig) -> Result<(), FrontEndError> {
+        if !self.queue_size.is_power_of_two() || self.queue_size > RING_SIZE_MAX {
+            return Err(FrontEndError::Config(
+                "a ring has a power of two of entries, at most 32768",
+            ));
+        }
+        if self.queues == 0 || self.segments == 0 {
+            return Err(FrontEndError::Config(
+                "a front end has at least one ring and one buffer to a request",
+            ));
+        }
+        if self.queues > device.queues {
+            return Err(FrontEndError::Config("the device has fewer rings than were asked for"));
+        }
+        if device.segments_max.is_some_and(|most| u32::from(self.segments) > most) {
+            return Err(FrontEndError::Config(
+                "the device takes fewer buffers to a request than were asked for",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Why a front end and its back end do not come together.
@@ -172,6 +204,7 @@ pub struct Connection {
     socket: UnixStream,
     negotiated: Negotiated,
     memory: SharedMemory,
+    inflight: Option<Inflight>,
     device: BlkConfig,
 }
 
@@ -184,27 +217,26 @@ impl Connection {
         path: &Path,
         config: ConnectionConfig,
     ) -> Result<(Self, Vec<DriverQueue>), FrontEndError> {
-        if !config.queue_size.is_power_of_two() || config.queue_size > RING_SIZE_MAX {
-            return Err(FrontEndError::Config(
-                "a ring has a power of two of entries, at most 32768",
-            ));
-        }
-        if config.queues == 0 || config.segments == 0 {
-            return Err(FrontEndError::Config(
-                "a front end has at least one ring and one buffer to a request",
-            ));
-        }
+        let (mut connection, queues) = Self::open(path, config, |_, _| ())?;
+        queues.iter().try_for_each(|queue| connection.start(queue.handle()))?;
+        Ok((connection, queues))
+    }
+
+    /// Connects and shares memory; no ring is served until [`Connection::start`]. `fit` may fit the configuration to the device
+    /// once that has described itself.
+    ///
+    /// # Errors
+    /// See [`FrontEndError`].
+    pub fn open(
+        path: &Path,
+        mut config: ConnectionConfig,
+        fit: impl FnOnce(&BlkConfig, &mut ConnectionConfig),
+    ) -> Result<(Self, Vec<DriverQueue>), FrontEndError> {
         let mut link = Link::open(path, config.deadline)?;
-        let negotiated = link.negotiate(config.accept)?;
+        let negotiated = link.negotiate(config.accept, config.protocol())?;
         let device = link.read_config(&negotiated)?;
-        if config.queues > device.queues {
-            return Err(FrontEndError::Config("the device has fewer rings than were asked for"));
-        }
-        if device.segments_max.is_some_and(|most| u32::from(config.segments) > most) {
-            return Err(FrontEndError::Config(
-                "the device takes fewer buffers to a request than were asked for",
-            ));
-        }
+        fit(&device, &mut config);
+        config.check(&device)?;
         let ring_bytes = queue::bytes_needed(config.queue_size, config.segments, &negotiated);
         let mut memory =
             SharedMemory::new(config.data_bytes, ring_bytes * usize::from(config.queues))?;
@@ -219,14 +251,16 @@ impl Connection {
                 )
             })
             .collect::<Result<Vec<_>, _>>()?;
-        link.set_up(&negotiated, &memory, &queues)?;
-        let connection =
-            Self { path: path.to_owned(), config, socket: link.socket, negotiated, memory, device };
+        let path = path.to_owned();
+        let Link { socket, .. } = link;
+        let mut connection =
+            Self { path, config, socket, negotiated, memory, inflight: None, device };
+        connection.share()?;
         Ok((connection, queues))
     }
 
-    /// Connects again after the back end died or closed, and offers the requests in flight to the new one. All rings of the
-    /// connection must be given. The old back end must be gone, or it could still write to the shared memory.
+    /// Connects again after the back end died or closed, and has the requests in flight carried out by the new one. All rings
+    /// of the connection must be given. The old back end must be gone, or it could still write to the shared memory.
     ///
     /// # Errors
     /// As [`Connection::connect`]; also where the new back end offers less than the old one did. May be tried again.
@@ -236,21 +270,61 @@ impl Connection {
                 "all rings of the connection come along in a reconnect",
             ));
         }
+        self.reopen()?;
+        for queue in queues {
+            if !self.records_inflight() {
+                queue.restart();
+            }
+            self.start(queue.handle())?;
+        }
+        Ok(())
+    }
+
+    /// Connects again; no ring is served until [`Connection::start`]. Where [`Connection::records_inflight`] says no, each
+    /// ring has to be [restarted](DriverQueue::restart) before.
+    ///
+    /// # Errors
+    /// As [`Connection::reconnect`].
+    pub fn reopen(&mut self) -> Result<(), FrontEndError> {
         // The old end goes first: a back end that serves one front end at a time waits for that.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        let deadline = self.config.deadline;
-        let mut link = Link::open(&self.path, deadline)?;
-        let negotiated = link.negotiate(self.negotiated.features)?;
+        let mut link = Link::open(&self.path, self.config.deadline)?;
+        let negotiated = link.negotiate(self.negotiated.features, self.negotiated.protocol)?;
         if negotiated != self.negotiated {
             return Err(FrontEndError::Missing("a feature that it offered before"));
         }
         self.device = link.read_config(&negotiated)?;
-        for queue in queues.iter_mut() {
-            queue.restart();
-        }
-        link.set_up(&negotiated, &self.memory, queues)?;
         self.socket = link.socket;
-        Ok(())
+        self.share()
+    }
+
+    /// Gives the back end what it works on: the memory, and the record of what is in flight.
+    fn share(&mut self) -> Result<(), FrontEndError> {
+        let mut link = self.link()?;
+        let records = self.negotiated.protocol & protocol_features::INFLIGHT_SHMFD != 0;
+        if records && self.inflight.is_none() {
+            self.inflight = link.make_inflight(self.config.queues, self.config.queue_size)?;
+        }
+        if let Some(inflight) = &self.inflight {
+            link.give_inflight(&self.negotiated, inflight)?;
+        }
+        link.share(&self.negotiated, &self.memory)
+    }
+
+    /// Whether the back end records what is in flight, so that its successor resubmits it.
+    #[must_use]
+    pub fn records_inflight(&self) -> bool {
+        self.inflight.is_some()
+    }
+
+    /// Has the back end serve a ring that it does not serve: a new one, one that was restarted, or one whose last back end
+    /// has gone and recorded what was in flight.
+    ///
+    /// # Errors
+    /// The connection is lost, or the back end refuses.
+    pub fn start(&mut self, ring: &RingHandle) -> Result<(), FrontEndError> {
+        let negotiated = self.negotiated;
+        self.link()?.start(&negotiated, ring, ring.base())
     }
 
     /// The shared memory, whose first [`SharedMemory::data_bytes`] are the caller's.
@@ -299,7 +373,7 @@ impl Connection {
     /// The connection is lost, or the back end refuses.
     pub fn resume(&mut self, queue: &DriverQueue, base: u16) -> Result<(), FrontEndError> {
         let negotiated = self.negotiated;
-        self.link()?.start(&negotiated, queue, base)
+        self.link()?.start(&negotiated, queue.handle(), base)
     }
 
     fn link(&self) -> Result<Link, FrontEndError> {

@@ -1,19 +1,24 @@
 //! The conversation of a front end with its back end: messages out, replies in, each within a deadline.
 
-use std::io::{IoSlice, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 
 use super::connection::{BlkConfig, FrontEndError, Negotiated};
+use super::inflight::Inflight;
 use super::memory::SharedMemory;
-use super::queue::DriverQueue;
-use crate::message::{ConfigPiece, FdPresence, Header, Message, Reply};
-use crate::protocol::{HEADER_BYTES, SECTOR, features, flags, protocol_features};
+use super::ring::RingHandle;
+use crate::message::{ConfigPiece, FdPresence, Header, InflightDescription, Message, Reply};
+use crate::protocol::{FDS_MAX, HEADER_BYTES, SECTOR, features, flags, protocol_features};
 
 /// Bytes of virtio-blk's configuration space up to and including write-zeroes (virtio 5.2.4).
 const CONFIG_BYTES: usize = 60;
@@ -36,8 +41,8 @@ const NEEDED: [(u64, &str); 2] = [
     (features::VERSION_1, "VIRTIO_F_VERSION_1"),
     (features::PROTOCOL_FEATURES, "VHOST_USER_F_PROTOCOL_FEATURES"),
 ];
-/// The protocol features that it can use.
-const PROTOCOL: u64 =
+/// The protocol features that it can always use.
+pub(super) const PROTOCOL: u64 =
     protocol_features::MQ | protocol_features::REPLY_ACK | protocol_features::CONFIG;
 
 /// The socket with its deadline.
@@ -66,8 +71,12 @@ impl Link {
         Ok(Self { socket, deadline })
     }
 
-    /// Agrees on features: of what is offered, what this driver knows and the caller accepts.
-    pub(super) fn negotiate(&mut self, accept: u64) -> Result<Negotiated, FrontEndError> {
+    /// Agrees on features: of what is offered, what this driver knows and the caller accepts, virtio's and the protocol's.
+    pub(super) fn negotiate(
+        &mut self,
+        accept: u64,
+        accept_protocol: u64,
+    ) -> Result<Negotiated, FrontEndError> {
         let offered = self.query_u64(&Message::GetFeatures)?;
         let missing = NEEDED.iter().find(|(bit, _)| offered & bit == 0);
         if let Some((_, name)) = missing {
@@ -75,7 +84,7 @@ impl Link {
         }
         let needed = NEEDED.iter().fold(0, |bits, (bit, _)| bits | bit);
         let features = offered & KNOWN & (accept | needed);
-        let protocol = self.query_u64(&Message::GetProtocolFeatures)? & PROTOCOL;
+        let protocol = self.query_u64(&Message::GetProtocolFeatures)? & accept_protocol;
         if protocol & protocol_features::CONFIG == 0 {
             return Err(FrontEndError::Missing("VHOST_USER_PROTOCOL_F_CONFIG"));
         }
@@ -127,36 +136,60 @@ impl Link {
         })
     }
 
-    /// Shares the memory, and describes and starts the rings.
-    pub(super) fn set_up(
+    /// Has the back end make the record of what is in flight in so many rings; none where it keeps no record after all.
+    pub(super) fn make_inflight(
+        &mut self,
+        num_queues: u16,
+        queue_size: u16,
+    ) -> Result<Option<Inflight>, FrontEndError> {
+        let wanted = InflightDescription { mmap_size: 0, mmap_offset: 0, num_queues, queue_size };
+        let message = Message::GetInflightFd(wanted);
+        self.send(&message, 0, &[])?;
+        match self.receive(&message)? {
+            (Reply::Inflight(description), Some(fd)) => Ok(Inflight::new(fd, description)),
+            (Reply::Inflight(InflightDescription { mmap_size: 0, .. }), None) => Ok(None),
+            _ => Err(malformed(&message, "it is not a record with its descriptor")),
+        }
+    }
+
+    /// Gives the back end the record, of its own or of its predecessor's making.
+    pub(super) fn give_inflight(
+        &mut self,
+        negotiated: &Negotiated,
+        inflight: &Inflight,
+    ) -> Result<(), FrontEndError> {
+        let message = Message::SetInflightFd(inflight.description());
+        self.tell(negotiated, &message, &[inflight.fd()])
+    }
+
+    /// Shares the memory.
+    pub(super) fn share(
         &mut self,
         negotiated: &Negotiated,
         memory: &SharedMemory,
-        queues: &[DriverQueue],
     ) -> Result<(), FrontEndError> {
-        let mut tell =
-            |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
-        tell(Message::SetMemTable(vec![memory.region()]), &[memory.fd()])?;
-        queues.iter().try_for_each(|queue| self.start(negotiated, queue, 0))
+        let table = Message::SetMemTable(vec![memory.region()]);
+        self.tell(negotiated, &table, &[memory.fd()])
     }
 
     /// Describes a ring and starts it at an index.
     pub(super) fn start(
         &mut self,
         negotiated: &Negotiated,
-        queue: &DriverQueue,
+        ring: &RingHandle,
         base: u16,
     ) -> Result<(), FrontEndError> {
         let mut tell =
             |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
-        let (index, fd) = (u32::from(queue.index()), FdPresence::Attached);
-        tell(Message::SetVringNum { index, num: u32::from(queue.size()) }, &[])?;
+        let (index, fd) = (u32::from(ring.index()), FdPresence::Attached);
+        tell(Message::SetVringNum { index, num: u32::from(ring.size()) }, &[])?;
         tell(Message::SetVringBase { index, base: u32::from(base) }, &[])?;
-        tell(Message::SetVringAddr { index, addresses: queue.ring_addresses() }, &[])?;
-        tell(Message::SetVringCall { index, fd }, &[queue.call_fd()])?;
-        tell(Message::SetVringKick { index, fd }, &[queue.kick_fd()])?;
+        tell(Message::SetVringAddr { index, addresses: ring.addresses() }, &[])?;
+        tell(Message::SetVringCall { index, fd }, &[ring.call_fd()])?;
+        tell(Message::SetVringKick { index, fd }, &[ring.kick_fd()])?;
         tell(Message::SetVringEnable { index, enable: 1 }, &[])?;
-        queue.kick();
+        // It may have been filled from the start.
+        ring.kick();
         Ok(())
     }
 
@@ -181,7 +214,7 @@ impl Link {
             return self.send(message, 0, fds);
         }
         self.send(message, flags::NEED_REPLY, fds)?;
-        match self.receive(message)? {
+        match self.receive(message)?.0 {
             Reply::U64(0) => Ok(()),
             Reply::U64(code) => Err(FrontEndError::Refused { message: message.name(), code }),
             _ => Err(malformed(message, "it is not an acknowledgement")),
@@ -197,7 +230,7 @@ impl Link {
 
     fn query(&mut self, message: &Message) -> Result<Reply, FrontEndError> {
         self.send(message, 0, &[])?;
-        self.receive(message)
+        Ok(self.receive(message)?.0)
     }
 
     fn send(
@@ -207,7 +240,7 @@ impl Link {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FrontEndError> {
         let bytes = message.encode(flags);
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(FrontEndError::Config("a message of the front end carries one descriptor"));
@@ -220,9 +253,10 @@ impl Link {
         }
     }
 
-    fn receive(&mut self, message: &Message) -> Result<Reply, FrontEndError> {
+    /// The reply to a message, and the descriptor that came with it.
+    fn receive(&mut self, message: &Message) -> Result<(Reply, Option<OwnedFd>), FrontEndError> {
         let mut bytes = [0; HEADER_BYTES];
-        self.socket.read_exact(&mut bytes).map_err(|source| self.lost(message, source))?;
+        let fd = self.receive_header(&mut bytes).map_err(|source| self.lost(message, source))?;
         let header = Header::decode(&bytes).map_err(|_| {
             malformed(message, "its header is of another version, or its body too long")
         })?;
@@ -232,8 +266,28 @@ impl Link {
         let mut body = vec![0; header.size as usize];
         self.socket.read_exact(&mut body).map_err(|source| self.lost(message, source))?;
         // With NEED_REPLY every message has a number for an answer; the codec knows those that have something else.
-        Reply::decode(header.request, &body)
-            .map_err(|_| malformed(message, "its length does not fit the message"))
+        let reply = Reply::decode(header.request, &body)
+            .map_err(|_| malformed(message, "its length does not fit the message"))?;
+        Ok((reply, fd))
+    }
+
+    /// Fills a header; the descriptor comes with its first byte. More than one are closed but for the first.
+    fn receive_header(&mut self, into: &mut [u8; HEADER_BYTES]) -> io::Result<Option<OwnedFd>> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(into)];
+        let flags = RecvFlags::CMSG_CLOEXEC;
+        let came = rustix::net::recvmsg(&self.socket, &mut parts, &mut control, flags)?;
+        let rights = control.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fd = rights.flatten().next();
+        match into.get_mut(came.bytes..) {
+            _ if came.bytes == 0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            Some(rest) => self.socket.read_exact(rest).map(|()| fd),
+            None => Ok(fd),
+        }
     }
 
     fn lost(&self, message: &Message, source: io::Error) -> FrontEndError {

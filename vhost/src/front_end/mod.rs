@@ -13,13 +13,22 @@
 //! * Rings and request headers lie behind the caller's data in memory of our own making, sealed against shrinking.
 //!
 //! Fault model: the back end may die at any moment. Requests in flight then stay in their slots, and
-//! [`Connection::reconnect`] submits them again, oldest first, to whoever answers on the socket next.
+//! [`Connection::reconnect`] submits them again, oldest first, to whoever answers on the socket next. A back end that records
+//! what is in flight ([`ConnectionConfig::inflight`]) is given its record back instead and resubmits by itself: it alone
+//! knows which requests its predecessor had completed but not reported.
+//!
+//! To submit a request again that was carried out already is safe for a disk: nobody was told of its end, so nothing that
+//! depends on it was ever submitted, and the same bytes arrive twice. What is not safe is a predecessor that still writes; a
+//! back end must not answer while one of its own is at work on the disk (a lock on the file sees to that).
 
 mod connection;
+mod inflight;
 mod link;
 mod memory;
 mod queue;
+mod ring;
 
 pub use connection::{BlkConfig, Connection, ConnectionConfig, FrontEndError};
 pub use memory::{DataBuffer, SharedMemory};
 pub use queue::{DriverQueue, Finished, Request, RequestError, RingError, SubmitError};
+pub use ring::RingHandle;

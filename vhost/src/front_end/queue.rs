@@ -4,12 +4,11 @@
 //! entry of the table; without them it takes as many entries as it has parts. The links between entries are kept on our
 //! side too, so that freeing a chain never reads memory that the device could have written.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{Ordering, fence};
 
-use resilver_sys::EventFd;
-
 use super::memory::{Carved, DataBuffer, SharedMemory};
+use super::ring::RingHandle;
 use super::{FrontEndError, connection::Negotiated};
 use crate::message::RingAddresses;
 use crate::protocol::{SECTOR, blk_status, blk_type, descriptor_flags};
@@ -160,7 +159,7 @@ enum Notify {
 /// One split ring, driven by polling.
 #[derive(Debug)]
 pub struct DriverQueue {
-    index: u16,
+    handle: RingHandle,
     size: u16,
     segments: usize,
     notify: Notify,
@@ -175,6 +174,8 @@ pub struct DriverQueue {
     entries: Box<[Entry]>,
     /// Free entries, a stack that never outgrows its capacity.
     free: Vec<u16>,
+    /// Heads in the order of a restart: room made once.
+    order: Vec<u16>,
     in_flight: u16,
     sequence: u64,
     /// The available index: with what is not published yet, and as the device knows it.
@@ -183,8 +184,6 @@ pub struct DriverQueue {
     /// The used index: as far as taken, and as last seen.
     next_used: u16,
     seen_used: u16,
-    kick: EventFd,
-    call: EventFd,
 }
 
 /// Bytes of shared memory that a queue takes, alignment included.
@@ -210,45 +209,57 @@ impl DriverQueue {
         memory: &mut SharedMemory,
     ) -> Result<Self, FrontEndError> {
         let entries = usize::from(size);
-        let event = || {
-            EventFd::new().map_err(|source| FrontEndError::Os { what: "make an eventfd", source })
-        };
         let tables = if negotiated.indirect {
             Some(memory.carve(table_stride(segments) * entries, DESCRIPTOR)?)
         } else {
             None
         };
+        let descriptors = memory.carve(entries * DESCRIPTOR, HEADER_STRIDE)?;
+        let available = memory.carve(6 + 2 * entries, HEADER_STRIDE)?;
+        let used = memory.carve(6 + 8 * entries, HEADER_STRIDE)?;
+        let addresses = RingAddresses {
+            flags: 0,
+            descriptors: descriptors.user_address(),
+            used: used.user_address(),
+            available: available.user_address(),
+            log: 0,
+        };
         let mut queue = Self {
-            index,
+            handle: RingHandle::new(index, size, addresses, used.area.clone())?,
             size,
             segments: usize::from(segments),
             notify: if negotiated.event_index { Notify::EventIndex } else { Notify::Flag },
-            descriptors: memory.carve(entries * DESCRIPTOR, HEADER_STRIDE)?,
-            available: memory.carve(6 + 2 * entries, HEADER_STRIDE)?,
-            used: memory.carve(6 + 8 * entries, HEADER_STRIDE)?,
+            descriptors,
+            available,
+            used,
             headers: memory.carve(entries * HEADER_STRIDE, HEADER_STRIDE)?,
             tables,
             data_address: memory.data_address(),
             data_bytes: memory.data_bytes() as u64,
             entries: vec![Entry::default(); entries].into_boxed_slice(),
             free: (0..size).rev().collect(),
+            order: Vec::with_capacity(entries),
             in_flight: 0,
             sequence: 0,
             next_available: 0,
             published: 0,
             next_used: 0,
             seen_used: 0,
-            kick: event()?,
-            call: event()?,
         };
         queue.disarm();
         Ok(queue)
     }
 
+    /// What the control side needs of the ring, wherever the queue goes.
+    #[must_use]
+    pub fn handle(&self) -> &RingHandle {
+        &self.handle
+    }
+
     /// The ring's number.
     #[must_use]
     pub fn index(&self) -> u16 {
-        self.index
+        self.handle.index()
     }
 
     /// Entries of the ring.
@@ -335,7 +346,7 @@ impl DriverQueue {
             }
         };
         if wanted {
-            self.kick.signal();
+            self.handle.kick();
         }
     }
 
@@ -380,7 +391,7 @@ impl DriverQueue {
     /// Asks the device for interrupts, before a sleep on [`DriverQueue::call_fd`]. False if something has ended already:
     /// then do not sleep.
     pub fn arm(&mut self) -> bool {
-        self.call.drain();
+        self.handle.drain_call();
         match self.notify {
             Notify::Flag => self.available.area.store_u16(0, 0, Ordering::Relaxed),
             Notify::EventIndex => self.set_used_event(self.next_used),
@@ -401,37 +412,23 @@ impl DriverQueue {
     /// What becomes readable when the device interrupts.
     #[must_use]
     pub fn call_fd(&self) -> BorrowedFd<'_> {
-        self.call.as_fd()
-    }
-
-    /// What the device is kicked by.
-    pub(super) fn kick_fd(&self) -> BorrowedFd<'_> {
-        self.kick.as_fd()
-    }
-
-    /// Where the ring's parts are, as SET_VRING_ADDR says it.
-    pub(super) fn ring_addresses(&self) -> RingAddresses {
-        RingAddresses {
-            flags: 0,
-            descriptors: self.descriptors.user_address(),
-            used: self.used.user_address(),
-            available: self.available.user_address(),
-            log: 0,
-        }
+        self.handle.call_fd()
     }
 
     /// Makes the ring new for another back end and offers it again what is in flight, oldest first. The caller vouches that
     /// the old back end no longer touches the ring. Chains are as they were: no device may write them.
-    pub(super) fn restart(&mut self) {
-        let mut heads: Vec<(u64, u16)> = (0..self.size)
-            .filter_map(|head| Some((self.entries[usize::from(head)].request?.sequence, head)))
-            .collect();
-        heads.sort_unstable();
+    pub fn restart(&mut self) {
+        let entries = &self.entries;
+        let sequence = |head: &u16| entries[usize::from(*head)].request.map(|it| it.sequence);
+        self.order.clear();
+        self.order.extend((0..self.size).filter(|head| sequence(head).is_some()));
+        self.order.sort_unstable_by_key(sequence);
         for at in 0..self.used.area.len() / 2 {
             self.used.area.store_u16(2 * at, 0, Ordering::Relaxed);
         }
         (self.next_available, self.next_used, self.seen_used) = (0, 0, 0);
-        for (_, head) in heads {
+        for at in 0..self.order.len() {
+            let head = self.order[at];
             let status = usize::from(head) * HEADER_STRIDE + STATUS_AT;
             self.headers.area.store_u8(status, NO_STATUS, Ordering::Relaxed);
             self.offer(head);
@@ -439,11 +436,6 @@ impl DriverQueue {
         self.published = self.next_available;
         self.available.area.store_u16(2, self.published, Ordering::Release);
         self.disarm();
-    }
-
-    /// Wakes a device that found its ring filled from the start.
-    pub(super) fn kick(&self) {
-        self.kick.signal();
     }
 
     fn set_used_event(&self, index: u16) {
@@ -613,7 +605,7 @@ mod tests {
 
         fn was_kicked(&self) -> bool {
             let mut count = [0; 8];
-            rustix::io::read(self.kick.as_fd(), &mut count).is_ok()
+            rustix::io::read(self.handle.kick_fd(), &mut count).is_ok()
         }
     }
 

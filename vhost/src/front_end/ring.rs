@@ -1,0 +1,89 @@
+//! What the control side of a front end knows of a ring: where it is and what it is notified by.
+//!
+//! A [`DriverQueue`](super::DriverQueue) lives wherever it is polled; to tell a back end about its ring takes this much of it,
+//! which never changes and may be shared by threads.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use resilver_sys::{Area, EventFd};
+
+use super::FrontEndError;
+use crate::message::RingAddresses;
+
+/// A ring as it is described to a back end; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct RingHandle {
+    index: u16,
+    size: u16,
+    addresses: RingAddresses,
+    used: Area,
+    kick: Arc<EventFd>,
+    call: Arc<EventFd>,
+}
+
+impl RingHandle {
+    /// Ring number `index`, whose used ring is `used`.
+    pub(super) fn new(
+        index: u16,
+        size: u16,
+        addresses: RingAddresses,
+        used: Area,
+    ) -> Result<Self, FrontEndError> {
+        let event = || {
+            let made = EventFd::new();
+            made.map(Arc::new)
+                .map_err(|source| FrontEndError::Os { what: "make an eventfd", source })
+        };
+        Ok(Self { index, size, addresses, used, kick: event()?, call: event()? })
+    }
+
+    /// The ring's number.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Entries of the ring.
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Where the ring's parts are, as SET_VRING_ADDR says it.
+    pub(super) fn addresses(&self) -> RingAddresses {
+        self.addresses
+    }
+
+    /// Where a back end that begins with the ring goes on: at its used index. Of a fresh ring or a restarted one that is 0; of
+    /// one whose back end recovers what was in flight it is what is completed for sure, as QEMU says it too after a back end
+    /// has died (`virtio_queue_restore_last_avail_idx`). Nobody may be serving the ring.
+    pub(super) fn base(&self) -> u16 {
+        self.used.load_u16(2, Ordering::Acquire)
+    }
+
+    /// Wakes the device.
+    pub(super) fn kick(&self) {
+        self.kick.signal();
+    }
+
+    /// What the device is kicked by.
+    pub(super) fn kick_fd(&self) -> BorrowedFd<'_> {
+        self.kick.as_fd()
+    }
+
+    /// Wakes whoever sleeps on the ring, as an interrupt of the device does.
+    pub fn wake(&self) {
+        self.call.signal();
+    }
+
+    /// What becomes readable when the device interrupts.
+    pub(super) fn call_fd(&self) -> BorrowedFd<'_> {
+        self.call.as_fd()
+    }
+
+    /// Takes the interrupts that have come.
+    pub(super) fn drain_call(&self) {
+        self.call.drain();
+    }
+}

@@ -94,12 +94,12 @@ impl Area {
     accessors!(load_u32, store_u32, AtomicU32, u32, "native-endian 32-bit word");
     accessors!(load_u64, store_u64, AtomicU64, u64, "native-endian 64-bit word");
 
-    /// Sets bits of the byte at `offset`, atomically: the dirty log of a live migration.
+    /// Sets bits of the byte at `offset`, atomically and behind everything written before: the dirty log of a live migration.
     #[inline]
     pub fn fetch_or_u8(&self, offset: usize, bits: u8) {
         self.assert_fits::<u8>(offset);
         // SAFETY: as in the loads.
-        unsafe { AtomicU8::from_ptr(self.base.add(offset)) }.fetch_or(bits, Ordering::Relaxed);
+        unsafe { AtomicU8::from_ptr(self.base.add(offset)) }.fetch_or(bits, Ordering::Release);
     }
 
     #[inline]

@@ -5,6 +5,7 @@ pub mod e2e;
 pub mod fake_back_end;
 pub mod guest_memory;
 pub mod mounts;
+pub mod raw_guest;
 pub mod served;
 pub mod sim;
 

@@ -484,7 +484,7 @@ impl Pair {
                     self.theirs.add_used(&self.two.theirs, *head, *written).unwrap();
                     self.used = self.used.wrapping_add(1);
                 }
-                let ours = self.ours.publish() == Notify::Yes;
+                let ours = self.ours.publish(None) == Notify::Yes;
                 let theirs = self.theirs.needs_notification(&self.two.theirs).unwrap();
                 // By flags it says yes even where nothing was used.
                 let theirs = theirs && !(events == EventMode::Flags && entries.is_empty());
@@ -494,14 +494,14 @@ impl Pair {
                 self.both(USED_EVENT, self.used.wrapping_add_signed(*distance));
             }
             Step::Arm => {
-                let quiet = self.ours.arm();
+                let quiet = self.ours.arm(None);
                 let more = self.theirs.enable_notification(&self.two.theirs).unwrap();
                 prop_assert_eq!(quiet, !more);
                 // Both wrote the same wish: to `avail_event`, or to the flags.
                 let at =
                     Memory::offset(if events == EventMode::Index { AVAIL_EVENT } else { USED });
                 prop_assert_eq!(self.one.file.word(at), self.two.file.word(at));
-                self.ours.disarm();
+                self.ours.disarm(None);
             }
         }
         // What the driver sees of used entries; flags and `avail_event` are only alike while armed.
@@ -559,6 +559,6 @@ fn a_driver_that_wants_no_interrupts_gets_none() {
     pair.both(AVAILABLE, 1);
     pair.ours.push_used(0, 1);
     pair.theirs.add_used(&pair.two.theirs, 0, 1).unwrap();
-    assert_eq!(pair.ours.publish(), Notify::No);
+    assert_eq!(pair.ours.publish(None), Notify::No);
     assert!(pair.theirs.needs_notification(&pair.two.theirs).unwrap());
 }

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use resilver_bdev::malloc::Malloc;
 use resilver_bdev::{Bdev, IoError, IoKind};
 use resilver_reactor::{Idle, ReactorConfig};
 use resilver_sys::{BufferSlice, RegionId, RegionTable};
+use resilver_tests::raw_guest::send;
 use resilver_tests::served::{PATIENCE, Served, wait_until};
 use resilver_vhost::VhostError;
 use resilver_vhost::front_end::{
@@ -22,7 +23,7 @@ use resilver_vhost::front_end::{
 };
 use resilver_vhost::message::{FdPresence, Header, Message, RegionDescription, RingAddresses};
 use resilver_vhost::protocol::backend_request::CONFIG_CHANGE_MSG;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::SendFlags;
 
 const BLOCK: u32 = 4096;
 const BLOCKS: u64 = 4096;
@@ -302,22 +303,11 @@ fn a_stopped_controller_takes_its_socket_away_and_a_dead_ones_socket_is_replaced
     Guest::connect(&served, ConnectionConfig::default());
 }
 
-/// Sends raw bytes with descriptors beside them.
-fn send(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
-    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() {
-        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
-    }
-    let iov = [std::io::IoSlice::new(bytes)];
-    rustix::net::sendmsg(stream, &iov, &mut control, SendFlags::NOSIGNAL).unwrap();
-}
-
 /// Whether the back end closes a connection over these bytes with so many descriptors.
 fn is_closed_over(socket: &Path, bytes: &[u8], fds: usize) -> bool {
     let stream = UnixStream::connect(socket).unwrap();
     let null = std::fs::File::open("/dev/null").unwrap();
-    send(&stream, bytes, &vec![null.as_fd(); fds]);
+    send(&stream, bytes, &vec![null.as_fd(); fds]).unwrap();
     // GET_FEATURES: a connection that lives answers it.
     let question = Message::GetFeatures.encode(0);
     let _ = rustix::net::send(&stream, &question, SendFlags::NOSIGNAL);
@@ -381,12 +371,12 @@ fn a_front_end_that_shrinks_its_memory_loses_its_connection() {
         RegionDescription { guest_address: 0, size: 65536, user_address: 0, file_offset: 0 };
     let addresses =
         RingAddresses { flags: 0, descriptors: 0, used: 8192, available: 16384, log: 0 };
-    send(&stream, &Message::SetFeatures(1 << 32).encode(0), &[]);
-    send(&stream, &Message::AddMemReg(region).encode(0), &[memory.as_fd()]);
-    send(&stream, &Message::SetVringNum { index: 0, num: 64 }.encode(0), &[]);
-    send(&stream, &Message::SetVringAddr { index: 0, addresses }.encode(0), &[]);
+    send(&stream, &Message::SetFeatures(1 << 32).encode(0), &[]).unwrap();
+    send(&stream, &Message::AddMemReg(region).encode(0), &[memory.as_fd()]).unwrap();
+    send(&stream, &Message::SetVringNum { index: 0, num: 64 }.encode(0), &[]).unwrap();
+    send(&stream, &Message::SetVringAddr { index: 0, addresses }.encode(0), &[]).unwrap();
     let fd = FdPresence::Absent;
-    send(&stream, &Message::SetVringKick { index: 0, fd }.encode(0), &[]);
+    send(&stream, &Message::SetVringKick { index: 0, fd }.encode(0), &[]).unwrap();
     wait_until("the ring is polled", || {
         served.ask(|it| it.info().session.is_some_and(|session| session.queues == [0]))
     });
@@ -402,8 +392,8 @@ fn a_resize_is_told_on_the_back_channel() {
     let served = Served::new(&*malloc());
     let stream = UnixStream::connect(served.socket()).unwrap();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    send(&stream, &Message::SetBackendReqFd.encode(0), &[theirs.as_fd()]);
-    send(&stream, &Message::GetFeatures.encode(0), &[]);
+    send(&stream, &Message::SetBackendReqFd.encode(0), &[theirs.as_fd()]).unwrap();
+    send(&stream, &Message::GetFeatures.encode(0), &[]).unwrap();
     (&stream).read_exact(&mut [0; 20]).unwrap();
     let bigger = Malloc::new("bigger", BLOCK, 2 * BLOCKS).unwrap();
     let limits = *bigger.open_channel(1).unwrap().limits();

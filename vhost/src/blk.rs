@@ -68,6 +68,7 @@ impl BlkDevice {
             | features::FLUSH
             | features::CONFIG_WCE
             | features::MQ
+            | features::LOG_ALL
             | features::RING_INDIRECT_DESC
             | features::RING_EVENT_IDX
             | features::PROTOCOL_FEATURES

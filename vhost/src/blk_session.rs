@@ -25,6 +25,7 @@ use resilver_sys::{BufferSlice, EventFd, TableFull, WaitSet};
 
 use crate::blk::{CacheMode, RequestError};
 use crate::chain::Chain;
+use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::protocol::SERIAL_BYTES;
 use crate::queue::{LiveQueue, QUEUE_SHIFT, Shared};
@@ -114,6 +115,9 @@ pub enum Command {
         /// Done.
         reply: MemoryReply,
     },
+    /// Log what is written to guest memory from now on, here or no longer. Answered with the log before, which is written to
+    /// no more.
+    SetLog(Option<Box<DirtyLog>>, Reply<Option<Box<DirtyLog>>>),
     /// What completed writes promise from now on.
     SetCache(CacheMode, Reply<()>),
     /// The guest has reset its device.
@@ -155,12 +159,6 @@ enum Life {
     Abandoned,
 }
 
-/// A memory map that is still used by requests in flight.
-struct Retiring {
-    memory: Box<GuestMemory>,
-    reply: MemoryReply,
-}
-
 /// The data side of one session.
 pub struct BlkSession {
     queues: Box<[Queue]>,
@@ -168,7 +166,8 @@ pub struct BlkSession {
     used_queues: usize,
     shared: Shared,
     life: Life,
-    retiring: Option<Retiring>,
+    /// Who waits for the map before to be given up.
+    retiring: Option<MemoryReply>,
     /// The guest has reset its device, and the disk has not been told.
     reset: Option<Reply<()>>,
     commands: Receiver<Command>,
@@ -182,6 +181,8 @@ impl BlkSession {
         let SessionConfig { num_queues, read_only, serial, stats, on_fault } = config;
         let shared = Shared {
             memory: Box::default(),
+            old_memory: None,
+            log: None,
             epoch: 0,
             stale: 0,
             cache: CacheMode::WriteThrough,
@@ -223,14 +224,13 @@ impl BlkSession {
                 });
             }
             Command::MoveRing { queue, areas, reply } => {
-                if let Some(live) = self.live(queue) {
-                    live.move_to(areas);
-                }
+                self.move_ring(queue, areas);
                 reply(());
             }
             Command::SetMemory { memory, rings, reply } => {
                 self.set_memory(cx, memory, rings, reply);
             }
+            Command::SetLog(log, reply) => reply(std::mem::replace(&mut self.shared.log, log)),
             Command::SetCache(cache, reply) => {
                 self.shared.cache = cache;
                 reply(());
@@ -250,16 +250,22 @@ impl BlkSession {
         }
     }
 
+    fn move_ring(&mut self, queue: u16, areas: RingAreas) {
+        if let Some(Queue::Live { live, .. }) = self.queues.get_mut(usize::from(queue)) {
+            live.move_to(areas, self.shared.log.as_deref());
+        }
+    }
+
     fn start(
         &mut self,
         queue: u16,
-        live: Box<LiveQueue>,
+        mut live: Box<LiveQueue>,
         enabled: Enabled,
     ) -> Result<(), Box<LiveQueue>> {
         let index = usize::from(queue);
         let slot = self.queues.get_mut(index).filter(|queue| matches!(queue, Queue::Empty));
         let Some(slot) = slot else { return Err(live) };
-        live.interrupt();
+        live.start(self.shared.log.as_deref());
         let phase = if enabled == Enabled::Yes { Phase::Running } else { Phase::Disabled };
         *slot = Queue::Live { live, phase };
         self.used_queues = self.used_queues.max(index + 1);
@@ -286,14 +292,12 @@ impl BlkSession {
             return reply(Err((full, memory)));
         }
         for (queue, areas) in rings {
-            if let Some(live) = self.live(queue) {
-                live.move_to(areas);
-            }
+            self.move_ring(queue, areas);
         }
         self.shared.stale = self.live_queues().map(|live| u32::from(live.in_use())).sum();
         self.shared.epoch = self.shared.epoch.wrapping_add(1);
-        let memory = std::mem::replace(&mut self.shared.memory, memory);
-        self.retiring = Some(Retiring { memory, reply });
+        self.shared.old_memory = Some(std::mem::replace(&mut self.shared.memory, memory));
+        self.retiring = Some(reply);
         self.advance_retiring(cx);
     }
 
@@ -302,9 +306,11 @@ impl BlkSession {
         if self.shared.stale > 0 {
             return;
         }
-        if let Some(Retiring { memory, reply }) = self.retiring.take() {
+        if let Some(memory) = self.shared.old_memory.take() {
             memory.leave(cx.memory, &self.shared.memory);
-            reply(Ok(memory));
+            if let Some(reply) = self.retiring.take() {
+                reply(Ok(memory));
+            }
         }
     }
 
@@ -404,7 +410,7 @@ impl Consumer for BlkSession {
         }
         for queue in self.queues.iter_mut().take(self.used_queues) {
             let Queue::Live { live, phase } = queue else { continue };
-            live.publish(&self.shared.stats);
+            live.publish(&self.shared);
             if matches!(phase, Phase::Draining(_))
                 && live.in_use() == 0
                 && let Queue::Live { live, phase: Phase::Draining(reply) } =
@@ -412,6 +418,9 @@ impl Consumer for BlkSession {
             {
                 reply(Some(live));
             }
+        }
+        if let Some(log) = &self.shared.log {
+            log.tell();
         }
         self.advance_retiring(cx);
     }
@@ -422,7 +431,8 @@ impl Consumer for BlkSession {
 
     fn detach(&mut self, cx: &Context<'_>) {
         let nothing = GuestMemory::default();
-        if let Some(Retiring { memory, .. }) = self.retiring.take() {
+        self.retiring = None;
+        if let Some(memory) = self.shared.old_memory.take() {
             memory.leave(cx.memory, &self.shared.memory);
         }
         self.shared.memory.leave(cx.memory, &nothing);
@@ -438,7 +448,7 @@ impl Consumer for BlkSession {
         }
         for queue in self.queues.iter_mut().take(self.used_queues) {
             if let Queue::Live { live, phase: Phase::Running } = queue {
-                armed = armed.and(live.arm(set));
+                armed = armed.and(live.arm(&self.shared, set));
             }
         }
         armed
@@ -450,7 +460,7 @@ impl Consumer for BlkSession {
         }
         for queue in self.queues.iter_mut().take(self.used_queues) {
             if let Queue::Live { live, .. } = queue {
-                live.disarm(&self.shared.stats);
+                live.disarm(&self.shared);
             }
         }
     }

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 use crate::blk_session::{Command, Notifier};
+use crate::dirty_log::{DirtyLog, LogError};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
 use crate::protocol::protocol_features;
@@ -50,6 +51,9 @@ pub(crate) enum ConnectionError {
     /// Its ring cannot be used.
     #[error(transparent)]
     Ring(#[from] RingSetupError),
+    /// Its dirty log cannot be used.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// The reactor has no room for more regions.
     #[error("{0}; attach fewer guests with many memory slots to one reactor")]
     TableFull(#[from] TableFull),
@@ -62,8 +66,8 @@ pub(crate) enum ConnectionError {
     /// The front end went away while its message waited for the disk.
     #[error("the front end went away while a message waited for requests in flight")]
     WentAway,
-    /// The file behind guest memory was shortened after it was shared.
-    #[error("the front end has shortened the file behind its guest's memory")]
+    /// The file behind guest memory, or behind its dirty log, was shortened after it was shared.
+    #[error("the front end has shortened the file behind its guest's memory or dirty log")]
     MemoryShrunk,
     /// The data side is not there any more.
     #[error("the disk is being closed")]
@@ -78,6 +82,9 @@ pub(crate) struct Connection {
     status: Rc<Status>,
     /// As the data side has it.
     memory: GuestMemory,
+    /// The dirty log, whether it is written to or not, and who wants to hear of it.
+    log: Option<DirtyLog>,
+    log_event: Option<Arc<EventFd>>,
     kicks: Vec<Option<Arc<EventFd>>>,
     calls: Vec<Option<Arc<EventFd>>>,
 }
@@ -91,8 +98,17 @@ impl Connection {
         status: Rc<Status>,
     ) -> Self {
         let none = vec![None; usize::from(num_queues)];
-        let memory = GuestMemory::default();
-        Self { socket, session, data, status, memory, kicks: none.clone(), calls: none }
+        Self {
+            socket,
+            session,
+            data,
+            status,
+            memory: GuestMemory::default(),
+            log: None,
+            log_event: None,
+            kicks: none.clone(),
+            calls: none,
+        }
     }
 
     /// Serves the front end until it closes the connection, which is no error, or breaks the protocol.
@@ -115,10 +131,14 @@ impl Connection {
         loop {
             match tokio::time::timeout(LOOK_AT_MEMORY, &mut receive).await {
                 Ok(received) => return Ok(received?),
-                Err(_) if self.memory.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
+                Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
                 Err(_) => {}
             }
         }
+    }
+
+    fn has_shrunk(&self) -> bool {
+        self.memory.has_shrunk() || self.log.as_ref().is_some_and(DirtyLog::has_shrunk)
     }
 
     async fn take(&mut self, received: Received) -> Result<(), ConnectionError> {
@@ -180,6 +200,23 @@ impl Connection {
                 memory.remove(&region)?;
                 self.set_memory(memory).await?;
             }
+            Action::SetLog { offset, size } => {
+                let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                let log =
+                    DirtyLog::map(fd.as_fd(), offset, size)?.with_event(self.log_event.clone());
+                log.covers(&self.memory)?;
+                self.set_log(Some(log)).await?;
+            }
+            Action::SetLogEvent => {
+                let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                self.log_event = Some(Arc::new(EventFd::from_fd(fd)));
+                let event = self.log_event.clone();
+                self.set_log(self.log.clone().map(|log| log.with_event(event))).await?;
+            }
+            Action::SetLogging => {
+                self.log_covers(&self.memory)?;
+                self.set_log(self.log.clone()).await?;
+            }
             Action::Start(queue) => self.start(queue).await?,
             Action::Move(queue) => {
                 if let Some(areas) = self.areas(queue, &self.memory)? {
@@ -219,8 +256,27 @@ impl Connection {
         RingAreas::resolve(memory, ring.size, &ring.addresses).map(Some)
     }
 
+    /// Keeps `log`, and has the data side write to it if that is wanted. A front end may switch logging on before it gives a log:
+    /// until then there is nowhere to log to.
+    async fn set_log(&mut self, log: Option<DirtyLog>) -> Result<(), ConnectionError> {
+        let used = log.clone().filter(|_| self.session.is_logged()).map(Box::new);
+        // What comes back is unmapped here and not on the reactor.
+        let _old = self.ask(|reply| Command::SetLog(used, reply)).await?;
+        self.log = log;
+        Ok(())
+    }
+
+    /// Refuses what would leave guest memory beyond the log in use: a page that cannot be marked is a page that is lost.
+    fn log_covers(&self, memory: &GuestMemory) -> Result<(), LogError> {
+        match &self.log {
+            Some(log) if self.session.is_logged() => log.covers(memory),
+            Some(_) | None => Ok(()),
+        }
+    }
+
     /// Changes the memory map of the data side, and where it has the rings.
     async fn set_memory(&mut self, memory: GuestMemory) -> Result<(), ConnectionError> {
+        self.log_covers(&memory)?;
         let mut rings = Vec::new();
         for queue in self.session.running() {
             if let Some(areas) = self.areas(queue, &memory)? {
@@ -315,6 +371,7 @@ impl ConnectionError {
         match self {
             Self::Session(_)
             | Self::Memory(_)
+            | Self::Log(_)
             | Self::Ring(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor

@@ -17,6 +17,7 @@ pub mod blk;
 pub mod blk_session;
 pub mod chain;
 mod connection;
+pub mod dirty_log;
 pub mod front_end;
 pub mod memory;
 pub mod message;

@@ -187,6 +187,22 @@ impl GuestMemory {
         self.regions.iter().any(|region| region.mapping.poisoned())
     }
 
+    /// Where guest memory ends: behind its highest guest address.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        // Ends do not wrap: checked when each region was mapped.
+        self.regions.last().map_or(0, |region| region.guest_address + region.size)
+    }
+
+    /// The guest address of a slice that [`GuestMemory::translate`] gave; none if it was another map's.
+    #[must_use]
+    pub fn guest_address(&self, slice: &BufferSlice) -> Option<u64> {
+        let is_it = |region: &&GuestRegion| region.id == slice.region;
+        let likely = self.regions.get(self.last.get()).filter(is_it);
+        let region = likely.or_else(|| self.regions.iter().find(is_it))?;
+        region.guest_address.checked_add(slice.offset)
+    }
+
     /// The first bytes at guest address `address`: as many of `length` as its region has. None outside guest memory.
     #[inline]
     #[must_use]

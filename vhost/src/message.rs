@@ -133,7 +133,7 @@ pub struct RegionDescription {
 /// Addresses of a ring's parts, in the front end's own address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingAddresses {
-    /// Bit 0: log writes to the used ring.
+    /// [`crate::protocol::vring_flags`].
     pub flags: u32,
     /// The descriptor table.
     pub descriptors: u64,
@@ -141,7 +141,7 @@ pub struct RingAddresses {
     pub used: u64,
     /// The available ring.
     pub available: u64,
-    /// Where writes to the used ring are logged.
+    /// Where writes to the used ring are logged: its guest address, if the flags say so.
     pub log: u64,
 }
 
@@ -188,6 +188,8 @@ pub enum Message {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<RegionDescription>),
+    SetLogBase { size: u64, offset: u64 },
+    SetLogFd,
     SetVringNum { index: u32, num: u32 },
     SetVringAddr { index: u32, addresses: RingAddresses },
     SetVringBase { index: u32, base: u32 },
@@ -241,6 +243,8 @@ fn decode_body(id: u32, body: &mut Body<'_>) -> Result<Message, DecodeError> {
         request::SET_OWNER => Message::SetOwner,
         request::RESET_OWNER => Message::ResetOwner,
         request::SET_MEM_TABLE => Message::SetMemTable(body.table()?),
+        request::SET_LOG_BASE => Message::SetLogBase { size: body.u64()?, offset: body.u64()? },
+        request::SET_LOG_FD => Message::SetLogFd,
         request::SET_VRING_NUM => Message::SetVringNum { index: body.u32()?, num: body.u32()? },
         request::SET_VRING_ADDR => body.vring_addr()?,
         request::SET_VRING_BASE => Message::SetVringBase { index: body.u32()?, base: body.u32()? },
@@ -291,6 +295,8 @@ impl Message {
             Self::SetOwner => request::SET_OWNER,
             Self::ResetOwner => request::RESET_OWNER,
             Self::SetMemTable(_) => request::SET_MEM_TABLE,
+            Self::SetLogBase { .. } => request::SET_LOG_BASE,
+            Self::SetLogFd => request::SET_LOG_FD,
             Self::SetVringNum { .. } => request::SET_VRING_NUM,
             Self::SetVringAddr { .. } => request::SET_VRING_ADDR,
             Self::SetVringBase { .. } => request::SET_VRING_BASE,
@@ -325,6 +331,8 @@ impl Message {
             Self::SetOwner => "SET_OWNER",
             Self::ResetOwner => "RESET_OWNER",
             Self::SetMemTable(_) => "SET_MEM_TABLE",
+            Self::SetLogBase { .. } => "SET_LOG_BASE",
+            Self::SetLogFd => "SET_LOG_FD",
             Self::SetVringNum { .. } => "SET_VRING_NUM",
             Self::SetVringAddr { .. } => "SET_VRING_ADDR",
             Self::SetVringBase { .. } => "SET_VRING_BASE",
@@ -355,7 +363,11 @@ impl Message {
     pub fn descriptors(&self) -> usize {
         match self {
             Self::SetMemTable(regions) => regions.len(),
-            Self::AddMemReg(_) | Self::SetBackendReqFd | Self::SetInflightFd(_) => 1,
+            Self::AddMemReg(_)
+            | Self::SetBackendReqFd
+            | Self::SetInflightFd(_)
+            | Self::SetLogBase { .. }
+            | Self::SetLogFd => 1,
             Self::SetVringKick { fd, .. }
             | Self::SetVringCall { fd, .. }
             | Self::SetVringErr { fd, .. } => usize::from(*fd == FdPresence::Attached),
@@ -396,6 +408,7 @@ impl Message {
             | Self::GetProtocolFeatures
             | Self::GetQueueNum
             | Self::SetBackendReqFd
+            | Self::SetLogFd
             | Self::ResetDevice
             | Self::GetMaxMemSlots
             | Self::GetStatus => Vec::new(),
@@ -403,6 +416,9 @@ impl Message {
             | Self::SetProtocolFeatures(value)
             | Self::SetStatus(value) => value.to_ne_bytes().to_vec(),
             Self::SetMemTable(regions) => table_bytes(regions),
+            Self::SetLogBase { size, offset } => {
+                [size.to_ne_bytes(), offset.to_ne_bytes()].concat()
+            }
             Self::SetVringNum { index, num } => words(&[*index, *num]),
             Self::SetVringAddr { index, addresses } => addresses_bytes(*index, addresses),
             Self::SetVringBase { index, base } => words(&[*index, *base]),
@@ -660,6 +676,8 @@ mod tests {
             Message::SetOwner,
             Message::ResetOwner,
             Message::SetMemTable((0..8).map(region).collect()),
+            Message::SetLogBase { size: 4096, offset: 8192 },
+            Message::SetLogFd,
             Message::SetVringNum { index: 1, num: 256 },
             Message::SetVringAddr { index: 2, addresses },
             Message::SetVringBase { index: 3, base: 65535 },

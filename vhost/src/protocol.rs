@@ -40,6 +40,12 @@ pub mod vring_fd {
     pub const NO_FD: u64 = 1 << 8;
 }
 
+/// Flags of SET_VRING_ADDR (vhost-user, "A vring address description").
+pub mod vring_flags {
+    /// Writes to the used ring are logged, at the guest address that is given.
+    pub const LOG: u32 = 1 << 0;
+}
+
 /// Virtio feature bits (virtio 6 "Reserved Feature Bits", 5.2.3 "Block Device / Feature bits").
 pub mod features {
     /// Most segments of a request are in the configuration space.
@@ -60,6 +66,8 @@ pub mod features {
     pub const DISCARD: u64 = 1 << 13;
     /// Write zeroes.
     pub const WRITE_ZEROES: u64 = 1 << 14;
+    /// What the device writes to guest memory is logged (vhost-user's `VHOST_F_LOG_ALL`, never passed on to the guest).
+    pub const LOG_ALL: u64 = 1 << 26;
     /// Indirect descriptors.
     pub const RING_INDIRECT_DESC: u64 = 1 << 28;
     /// Event indexes.
@@ -74,6 +82,8 @@ pub mod features {
 pub mod protocol_features {
     /// Several queues.
     pub const MQ: u64 = 1 << 0;
+    /// The dirty log is shared memory that comes with SET_LOG_BASE.
+    pub const LOG_SHMFD: u64 = 1 << 1;
     /// Replies on demand.
     pub const REPLY_ACK: u64 = 1 << 3;
     /// A channel on which the back end sends.
@@ -102,6 +112,10 @@ pub mod request {
     pub const RESET_OWNER: u32 = 4;
     /// The whole memory table.
     pub const SET_MEM_TABLE: u32 = 5;
+    /// The dirty log.
+    pub const SET_LOG_BASE: u32 = 6;
+    /// The descriptor that tells of dirtied pages.
+    pub const SET_LOG_FD: u32 = 7;
     /// Entries of a ring.
     pub const SET_VRING_NUM: u32 = 8;
     /// Addresses of a ring.

@@ -11,6 +11,7 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, parse};
 use crate::chain::{Chain, Indirect};
+use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::protocol::{SERIAL_BYTES, blk_status};
 use crate::request::{NO_SLOT, Request, Rest};
@@ -27,6 +28,10 @@ pub(crate) const QUEUE_SHIFT: u32 = 16;
 /// What all queues of a session share on the reactor.
 pub(crate) struct Shared {
     pub(crate) memory: Box<GuestMemory>,
+    /// The map before, while requests that were translated under it are in flight.
+    pub(crate) old_memory: Option<Box<GuestMemory>>,
+    /// Where to log what is written to guest memory, while the front end wants that.
+    pub(crate) log: Option<Box<DirtyLog>>,
     /// Counts the memory maps; a request remembers under which it was translated.
     pub(crate) epoch: u32,
     /// Requests in flight that were translated under an earlier map.
@@ -114,8 +119,14 @@ impl LiveQueue {
     }
 
     /// Goes on with the ring at other addresses.
-    pub(crate) fn move_to(&mut self, areas: RingAreas) {
-        self.ring.move_to(areas);
+    pub(crate) fn move_to(&mut self, areas: RingAreas, log: Option<&DirtyLog>) {
+        self.ring.move_to(areas, log);
+    }
+
+    /// The ring is served from now on. The guest is interrupted once: the last interrupt before a reconnect may be lost.
+    pub(crate) fn start(&mut self, log: Option<&DirtyLog>) {
+        self.ring.disarm(log);
+        self.interrupt();
     }
 
     /// Changes the kick descriptor; answers the old one.
@@ -131,8 +142,8 @@ impl LiveQueue {
         old
     }
 
-    /// Interrupts the guest, wanted or not. Also said when a ring starts: the last interrupt before a reconnect may be lost.
-    pub(crate) fn interrupt(&self) {
+    /// Interrupts the guest, wanted or not.
+    fn interrupt(&self) {
         if let Some(call) = &self.call {
             call.signal();
         }
@@ -216,6 +227,7 @@ impl LiveQueue {
         request.epoch = shared.epoch;
         request.result = Ok(());
         request.next = NO_SLOT;
+        request.device_writes = 0;
         let limits = port.limits();
         let read_only = shared.read_only || limits.read_only;
         match parse(cx, &mut shared.chain, limits, read_only, request.ranges_mut()) {
@@ -326,6 +338,7 @@ impl LiveQueue {
         };
         // A status byte whose memory has gone meanwhile has nobody to read it.
         let _ = cx.memory.write(request.status, &[status]);
+        shared.log_request(request);
         self.ring.push_used(request.head, written);
         shared.stats.requests.add(1);
         self.release(shared, slot);
@@ -346,24 +359,24 @@ impl LiveQueue {
 
     /// Makes finished requests visible and interrupts the guest if it wants that: once a turn.
     #[inline]
-    pub(crate) fn publish(&mut self, stats: &VhostStats) {
-        if self.ring.publish() == Notify::Yes
+    pub(crate) fn publish(&mut self, shared: &Shared) {
+        if self.ring.publish(shared.log.as_deref()) == Notify::Yes
             && let Some(call) = &self.call
         {
             call.signal();
-            stats.interrupts.add(1);
+            shared.stats.interrupts.add(1);
         }
     }
 
     /// The reactor is about to sleep.
-    pub(crate) fn arm(&mut self, set: &mut WaitSet) -> Armed {
+    pub(crate) fn arm(&mut self, shared: &Shared, set: &mut WaitSet) -> Armed {
         if self.free == NO_SLOT {
             // Nothing could be taken from the ring: the completions to come will wake us.
             return Armed::Until(None);
         }
         let Some(kick) = &self.kick else { return Armed::Ready };
         self.kicks = Kicks::Wanted;
-        if !self.ring.arm() {
+        if !self.ring.arm(shared.log.as_deref()) {
             return Armed::Ready;
         }
         set.add(kick.as_ref());
@@ -371,14 +384,14 @@ impl LiveQueue {
     }
 
     /// The sleep is over.
-    pub(crate) fn disarm(&mut self, stats: &VhostStats) {
+    pub(crate) fn disarm(&mut self, shared: &Shared) {
         if self.kicks == Kicks::Suppressed {
             return;
         }
         self.kicks = Kicks::Suppressed;
-        self.ring.disarm();
+        self.ring.disarm(shared.log.as_deref());
         if self.kick.as_ref().is_some_and(|kick| kick.drain()) {
-            stats.kicks.add(1);
+            shared.stats.kicks.add(1);
         }
     }
 

@@ -14,6 +14,7 @@ use resilver_sys::BufferSlice;
 
 use crate::blk::{Ask, CacheMode, RANGES_MAX, Range, RequestError};
 use crate::chain::Chain;
+use crate::protocol::SERIAL_BYTES;
 
 /// No slot.
 pub(crate) const NO_SLOT: u16 = u16::MAX;
@@ -65,6 +66,8 @@ pub(crate) struct Request {
     /// Under which memory map the slices were translated.
     pub(crate) epoch: u32,
     segments: usize,
+    /// How many of `slices` the device writes.
+    pub(crate) device_writes: usize,
     slices: [BufferSlice; SEGMENTS_MAX],
     ranges: [Range; RANGES_MAX],
 }
@@ -86,6 +89,7 @@ impl Request {
             status: BufferSlice::EMPTY,
             epoch: 0,
             segments: 0,
+            device_writes: 0,
             slices: [BufferSlice::EMPTY; SEGMENTS_MAX],
             ranges: [Range::default(); RANGES_MAX],
         }
@@ -115,9 +119,9 @@ impl Request {
                 (self.kind, self.length) = (kind, length);
                 self.rest = Rest::Transfer { offset, left: length, slice: 0, skip: 0 };
                 self.segments = slices.len();
-                match self.slices.get_mut(..slices.len()) {
-                    Some(room) => room.copy_from_slice(slices),
-                    None => self.fail(RequestError::TooManySegments),
+                self.keep_slices(slices);
+                if kind == IoKind::Read && self.result.is_ok() {
+                    self.device_writes = self.segments;
                 }
                 if length == 0 {
                     self.rest = Rest::Nothing;
@@ -135,8 +139,27 @@ impl Request {
                 self.rest = Rest::Ranges { range: 0, done: 0 };
                 self.skip_empty_ranges();
             }
-            Ask::Identify => self.rest = Rest::Nothing,
+            Ask::Identify => {
+                self.rest = Rest::Nothing;
+                // No slice is empty, so no more than these are written to.
+                let slices = chain.writable();
+                let slices = slices.get(..SERIAL_BYTES).unwrap_or(slices);
+                self.device_writes = slices.len();
+                self.keep_slices(slices);
+            }
         }
+    }
+
+    fn keep_slices(&mut self, slices: &[BufferSlice]) {
+        match self.slices.get_mut(..slices.len()) {
+            Some(room) => room.copy_from_slice(slices),
+            None => self.fail(RequestError::TooManySegments),
+        }
+    }
+
+    /// The buffers that the device writes, or has written, the status byte not among them.
+    pub(crate) fn written_slices(&self) -> &[BufferSlice] {
+        self.slices.get(..self.device_writes).unwrap_or_default()
     }
 
     /// The first error counts; nothing more is submitted.

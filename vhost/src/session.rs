@@ -21,6 +21,7 @@ use crate::split::EventMode;
 
 /// The protocol features offered.
 pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
+    | protocol_features::LOG_SHMFD
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
     | protocol_features::CONFIG
@@ -112,6 +113,17 @@ pub enum Action {
     AddRegion(RegionDescription),
     /// Let one go.
     RemoveRegion(RegionDescription),
+    /// The descriptor that came holds the dirty log, in these bytes.
+    SetLog {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Signal the descriptor that came when pages were marked in the dirty log.
+    SetLogEvent,
+    /// Log to guest memory's dirty log, or no longer, as [`Session::is_logged`] says.
+    SetLogging,
     /// Serve a ring, as [`Session::ring`] describes it.
     Start(u16),
     /// Go on with a ring at the addresses that [`Session::ring`] has now.
@@ -270,6 +282,12 @@ impl Session {
         self.protocol_features & feature != 0
     }
 
+    /// Whether what the device writes to guest memory is to be logged.
+    #[must_use]
+    pub fn is_logged(&self) -> bool {
+        self.features & features::LOG_ALL != 0
+    }
+
     /// The disk has another size now.
     pub fn resize(&mut self, limits: Limits) {
         self.device.limits = limits;
@@ -330,6 +348,8 @@ impl Session {
             Message::GetMaxMemSlots => number(MEMORY_SLOTS_MAX as u64),
             Message::AddMemReg(region) => vec![Action::AddRegion(*region)],
             Message::RemMemReg(region) => vec![Action::RemoveRegion(*region)],
+            Message::SetLogBase { size, offset } => self.set_log(*offset, *size),
+            Message::SetLogFd => vec![Action::SetLogEvent],
             Message::GetQueueNum => number(u64::from(self.device.num_queues)),
             Message::SetVringNum { index, num } => self.set_size(*index, *num)?,
             Message::SetVringAddr { index, addresses } => {
@@ -437,6 +457,9 @@ impl Session {
         if changed != 0 {
             actions.push(self.cache_action());
         }
+        if changed & features::LOG_ALL != 0 {
+            actions.push(Action::SetLogging);
+        }
         if wanted & features::PROTOCOL_FEATURES == 0 {
             // Without the bit nobody will send SET_VRING_ENABLE (vhost-user, "Ring states").
             for (queue, ring) in (0..).zip(&mut self.rings) {
@@ -447,6 +470,16 @@ impl Session {
             }
         }
         Ok(actions)
+    }
+
+    /// This message is answered where the log is shared memory, wanted or not (vhost-user, "Communication"); elsewhere only for
+    /// REPLY_ACK.
+    fn set_log(&self, offset: u64, size: u64) -> Vec<Action> {
+        let mut actions = vec![Action::SetLog { offset, size }];
+        if self.has_protocol_feature(protocol_features::LOG_SHMFD) {
+            actions.extend(number(0));
+        }
+        actions
     }
 
     fn cache_action(&self) -> Action {

@@ -16,9 +16,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use resilver_sys::Area;
 
+use crate::dirty_log::DirtyLog;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::message::RingAddresses;
-use crate::protocol::{RING_SIZE_MAX, descriptor_flags};
+use crate::protocol::{RING_SIZE_MAX, descriptor_flags, vring_flags};
 
 /// Bytes of a descriptor.
 pub const DESCRIPTOR_BYTES: usize = 16;
@@ -154,6 +155,8 @@ pub struct RingAreas {
     descriptors: Area,
     available: Area,
     used: Area,
+    /// The used ring's guest address, where writes to it are logged.
+    log: Option<u64>,
 }
 
 impl RingAreas {
@@ -179,6 +182,7 @@ impl RingAreas {
             descriptors: memory.area("descriptor table", addresses.descriptors, table, 16)?,
             available: memory.area("available ring", addresses.available, available, 2)?,
             used: memory.area("used ring", addresses.used, used, 4)?,
+            log: (addresses.flags & vring_flags::LOG != 0).then_some(addresses.log),
         })
     }
 }
@@ -219,11 +223,11 @@ pub struct SplitRing {
 
 impl SplitRing {
     /// A ring of `size` entries that goes on at available entry `base`. Where the used ring stands is read from it, as the
-    /// protocol has it for split rings (vhost-user, "VHOST_USER_SET_VRING_BASE").
+    /// protocol has it for split rings (vhost-user, "VHOST_USER_SET_VRING_BASE"). Nothing is written to it yet.
     #[must_use]
     pub fn new(areas: RingAreas, size: u16, base: u16, events: EventMode) -> Self {
         let next_used = u16::from_le(areas.used.load_u16(USED_INDEX, Ordering::Acquire));
-        let mut ring = Self {
+        Self {
             areas,
             size,
             events,
@@ -231,9 +235,7 @@ impl SplitRing {
             known_available: base,
             next_used,
             published: next_used,
-        };
-        ring.disarm();
-        ring
+        }
     }
 
     /// Entries.
@@ -249,9 +251,9 @@ impl SplitRing {
     }
 
     /// Goes on with the same ring at other addresses: the memory table or the addresses have changed.
-    pub fn move_to(&mut self, areas: RingAreas) {
+    pub fn move_to(&mut self, areas: RingAreas, log: Option<&DirtyLog>) {
         self.areas = areas;
-        self.disarm();
+        self.disarm(log);
     }
 
     /// The head of the next chain that the driver has made available.
@@ -313,13 +315,14 @@ impl SplitRing {
 
     /// Makes all stored elements visible and says whether the driver wants to hear of it (virtio 2.7.7.2).
     #[inline]
-    pub fn publish(&mut self) -> Notify {
+    pub fn publish(&mut self, log: Option<&DirtyLog>) -> Notify {
         let (old, new) = (self.published, self.next_used);
         if old == new {
             return Notify::No;
         }
         self.areas.used.store_u16(USED_INDEX, new.to_le(), Ordering::Release);
         self.published = new;
+        self.log_used(log);
         fence(Ordering::SeqCst);
         let available = &self.areas.available;
         let wanted = match self.events {
@@ -337,19 +340,19 @@ impl SplitRing {
 
     /// Asks for a kick at the next request; false if there is one already, or the driver broke the index.
     #[must_use]
-    pub fn arm(&mut self) -> bool {
-        self.want_kicks(self.next_available, 0);
+    pub fn arm(&mut self, log: Option<&DirtyLog>) -> bool {
+        self.want_kicks(self.next_available, 0, log);
         fence(Ordering::SeqCst);
         self.available_index() == self.next_available
     }
 
     /// Asks for no kicks. With event indexes that can only be done by naming an entry as far away as possible, so a kick comes
     /// every 65536 requests and costs nothing here.
-    pub fn disarm(&mut self) {
-        self.want_kicks(self.next_available.wrapping_sub(1), NO_NOTIFY);
+    pub fn disarm(&mut self, log: Option<&DirtyLog>) {
+        self.want_kicks(self.next_available.wrapping_sub(1), NO_NOTIFY, log);
     }
 
-    fn want_kicks(&self, event: u16, flags: u16) {
+    fn want_kicks(&self, event: u16, flags: u16, log: Option<&DirtyLog>) {
         let used = &self.areas.used;
         match self.events {
             EventMode::Flags => used.store_u16(USED_FLAGS, flags.to_le(), Ordering::Relaxed),
@@ -357,6 +360,15 @@ impl SplitRing {
                 let at = USED_RING + usize::from(self.size) * USED_ELEMENT_BYTES;
                 used.store_u16(at, event.to_le(), Ordering::Relaxed);
             }
+        }
+        self.log_used(log);
+    }
+
+    /// Logs the used ring, all of it: usually that is one page, and a few batches write to every part of it anyway.
+    #[inline]
+    fn log_used(&self, log: Option<&DirtyLog>) {
+        if let Some((log, address)) = log.zip(self.areas.log) {
+            log.mark(address, self.areas.used.len() as u64);
         }
     }
 }

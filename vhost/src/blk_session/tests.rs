@@ -22,6 +22,8 @@ use crate::message::{RegionDescription, RingAddresses};
 use crate::protocol::{blk_status, blk_type, descriptor_flags};
 use crate::split::{ChainFault, EventMode, SplitRing};
 
+mod logging;
+
 const NEXT: u16 = descriptor_flags::NEXT;
 const WRITE: u16 = descriptor_flags::WRITE;
 const INDIRECT: u16 = descriptor_flags::INDIRECT;

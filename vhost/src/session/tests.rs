@@ -316,3 +316,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_log_is_switched_while_rings_run_and_answered_where_it_is_shared_memory() {
+    let mut session = negotiated(0);
+    describe(&mut session);
+    session.handle(&KICK).unwrap();
+    let log = Message::SetLogBase { size: 4096, offset: 64 };
+    let set = || Action::SetLog { offset: 64, size: 4096 };
+    assert_eq!(session.handle(&log).unwrap(), [set()]);
+    let protocol = Message::SetProtocolFeatures(protocol_features::LOG_SHMFD);
+    session.handle(&protocol).unwrap();
+    assert_eq!(session.handle(&log).unwrap(), [set(), Action::Reply(Reply::U64(0))]);
+    let base = features::VERSION_1 | features::PROTOCOL_FEATURES;
+    for (wanted, logged) in [(base | features::LOG_ALL, true), (base, false)] {
+        let actions = session.handle(&Message::SetFeatures(wanted)).unwrap();
+        assert!(actions.contains(&Action::SetLogging), "{actions:?}");
+        assert_eq!(session.is_logged(), logged);
+    }
+    let again = session.handle(&Message::SetFeatures(base)).unwrap();
+    assert_eq!(again, [], "nothing has changed");
+}

@@ -262,6 +262,8 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_controller(s, |stats| stats.kicks.get());
     "resilver_vhost_interrupts_total", Counter, ["ctrlr"], "Interrupts sent to guests.",
         |s| per_controller(s, |stats| stats.interrupts.get());
+    "resilver_vhost_resubmitted_total", Counter, ["ctrlr"], "Requests executed again after a reconnect, because the in-flight region had them.",
+        |s| per_controller(s, |stats| stats.resubmitted.get());
     "resilver_vhost_sessions_total", Counter, ["ctrlr"], "Front ends that have connected.",
         |s| per_controller(s, |stats| stats.sessions.get());
     "resilver_reactor_busy_seconds_total", Counter, ["core"], "Time spent in turns that did something.",

@@ -340,13 +340,22 @@ impl BlkSession {
             if live.in_use() > 0 { live.pump(cx, &mut self.shared, port, queue) } else { 0 };
         // While the disk is held requests stay in the ring.
         let room = port.free(IoKind::Read) > 0 || port.free(IoKind::Write) > 0;
-        if !room || !matches!(phase, Phase::Running) {
-            return moved;
-        }
-        match live.fetch(cx, &mut self.shared, port, queue) {
+        let fetched = match phase {
+            _ if !room => return moved,
+            Phase::Running if live.owed() == 0 => live.fetch(cx, &mut self.shared, port, queue),
+            // A ring that stops ends what an earlier session has left it, or nobody would.
+            Phase::Running | Phase::Draining(_) => {
+                live.fetch_again(cx, &mut self.shared, port, queue)
+            }
+            Phase::Disabled | Phase::Broken => return moved,
+        };
+        match fetched {
             Ok(fetched) => moved + fetched,
             Err(fault) => {
-                *phase = Phase::Broken;
+                live.break_off();
+                if matches!(phase, Phase::Running) {
+                    *phase = Phase::Broken;
+                }
                 if let Life::Serving { on_fault } = &mut self.life
                     && let Some(tell) = on_fault.take()
                 {
@@ -413,6 +422,7 @@ impl Consumer for BlkSession {
             live.publish(&self.shared);
             if matches!(phase, Phase::Draining(_))
                 && live.in_use() == 0
+                && live.owed() == 0
                 && let Queue::Live { live, phase: Phase::Draining(reply) } =
                     std::mem::replace(queue, Queue::Empty)
             {

@@ -10,14 +10,15 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use resilver_bdev::Reply as Answer;
+use resilver_bdev::Reply as Callback;
 use resilver_reactor::Sender;
 use resilver_sys::{EventFd, TableFull};
 use tokio::sync::oneshot;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::blk_session::{Command, Notifier};
 use crate::dirty_log::{DirtyLog, LogError};
+use crate::inflight::{InflightError, InflightMemory, Tracked};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
 use crate::protocol::protocol_features;
@@ -54,6 +55,9 @@ pub(crate) enum ConnectionError {
     /// Its dirty log cannot be used.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// The memory for requests in flight cannot be used.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// The reactor has no room for more regions.
     #[error("{0}; attach fewer guests with many memory slots to one reactor")]
     TableFull(#[from] TableFull),
@@ -74,6 +78,9 @@ pub(crate) enum ConnectionError {
     DiskGone,
 }
 
+/// What goes back to the front end, and the descriptor that goes with it.
+type Answer = (Reply, Option<OwnedFd>);
+
 /// One connection.
 pub(crate) struct Connection {
     socket: Socket,
@@ -85,6 +92,8 @@ pub(crate) struct Connection {
     /// The dirty log, whether it is written to or not, and who wants to hear of it.
     log: Option<DirtyLog>,
     log_event: Option<Arc<EventFd>>,
+    /// Where requests in flight are tracked, if the front end wants that.
+    inflight: Option<InflightMemory>,
     kicks: Vec<Option<Arc<EventFd>>>,
     calls: Vec<Option<Arc<EventFd>>>,
 }
@@ -106,6 +115,7 @@ impl Connection {
             memory: GuestMemory::default(),
             log: None,
             log_event: None,
+            inflight: None,
             kicks: none.clone(),
             calls: none,
         }
@@ -150,17 +160,18 @@ impl Connection {
         let acknowledges = header.needs_reply()
             && self.session.has_protocol_feature(protocol_features::REPLY_ACK)
             && !has_reply(header.request);
-        let reply = match outcome {
-            Ok(Some(reply)) => reply,
-            Ok(None) if acknowledges => Reply::U64(0),
+        let (reply, fd) = match outcome {
+            Ok(Some(answer)) => answer,
+            Ok(None) if acknowledges => (Reply::U64(0), None),
             Ok(None) => return Ok(()),
             Err(error) if acknowledges && error.may_be_answered() => {
                 warn!(controller = self.status.name(), "message {}: {error}", header.request);
-                Reply::U64(1)
+                (Reply::U64(1), None)
             }
             Err(error) => return Err(error),
         };
-        self.socket.send(&reply.encode(header.request)).await.map_err(SocketError::from)?;
+        let bytes = reply.encode(header.request);
+        self.socket.send(&bytes, fd).await.map_err(SocketError::from)?;
         Ok(())
     }
 
@@ -168,7 +179,7 @@ impl Connection {
         &mut self,
         message: &Message,
         fds: Vec<OwnedFd>,
-    ) -> Result<Option<Reply>, ConnectionError> {
+    ) -> Result<Option<Answer>, ConnectionError> {
         let mut fds = fds.into_iter();
         let mut answer = None;
         for action in self.session.handle(message)? {
@@ -183,7 +194,7 @@ impl Connection {
         &mut self,
         action: Action,
         fds: &mut (impl Iterator<Item = OwnedFd> + ?Sized),
-    ) -> Result<Option<Reply>, ConnectionError> {
+    ) -> Result<Option<Answer>, ConnectionError> {
         match action {
             Action::SetMemory(regions) => {
                 let regions: Result<Vec<_>, _> =
@@ -241,10 +252,18 @@ impl Connection {
                 let channel = BackChannel::new(fd).map_err(ConnectionError::BackChannel)?;
                 self.status.set_back_channel(Some(channel));
             }
-            Action::Reply(reply) => return Ok(Some(reply)),
+            Action::MakeInflight(layout, queues, entries) => {
+                let (description, file) = InflightMemory::make(layout, queues, entries)?;
+                return Ok(Some((Reply::Inflight(description), Some(file))));
+            }
+            Action::SetInflight(description) => {
+                let file = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                self.inflight = Some(InflightMemory::map(&description, &file)?);
+            }
+            Action::Reply(reply) => return Ok(Some((reply, None))),
             Action::ReplyBase(queue) => {
                 let base = u32::from(self.session.base(queue));
-                return Ok(Some(Reply::Vring { index: u32::from(queue), base }));
+                return Ok(Some((Reply::Vring { index: u32::from(queue), base }, None)));
             }
         }
         Ok(None)
@@ -296,8 +315,20 @@ impl Connection {
         let areas = RingAreas::resolve(&self.memory, ring.size, &ring.addresses)?;
         let index = usize::from(queue);
         let (kick, call) = (self.kicks.get(index), self.calls.get(index));
+        let mut split = SplitRing::new(areas, ring.size, ring.base, ring.events);
+        let tracked = match &self.inflight {
+            Some(memory) => Some(memory.take_over(queue, &mut split)?),
+            None => None,
+        };
+        if let Some(count) = tracked.as_ref().map(Tracked::owed).filter(|count| *count > 0) {
+            info!(
+                controller = self.status.name(),
+                "queue {queue}: {count} requests that were in flight are executed again"
+            );
+        }
         let live = Box::new(LiveQueue::new(
-            SplitRing::new(areas, ring.size, ring.base, ring.events),
+            split,
+            tracked,
             ring.indirect,
             kick.cloned().flatten(),
             call.cloned().flatten(),
@@ -335,7 +366,7 @@ impl Connection {
     /// Has the data side do something and waits until it is done, or until the front end has gone.
     async fn ask<T: Send + 'static>(
         &self,
-        command: impl FnOnce(Answer<T>) -> Command,
+        command: impl FnOnce(Callback<T>) -> Command,
     ) -> Result<T, ConnectionError> {
         let mut answer = send(&self.data, command)?;
         loop {
@@ -351,7 +382,7 @@ impl Connection {
 /// Sends a command to the data side; what comes back is its answer.
 pub(crate) fn send<T: Send + 'static>(
     data: &Sender<Command>,
-    command: impl FnOnce(Answer<T>) -> Command,
+    command: impl FnOnce(Callback<T>) -> Command,
 ) -> Result<oneshot::Receiver<T>, ConnectionError> {
     let (sender, receiver) = oneshot::channel();
     let reply = Box::new(move |value| drop(sender.send(value)));
@@ -373,6 +404,7 @@ impl ConnectionError {
             | Self::Memory(_)
             | Self::Log(_)
             | Self::Ring(_)
+            | Self::Inflight(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor
             | Self::BackChannel(_) => true,

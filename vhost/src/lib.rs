@@ -19,6 +19,7 @@ pub mod chain;
 mod connection;
 pub mod dirty_log;
 pub mod front_end;
+pub mod inflight;
 pub mod memory;
 pub mod message;
 pub mod protocol;

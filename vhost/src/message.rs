@@ -428,7 +428,9 @@ impl Message {
             | Self::SetVringErr { index, fd } => vring_fd_bytes(*index, *fd),
             Self::SetVringEnable { index, enable } => words(&[*index, *enable]),
             Self::GetConfig(piece) | Self::SetConfig(piece) => config_bytes(piece),
-            Self::GetInflightFd(region) | Self::SetInflightFd(region) => inflight_bytes(region),
+            Self::GetInflightFd(description) | Self::SetInflightFd(description) => {
+                inflight_bytes(description)
+            }
             Self::AddMemReg(region) | Self::RemMemReg(region) => {
                 let mut body = vec![0; 8];
                 push_region(&mut body, region);
@@ -452,7 +454,7 @@ pub enum Reply {
     },
     /// A piece of the configuration space.
     Config(ConfigPiece),
-    /// Memory in which requests in flight are recorded; its descriptor comes along.
+    /// Memory to track requests in flight in; its descriptor goes beside it.
     Inflight(InflightDescription),
     /// No body at all: the piece of the configuration space that was asked for does not exist.
     Empty,
@@ -466,7 +468,7 @@ impl Reply {
             Self::U64(value) => value.to_ne_bytes().to_vec(),
             Self::Vring { index, base } => words(&[*index, *base]),
             Self::Config(piece) => config_bytes(piece),
-            Self::Inflight(region) => inflight_bytes(region),
+            Self::Inflight(description) => inflight_bytes(description),
             Self::Empty => Vec::new(),
         };
         framed(request, flags::REPLY, &body)
@@ -542,12 +544,11 @@ fn config_bytes(piece: &ConfigPiece) -> Vec<u8> {
     body
 }
 
-fn inflight_bytes(region: &InflightDescription) -> Vec<u8> {
-    let mut body = Vec::with_capacity(20);
-    body.extend_from_slice(&region.mmap_size.to_ne_bytes());
-    body.extend_from_slice(&region.mmap_offset.to_ne_bytes());
-    body.extend_from_slice(&region.num_queues.to_ne_bytes());
-    body.extend_from_slice(&region.queue_size.to_ne_bytes());
+/// As the front ends that exist lay it out: four bytes of padding at the end, which the document does not have.
+fn inflight_bytes(description: &InflightDescription) -> Vec<u8> {
+    let InflightDescription { mmap_size, mmap_offset, num_queues, queue_size } = description;
+    let mut body = [mmap_size.to_ne_bytes(), mmap_offset.to_ne_bytes()].concat();
+    body.extend([num_queues.to_ne_bytes(), queue_size.to_ne_bytes(), [0; 2], [0; 2]].concat());
     body
 }
 
@@ -621,14 +622,17 @@ impl<'a> Body<'a> {
         Ok(((value & vring_fd::INDEX_MASK) as u32, fd))
     }
 
-    /// 20 bytes: the structure is packed (QEMU's `VhostUserInflight`; the document shows its fields alone).
     fn inflight(&mut self) -> Result<InflightDescription, DecodeError> {
-        Ok(InflightDescription {
+        let description = InflightDescription {
             mmap_size: self.u64()?,
             mmap_offset: self.u64()?,
             num_queues: self.u16()?,
             queue_size: self.u16()?,
-        })
+        };
+        if !self.rest.is_empty() {
+            let _padding = self.u32()?;
+        }
+        Ok(description)
     }
 
     fn config(&mut self) -> Result<ConfigPiece, DecodeError> {
@@ -646,6 +650,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const INFLIGHT: InflightDescription =
+        InflightDescription { mmap_size: 0, mmap_offset: 64, num_queues: 2, queue_size: 128 };
+
     fn region(seed: u64) -> RegionDescription {
         RegionDescription {
             guest_address: seed << 20,
@@ -655,21 +662,11 @@ mod tests {
         }
     }
 
-    fn inflight() -> InflightDescription {
-        InflightDescription {
-            mmap_size: 8192,
-            mmap_offset: 1 << 40,
-            num_queues: 2,
-            queue_size: 256,
-        }
-    }
-
     /// One of every message.
     fn all() -> Vec<Message> {
         let addresses =
             RingAddresses { flags: 1, descriptors: 2, used: 3, available: 4, log: u64::MAX };
         let piece = ConfigPiece { offset: 32, flags: 1, bytes: vec![7; 60] };
-        let inflight = inflight();
         vec![
             Message::GetFeatures,
             Message::SetFeatures(u64::MAX - 3),
@@ -692,8 +689,8 @@ mod tests {
             Message::SetBackendReqFd,
             Message::GetConfig(piece.clone()),
             Message::SetConfig(piece),
-            Message::GetInflightFd(inflight),
-            Message::SetInflightFd(inflight),
+            Message::GetInflightFd(INFLIGHT),
+            Message::SetInflightFd(InflightDescription { mmap_size: 1 << 20, ..INFLIGHT }),
             Message::ResetDevice,
             Message::GetMaxMemSlots,
             Message::AddMemReg(region(1)),
@@ -746,6 +743,16 @@ mod tests {
     }
 
     #[test]
+    fn an_inflight_description_is_taken_with_and_without_the_padding_of_its_structure() {
+        let message = Message::SetInflightFd(INFLIGHT);
+        let bytes = message.encode(0);
+        let body = &bytes[HEADER_BYTES..];
+        for length in [20, 24] {
+            assert_eq!(decode(request::SET_INFLIGHT_FD, &body[..length], 1).as_ref(), Ok(&message));
+        }
+    }
+
+    #[test]
     fn a_stray_descriptor_with_a_removal_is_taken() {
         let bytes = Message::RemMemReg(region(3)).encode(0);
         assert!(decode(request::REM_MEM_REG, &bytes[HEADER_BYTES..], 1).is_ok());
@@ -768,8 +775,8 @@ mod tests {
             (request::GET_FEATURES, Reply::U64(1 << 32)),
             (request::GET_VRING_BASE, Reply::Vring { index: 1, base: 77 }),
             (request::GET_CONFIG, Reply::Config(piece)),
+            (request::GET_INFLIGHT_FD, Reply::Inflight(INFLIGHT)),
             (request::GET_CONFIG, Reply::Empty),
-            (request::GET_INFLIGHT_FD, Reply::Inflight(inflight())),
         ];
         for (request, reply) in replies {
             let bytes = reply.encode(request);

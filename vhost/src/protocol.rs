@@ -90,7 +90,7 @@ pub mod protocol_features {
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// The configuration space is served by the back end.
     pub const CONFIG: u64 = 1 << 9;
-    /// Requests in flight are recorded in memory that outlives the back end.
+    /// Requests in flight are tracked in shared memory.
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// RESET_DEVICE.
     pub const RESET_DEVICE: u64 = 1 << 13;
@@ -144,9 +144,9 @@ pub mod request {
     pub const GET_CONFIG: u32 = 24;
     /// Write it.
     pub const SET_CONFIG: u32 = 25;
-    /// Make the memory in which requests in flight are recorded.
+    /// Make memory in which requests in flight are tracked.
     pub const GET_INFLIGHT_FD: u32 = 31;
-    /// Here it is, from an earlier connection or this one.
+    /// Track them there.
     pub const SET_INFLIGHT_FD: u32 = 32;
     /// Reset the device.
     pub const RESET_DEVICE: u32 = 34;

@@ -12,6 +12,7 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 use crate::blk::{Ask, CacheMode, RequestError, parse};
 use crate::chain::{Chain, Indirect};
 use crate::dirty_log::DirtyLog;
+use crate::inflight::Tracked;
 use crate::memory::GuestMemory;
 use crate::protocol::{SERIAL_BYTES, blk_status};
 use crate::request::{NO_SLOT, Request, Rest};
@@ -66,6 +67,8 @@ enum Kicks {
 #[derive(Debug)]
 pub struct LiveQueue {
     ring: SplitRing,
+    /// Where requests in flight are tracked, if the front end wants that.
+    tracked: Option<Tracked>,
     indirect: Indirect,
     slots: Box<[Request]>,
     free: u16,
@@ -82,6 +85,7 @@ impl LiveQueue {
     #[must_use]
     pub fn new(
         ring: SplitRing,
+        tracked: Option<Tracked>,
         indirect: Indirect,
         kick: Option<Arc<EventFd>>,
         call: Option<Arc<EventFd>>,
@@ -90,6 +94,7 @@ impl LiveQueue {
         let next = |slot: u16| if slot + 1 < count { slot + 1 } else { NO_SLOT };
         Self {
             ring,
+            tracked,
             indirect,
             slots: (0..count).map(|slot| Request::free(next(slot))).collect(),
             free: 0,
@@ -111,6 +116,19 @@ impl LiveQueue {
     #[must_use]
     pub(crate) fn in_use(&self) -> u16 {
         self.in_use
+    }
+
+    /// Requests of an earlier session that have not been begun again.
+    #[must_use]
+    pub(crate) fn owed(&self) -> usize {
+        self.tracked.as_ref().map_or(0, Tracked::owed)
+    }
+
+    /// The ring is broken: nothing is begun any more.
+    pub(crate) fn break_off(&mut self) {
+        if let Some(tracked) = &mut self.tracked {
+            tracked.forget();
+        }
     }
 
     /// Parts that the disk has.
@@ -197,14 +215,44 @@ impl LiveQueue {
         let mut count = 0;
         while count < HEADS_PER_TURN && self.free != NO_SLOT {
             let Some(head) = self.ring.pop()? else { break };
-            shared
-                .chain
-                .gather(cx, &shared.memory, &self.ring, head, self.indirect)
-                .map_err(|what| RingFault::BadChain { head, what })?;
+            self.gather(cx, shared, head)?;
+            if let Some(tracked) = &mut self.tracked {
+                tracked.taken(head);
+            }
             self.begin(cx, shared, port, queue, head);
             count += 1;
         }
         Ok(count)
+    }
+
+    /// Begins requests of an earlier session again, as [`LiveQueue::fetch`] does those of the ring. They come first.
+    ///
+    /// # Errors
+    /// The driver broke their chains.
+    pub(crate) fn fetch_again(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+    ) -> Result<usize, RingFault> {
+        let mut count = 0;
+        while count < HEADS_PER_TURN && self.free != NO_SLOT {
+            let Some(head) = self.tracked.as_mut().and_then(Tracked::again) else { break };
+            self.gather(cx, shared, head)?;
+            shared.stats.resubmitted.add(1);
+            self.begin(cx, shared, port, queue, head);
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    #[inline]
+    fn gather(&self, cx: &Context<'_>, shared: &mut Shared, head: u16) -> Result<(), RingFault> {
+        let Shared { chain, memory, .. } = shared;
+        chain
+            .gather(cx, memory, &self.ring, head, self.indirect)
+            .map_err(|what| RingFault::BadChain { head, what })
     }
 
     /// Begins the request that was gathered last.
@@ -340,6 +388,9 @@ impl LiveQueue {
         let _ = cx.memory.write(request.status, &[status]);
         shared.log_request(request);
         self.ring.push_used(request.head, written);
+        if let Some(tracked) = &mut self.tracked {
+            tracked.completed(request.head);
+        }
         shared.stats.requests.add(1);
         self.release(shared, slot);
     }
@@ -360,7 +411,11 @@ impl LiveQueue {
     /// Makes finished requests visible and interrupts the guest if it wants that: once a turn.
     #[inline]
     pub(crate) fn publish(&mut self, shared: &Shared) {
-        if self.ring.publish(shared.log.as_deref()) == Notify::Yes
+        let notify = self.ring.publish(shared.log.as_deref());
+        if let Some(tracked) = &mut self.tracked {
+            tracked.published(self.ring.used_index());
+        }
+        if notify == Notify::Yes
             && let Some(call) = &self.call
         {
             call.signal();
@@ -370,6 +425,9 @@ impl LiveQueue {
 
     /// The reactor is about to sleep.
     pub(crate) fn arm(&mut self, shared: &Shared, set: &mut WaitSet) -> Armed {
+        if self.owed() > 0 {
+            return Armed::Ready;
+        }
         if self.free == NO_SLOT {
             // Nothing could be taken from the ring: the completions to come will wake us.
             return Armed::Until(None);

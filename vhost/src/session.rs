@@ -13,7 +13,10 @@ use resilver_bdev::Limits;
 use crate::blk::{BlkDevice, CacheMode, WRITEBACK_OFFSET, cache_mode};
 use crate::blk_session::{Enabled, Notifier};
 use crate::chain::Indirect;
-use crate::message::{ConfigPiece, FdPresence, Message, RegionDescription, Reply, RingAddresses};
+use crate::inflight::Layout;
+use crate::message::{
+    ConfigPiece, FdPresence, InflightDescription, Message, RegionDescription, Reply, RingAddresses,
+};
 use crate::protocol::{
     MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, features, protocol_features, request,
 };
@@ -25,6 +28,7 @@ pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::REPLY_ACK
     | protocol_features::BACKEND_REQ
     | protocol_features::CONFIG
+    | protocol_features::INFLIGHT_SHMFD
     | protocol_features::RESET_DEVICE
     | protocol_features::CONFIGURE_MEM_SLOTS
     | protocol_features::STATUS;
@@ -140,6 +144,10 @@ pub enum Action {
     GuestReset,
     /// The descriptor that came is the channel on which the back end sends.
     SetBackChannel,
+    /// Make memory to track requests in flight in, for so many queues of so many entries, and answer with it.
+    MakeInflight(Layout, u16, u16),
+    /// Track requests in flight in the memory that came.
+    SetInflight(InflightDescription),
     /// Answer.
     Reply(Reply),
     /// Answer where a ring stands, once it has stopped.
@@ -161,9 +169,9 @@ pub enum SessionError {
         /// Those.
         changed: u64,
     },
-    /// A message of a protocol feature that was not offered.
-    #[error("{0} belongs to a protocol feature that was not offered")]
-    NotOffered(&'static str),
+    /// A message of a protocol feature that was not negotiated.
+    #[error("{0} belongs to a protocol feature that was not negotiated")]
+    NotNegotiated(&'static str),
     /// No such ring.
     #[error("there is no ring {index}; there are {num_queues}")]
     NoRing {
@@ -191,6 +199,9 @@ pub enum SessionError {
         /// The ring.
         index: u16,
     },
+    /// The memory for requests in flight was to be changed under running rings.
+    #[error("the in-flight region cannot change while a ring is running")]
+    InflightInUse,
     /// A piece of the configuration space that is not writable.
     #[error("{length} bytes at {offset} of the configuration space cannot be written")]
     ConfigReadOnly {
@@ -382,9 +393,18 @@ impl Session {
             Message::SetBackendReqFd => vec![Action::SetBackChannel],
             Message::GetConfig(piece) => vec![Action::Reply(self.get_config(piece))],
             Message::SetConfig(piece) => self.set_config(piece)?,
-            Message::GetInflightFd(_) | Message::SetInflightFd(_) => {
-                return Err(SessionError::NotOffered(message.name()));
+            Message::GetInflightFd(_) | Message::SetInflightFd(_)
+                if !self.has_protocol_feature(protocol_features::INFLIGHT_SHMFD) =>
+            {
+                return Err(SessionError::NotNegotiated(message.name()));
             }
+            Message::GetInflightFd(wanted) => {
+                vec![Action::MakeInflight(Layout::Split, wanted.num_queues, wanted.queue_size)]
+            }
+            Message::SetInflightFd(_) if self.running().next().is_some() => {
+                return Err(SessionError::InflightInUse);
+            }
+            Message::SetInflightFd(description) => vec![Action::SetInflight(*description)],
             Message::ResetDevice => self.reset(),
             Message::SetStatus(status) => self.set_status(*status)?,
             Message::GetStatus => number(u64::from(self.status)),
@@ -570,6 +590,7 @@ pub fn has_reply(id: u32) -> bool {
             | request::GET_MAX_MEM_SLOTS
             | request::GET_VRING_BASE
             | request::GET_CONFIG
+            | request::GET_INFLIGHT_FD
             | request::GET_STATUS
     )
 }

@@ -3,12 +3,15 @@
 //! Descriptors arrive with the first byte of the message that they belong to. They are owned from the moment they arrive, so
 //! whatever a message turns out to be, nothing leaks.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -83,9 +86,13 @@ impl Socket {
         Ok(filled)
     }
 
-    /// Sends all of `bytes`.
-    pub(crate) async fn send(&self, bytes: &[u8]) -> io::Result<()> {
+    /// Sends all of `bytes`, and beside the first of them a descriptor.
+    pub(crate) async fn send(&self, bytes: &[u8], fd: Option<OwnedFd>) -> io::Result<()> {
         let mut sent = 0;
+        if let Some(fd) = fd {
+            let write = || send_with(&self.0, bytes, &fd);
+            sent = self.0.async_io(Interest::WRITABLE, write).await?;
+        }
         while let Some(rest) = bytes.get(sent..).filter(|rest| !rest.is_empty()) {
             let write = || Ok(rustix::net::send(&self.0, rest, SendFlags::NOSIGNAL)?);
             sent += self.0.async_io(Interest::WRITABLE, write).await?;
@@ -99,6 +106,17 @@ impl Socket {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         rustix::event::poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
+}
+
+/// One `sendmsg` of bytes and a descriptor: how many bytes went.
+fn send_with(stream: &UnixStream, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd.as_fd()];
+    // There is room for exactly this one.
+    let _ = control.push(SendAncillaryMessage::ScmRights(&fds));
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    Ok(rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, flags)?)
 }
 
 /// One `recvmsg`: how many bytes, the descriptors that came with them, and whether there were more of those.

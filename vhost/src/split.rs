@@ -244,6 +244,17 @@ impl SplitRing {
         self.size
     }
 
+    /// Where the used ring stands.
+    pub(crate) fn used_index(&self) -> u16 {
+        self.published
+    }
+
+    /// Goes on behind `count` entries that were taken and have not been given back: the in-flight region has those.
+    pub(crate) fn resume_behind(&mut self, count: u16) {
+        self.next_available = self.next_used.wrapping_add(count);
+        self.known_available = self.next_available;
+    }
+
     /// Where the ring stands: what GET_VRING_BASE answers.
     #[must_use]
     pub fn next_available(&self) -> u16 {

@@ -11,6 +11,8 @@ pub struct VhostStats {
     pub kicks: Cell,
     /// Interrupts sent: at most one a turn and queue.
     pub interrupts: Cell,
+    /// Requests of an earlier session or process, executed again because the in-flight region had them.
+    pub resubmitted: Cell,
     /// Front ends that have connected. Written by the control thread.
     pub sessions: Cell,
 }

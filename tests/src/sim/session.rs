@@ -154,7 +154,7 @@ impl Session {
             Step::Start => {
                 let ring = SplitRing::new(self.areas(), ENTRIES, self.base, EventMode::Flags);
                 let kick = Some(Arc::clone(&self.kick));
-                let live = Box::new(LiveQueue::new(ring, Indirect::Allowed, kick, None));
+                let live = Box::new(LiveQueue::new(ring, None, Indirect::Allowed, kick, None));
                 let (trace, answered) = (self.trace.clone(), self.answered());
                 let reply = Box::new(move |result: Result<(), _>| {
                     if result.is_err() {

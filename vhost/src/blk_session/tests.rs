@@ -17,11 +17,13 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::chain::Indirect;
+use crate::inflight::InflightMemory;
 use crate::memory::GuestRegion;
 use crate::message::{RegionDescription, RingAddresses};
 use crate::protocol::{blk_status, blk_type, descriptor_flags};
 use crate::split::{ChainFault, EventMode, SplitRing};
 
+mod inflight;
 mod logging;
 
 const NEXT: u16 = descriptor_flags::NEXT;
@@ -131,8 +133,11 @@ struct Bench {
     commands: Sender<Command>,
     medium: Arc<Mutex<Medium>>,
     call: EventFd,
+    events: EventMode,
     fault: Inbox<(u16, RingFault)>,
     stats: Arc<VhostStats>,
+    doorbell: Arc<Doorbell>,
+    sessions: u64,
     offered: u16,
     now: u64,
 }
@@ -140,6 +145,12 @@ struct Bench {
 fn answer<T: Send + 'static>() -> (Reply<T>, Inbox<T>) {
     let (sender, inbox) = channel();
     (Box::new(move |value| drop(sender.send(value))), inbox)
+}
+
+type Faults = (Reply<(u16, RingFault)>, Inbox<(u16, RingFault)>);
+
+fn channel_of_faults() -> Faults {
+    answer()
 }
 
 impl Bench {
@@ -166,16 +177,6 @@ impl Bench {
         };
         let (disk, handle) =
             Disk::new(Box::new(channel), Arc::default(), Arc::clone(&doorbell), || ());
-        let (on_fault, fault) = answer();
-        let stats = Arc::new(VhostStats::default());
-        let config = SessionConfig {
-            num_queues: 2,
-            read_only: false,
-            serial: crate::blk::serial("serial"),
-            stats: Arc::clone(&stats),
-            on_fault,
-        };
-        let (session, commands) = BlkSession::new(config, doorbell);
         let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, MEMORY).unwrap();
         let mapping = Mapping::shared(file.as_fd(), 0, MEMORY).unwrap();
@@ -187,35 +188,63 @@ impl Bench {
             guest,
             disk,
             handle,
-            commands,
+            commands: mailbox(1, Arc::clone(&doorbell)).0,
+            doorbell,
             medium,
-            call: EventFd::from_fd(call.try_clone().unwrap()),
-            fault,
-            stats,
+            call: EventFd::from_fd(call),
+            events,
+            fault: channel_of_faults().1,
+            stats: Arc::default(),
+            sessions: 0,
             offered: 0,
             now: 0,
         };
-        let (reply, added) = answer();
-        let add = DiskCommand::AddConsumer(ConsumerId(1), Box::new(session), reply);
-        assert!(bench.handle.send(add).is_ok());
-        bench.turn();
-        assert!(added.try_recv().unwrap().is_ok());
-        bench.ask(|reply| Command::SetCache(CacheMode::WriteBack, reply)).unwrap();
-        let memory = bench.memory();
-        let set = bench.ask(|reply| Command::SetMemory {
-            memory: memory.clone(),
-            rings: Vec::new(),
-            reply,
-        });
-        assert!(set.unwrap().is_ok());
-        let ring = SplitRing::new(bench.areas(&memory), SIZE, 0, events);
-        let call = Arc::new(EventFd::from_fd(call));
-        let live = Box::new(LiveQueue::new(ring, Indirect::Allowed, None, Some(call)));
-        let enabled = Enabled::Yes;
-        let started = bench.ask(|reply| Command::Start { queue: 0, live, enabled, reply }).unwrap();
-        assert!(started.is_ok());
-        bench.call.drain();
+        bench.connect(None);
         bench
+    }
+
+    /// A session with ring 0 running, after one that is gone.
+    fn connect(&mut self, inflight: Option<&InflightMemory>) {
+        let (on_fault, fault) = channel_of_faults();
+        let config = SessionConfig {
+            num_queues: 2,
+            read_only: false,
+            serial: crate::blk::serial("serial"),
+            stats: Arc::clone(&self.stats),
+            on_fault,
+        };
+        let (session, commands) = BlkSession::new(config, Arc::clone(&self.doorbell));
+        (self.commands, self.fault) = (commands, fault);
+        self.sessions += 1;
+        let (reply, added) = answer();
+        let add = DiskCommand::AddConsumer(ConsumerId(self.sessions), Box::new(session), reply);
+        assert!(self.handle.send(add).is_ok());
+        self.turn();
+        assert!(added.try_recv().unwrap().is_ok());
+        self.ask(|reply| Command::SetCache(CacheMode::WriteBack, reply)).unwrap();
+        let memory = self.memory();
+        let mut ring = SplitRing::new(self.areas(&memory), SIZE, 0, self.events);
+        let tracked = inflight.map(|inflight| inflight.take_over(0, &mut ring).unwrap());
+        let rings = Vec::new();
+        let set = self.ask(|reply| Command::SetMemory { memory, rings, reply });
+        assert!(set.unwrap().is_ok());
+        let call = Arc::new(EventFd::from_fd(self.call.as_fd().try_clone_to_owned().unwrap()));
+        let live = Box::new(LiveQueue::new(ring, tracked, Indirect::Allowed, None, Some(call)));
+        let enabled = Enabled::Yes;
+        let started = self.ask(|reply| Command::Start { queue: 0, live, enabled, reply }).unwrap();
+        assert!(started.is_ok());
+        self.call.drain();
+    }
+
+    /// The front end goes; what the disk still has ends unseen.
+    fn disconnect(&mut self) {
+        self.ask(Command::Abandon).unwrap();
+        let (reply, removed) = answer();
+        let remove = DiskCommand::RemoveConsumer(ConsumerId(self.sessions), reply);
+        assert!(self.handle.send(remove).is_ok());
+        self.medium.lock().unwrap().answers = true;
+        self.turn();
+        assert!(removed.try_recv().unwrap().is_some());
     }
 
     /// A fresh mapping of the guest's memory.
@@ -757,7 +786,7 @@ fn an_abandoned_guest_is_not_touched_any_more() {
     bench.turn();
     assert_eq!(bench.ask(Command::Abandon), Some(1));
     let (reply, removed) = answer();
-    let remove = DiskCommand::RemoveConsumer(ConsumerId(1), reply);
+    let remove = DiskCommand::RemoveConsumer(ConsumerId(bench.sessions), reply);
     assert!(bench.handle.send(remove).is_ok());
     bench.request(3, blk_type::IN, 0, DATA, 512);
     bench.turn();

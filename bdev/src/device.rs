@@ -153,6 +153,14 @@ pub enum BdevError {
         /// What to do about it, beginning with a separator; empty where there is nothing to add.
         hint: String,
     },
+    /// Another process's export cannot be used, or not as what it is.
+    #[error("the export at '{path}' cannot be used as a disk: {reason}")]
+    Export {
+        /// Its socket.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// Somebody has it locked.
     #[error("'{path}' is in use: {holder}; stop that user first")]
     Locked {

@@ -14,6 +14,7 @@
 //! * This crate knows no virtio and no JSON.
 
 pub mod bitmap;
+pub mod bounce;
 pub mod channel;
 pub mod delay;
 pub mod device;

@@ -206,6 +206,9 @@ impl From<BdevError> for RpcError {
                 message,
                 json!({ "path": path, "errno": source.raw_os_error() }),
             ),
+            BdevError::Export { path, .. } => {
+                Self::new(code::INTERNAL, "export", message, json!({ "path": path }))
+            }
             BdevError::Locked { path, holder } => {
                 Self::new(code::BUSY, "locked", message, json!({ "path": path, "holder": holder }))
             }

@@ -280,6 +280,7 @@ fn product_name(module: &str) -> &str {
         "null" => "Null disk",
         "malloc" => "Malloc disk",
         "uring" => "URING bdev",
+        "virtio" => "VirtioBlk Disk",
         "passthru" => "passthru",
         "delay" => "delay",
         "error" => "Error Injection Disk",

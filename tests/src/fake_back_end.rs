@@ -126,6 +126,15 @@ impl FakeBackEnd {
         *self.shared.face.lock().expect("no test thread has panicked") = face;
     }
 
+    /// Has so many sectors from now on.
+    ///
+    /// # Panics
+    /// As [`FakeBackEnd::listen`].
+    pub fn grow(&self, sectors: u64) {
+        let mut face = self.shared.face.lock().expect("no test thread has panicked");
+        face.config[..8].copy_from_slice(&sectors.to_le_bytes());
+    }
+
     /// Closes the connection, as one that dies does.
     ///
     /// # Panics
@@ -192,7 +201,6 @@ impl FakeBackEnd {
 }
 
 fn converse(mut socket: &UnixStream, shared: &Shared) -> std::io::Result<()> {
-    let face = shared.face.lock().expect("no test thread has panicked").clone();
     loop {
         let mut bytes = [0; HEADER_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
@@ -213,6 +221,7 @@ fn converse(mut socket: &UnixStream, shared: &Shared) -> std::io::Result<()> {
         let mut body = vec![0; header.size as usize];
         socket.read_exact(&mut body)?;
         let message = decode(header.request, &body, fds.len()).expect("a message");
+        let face = shared.face.lock().expect("no test thread has panicked").clone();
         let (reply, fd) = shared.told().take(&face, &message, fds);
         let reply = match reply {
             Some(reply) => reply,

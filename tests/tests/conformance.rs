@@ -3,8 +3,10 @@
 //! A module joins by a row in [`subjects`]; nothing else. `null` keeps no data, so of it only the bookkeeping is asked. What
 //! files alone can do wrong (full, shortened, locked, misaligned) is in `uring_files.rs`.
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use resilver_bdev::delay::{Delay, DelayConfig};
@@ -18,6 +20,9 @@ use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
 use resilver_reactor::Armed;
 use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread, WaitSet};
 use resilver_tests::driver::{Driver, pattern};
+use resilver_tests::e2e::StorageDaemon;
+use resilver_tests::served::Served;
+use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 const MIB: u64 = 1 << 20;
@@ -37,13 +42,13 @@ struct Subject {
     name: &'static str,
     bdev: Arc<dyn Bdev>,
     medium: Medium,
-    /// Holds the file of a file-backed subject.
-    _directory: Option<tempfile::TempDir>,
+    /// What must be there for as long as it is used: a directory, a process.
+    _holds: Vec<Box<dyn Any>>,
 }
 
 impl Subject {
     fn new(name: &'static str, bdev: Arc<dyn Bdev>) -> Self {
-        Self { name, bdev, medium: Medium::Keeps, _directory: None }
+        Self { name, bdev, medium: Medium::Keeps, _holds: Vec::new() }
     }
 
     /// A `uring` bdev on a new file in a directory under `parent`.
@@ -60,8 +65,36 @@ impl Subject {
             mode,
         };
         let bdev = Arc::new(Uring::open(config).unwrap());
-        Self { name, bdev, medium: Medium::Keeps, _directory: Some(directory) }
+        Self { name, bdev, medium: Medium::Keeps, _holds: vec![Box::new(directory)] }
     }
+
+    /// A `virtio` bdev on our own back end.
+    fn ours() -> Self {
+        let served = Served::new(&*malloc());
+        let bdev = connect("virtio, ours", &served.socket());
+        Self { _holds: vec![Box::new(served)], ..Self::new("virtio, ours", bdev) }
+    }
+
+    /// One on QEMU's storage daemon; none, said aloud, where that is not installed.
+    fn theirs() -> Option<Self> {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, socket) = (directory.path().join("disk"), directory.path().join("socket"));
+        resilver_bdev::uring::create(&file, SIZE).unwrap();
+        let daemon = StorageDaemon::serve("conformance", &file, &socket, ",num-queues=4")?;
+        let bdev = connect("virtio, theirs", &socket);
+        let holds: Vec<Box<dyn Any>> = vec![Box::new(daemon), Box::new(directory)];
+        Some(Self { _holds: holds, ..Self::new("virtio, theirs", bdev) })
+    }
+}
+
+fn connect(name: &str, socket: &Path) -> Arc<dyn Bdev> {
+    let config = VirtioConfig {
+        name: name.to_owned(),
+        socket: socket.to_owned(),
+        num_queues: None,
+        reconnect_timeout: None,
+    };
+    Arc::new(Virtio::connect(config).unwrap())
 }
 
 fn malloc() -> Arc<dyn Bdev> {
@@ -83,7 +116,7 @@ fn subjects() -> Vec<Subject> {
     // One for all tests: each would spin on its core.
     static THREAD: OnceLock<SubmissionThread> = OnceLock::new();
     let thread = THREAD.get_or_init(|| SubmissionThread::start(0).unwrap()).clone();
-    vec![
+    let mut subjects = vec![
         Subject { medium: Medium::Forgets, ..Subject::new("null", null) },
         Subject::new("malloc", malloc()),
         Subject::new("passthru", Arc::new(Passthru::new("passthru", malloc()))),
@@ -94,7 +127,10 @@ fn subjects() -> Vec<Subject> {
         Subject::file("uring, buffered", scratch, false, RingMode::Enter),
         Subject::file("uring, direct on tmpfs", "/dev/shm", true, RingMode::Enter),
         Subject::file("uring, sqpoll", scratch, true, RingMode::SubmissionThread(thread)),
-    ]
+        Subject::ours(),
+    ];
+    subjects.extend(Subject::theirs());
+    subjects
 }
 
 /// Those that keep what they are given.

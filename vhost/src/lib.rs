@@ -13,6 +13,7 @@
 //! message ends that connection, with a reason in the log, and nothing else. After a session is abandoned its guest's rings
 //! are never touched again.
 
+pub mod bdev_virtio;
 pub mod blk;
 pub mod blk_session;
 pub mod chain;

@@ -48,6 +48,8 @@ pub mod vring_flags {
 
 /// Virtio feature bits (virtio 6 "Reserved Feature Bits", 5.2.3 "Block Device / Feature bits").
 pub mod features {
+    /// The longest segment is in the configuration space.
+    pub const SIZE_MAX: u64 = 1 << 1;
     /// Most segments of a request are in the configuration space.
     pub const SEG_MAX: u64 = 1 << 2;
     /// The disk is read-only.

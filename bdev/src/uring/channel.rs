@@ -15,10 +15,10 @@ use resilver_reactor::{Armed, Context, Nanos};
 use resilver_sys::uring::Direction;
 use resilver_sys::{BadSlice, BufferSlice, RegionTable, Ring, WaitSet};
 
-use super::bounce::{Bounce, CHUNK, CHUNKS_MAX, Chunks};
 use super::file::{Alignment, FileKind};
 use super::ranges::{Lacking, RangeStep, plan, says_unsupported};
 use crate::SEGMENTS_MAX;
+use crate::bounce::{Bounce, CHUNK, CHUNKS_MAX, Chunks};
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;

@@ -7,7 +7,6 @@
 //! A lock is waited for only as long as our own closed rings take to let go. A target that was killed may have left requests in the kernel that hold its lock for a while;
 //! whoever opens again after [`BdevError::Locked`] decides how long to go on trying.
 
-mod bounce;
 mod channel;
 mod file;
 mod holder;
@@ -24,12 +23,12 @@ use resilver_sys::{Ring, RingMode};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use bounce::{Bounce, Pool};
 use channel::{MAX_RANGE, MAX_TRANSFER, Parts, UringChannel};
 use file::{FileKind, OpenFile};
 
 pub use file::create;
 
+use crate::bounce::{Bounce, Pool};
 use crate::channel::{IoChannel, Limits};
 use crate::device::{BLOCK_SIZE_MIN, Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
 use crate::ledger::Ledger;

@@ -8,6 +8,7 @@ mod bdev;
 mod bdev_file;
 mod bdev_stacked;
 mod bdev_stats;
+mod bdev_virtio;
 mod bitmap;
 mod config;
 mod framework;
@@ -105,6 +106,8 @@ pub static METHODS: &[Method] = &[
     Method::of::<bdev_file::BdevUringCreate>(),
     Method::of::<bdev_file::BdevUringDelete>(),
     Method::of::<bdev_file::BdevUringResize>(),
+    Method::of::<bdev_virtio::BdevVirtioCreate>(),
+    Method::of::<bdev_virtio::BdevVirtioDelete>(),
     Method::of::<bdev_stacked::BdevPassthruCreate>(),
     Method::of::<bdev_stacked::BdevPassthruDelete>(),
     Method::of::<bdev_stacked::BdevDelayCreate>(),

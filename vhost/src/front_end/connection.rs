@@ -3,6 +3,7 @@
 //! Calls block, each until the connection's deadline at most: a back end that does not answer is an error, not a wait.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
 use rustix::net::RecvFlags;
 
+use super::back_channel::BackChannel;
 use super::inflight::Inflight;
 use super::link::{Link, PROTOCOL};
 use super::memory::SharedMemory;
@@ -33,6 +35,8 @@ pub struct ConnectionConfig {
     pub accept: u64,
     /// Let the back end record what is in flight, if it can: after its death its successor resubmits it.
     pub inflight: bool,
+    /// Let the back end say when its configuration space changes, if it can: [`Connection::config_changed`].
+    pub back_channel: bool,
     /// How long connecting, and any one call, may take.
     pub deadline: Duration,
 }
@@ -46,6 +50,7 @@ impl Default for ConnectionConfig {
             data_bytes: 1 << 20,
             accept: u64::MAX,
             inflight: false,
+            back_channel: false,
             deadline: Duration::from_secs(5),
         }
     }
@@ -58,7 +63,11 @@ impl ConnectionConfig {
     pub const WITHOUT_INDIRECT: u64 = !features::RING_INDIRECT_DESC;
 
     fn protocol(&self) -> u64 {
-        PROTOCOL | if self.inflight { protocol_features::INFLIGHT_SHMFD } else { 0 }
+        let wanted = [
+            (self.inflight, protocol_features::INFLIGHT_SHMFD),
+            (self.back_channel, protocol_features::BACKEND_REQ),
+        ];
+        wanted.into_iter().fold(PROTOCOL, |all, (wanted, bit)| if wanted { all | bit } else { all })
     }
 
     /// Whether a device that describes itself so has what is asked for.
@@ -184,6 +193,8 @@ pub struct BlkConfig {
     pub block_size: u32,
     /// Most buffers of one request; none where the device does not say.
     pub segments_max: Option<u32>,
+    /// Bytes of the longest buffer; none where the device does not say, or says 0.
+    pub segment_bytes_max: Option<u32>,
     /// Rings that the device has.
     pub queues: u16,
     /// Writes are refused.
@@ -194,6 +205,8 @@ pub struct BlkConfig {
     pub discard_max: Option<u64>,
     /// Largest write-zeroes, bytes; none where it is not understood.
     pub write_zeroes_max: Option<u64>,
+    /// A write-zeroes that may unmap does so.
+    pub zeroes_unmap: bool,
 }
 
 /// A connected back end.
@@ -205,6 +218,7 @@ pub struct Connection {
     negotiated: Negotiated,
     memory: SharedMemory,
     inflight: Option<Inflight>,
+    back_channel: Option<BackChannel>,
     device: BlkConfig,
 }
 
@@ -232,7 +246,7 @@ impl Connection {
         mut config: ConnectionConfig,
         fit: impl FnOnce(&BlkConfig, &mut ConnectionConfig),
     ) -> Result<(Self, Vec<DriverQueue>), FrontEndError> {
-        let mut link = Link::open(path, config.deadline)?;
+        let mut link = Link::open(path, config.deadline, config.deadline)?;
         let negotiated = link.negotiate(config.accept, config.protocol())?;
         let device = link.read_config(&negotiated)?;
         fit(&device, &mut config);
@@ -253,8 +267,16 @@ impl Connection {
             .collect::<Result<Vec<_>, _>>()?;
         let path = path.to_owned();
         let Link { socket, .. } = link;
-        let mut connection =
-            Self { path, config, socket, negotiated, memory, inflight: None, device };
+        let mut connection = Self {
+            path,
+            config,
+            socket,
+            negotiated,
+            memory,
+            inflight: None,
+            back_channel: None,
+            device,
+        };
         connection.share()?;
         Ok((connection, queues))
     }
@@ -270,7 +292,7 @@ impl Connection {
                 "all rings of the connection come along in a reconnect",
             ));
         }
-        self.reopen()?;
+        self.reopen(self.config.deadline)?;
         for queue in queues {
             if !self.records_inflight() {
                 queue.restart();
@@ -280,15 +302,15 @@ impl Connection {
         Ok(())
     }
 
-    /// Connects again; no ring is served until [`Connection::start`]. Where [`Connection::records_inflight`] says no, each
+    /// Connects again, waiting so long for the socket; no ring is served until [`Connection::start`]. Where [`Connection::records_inflight`] says no, each
     /// ring has to be [restarted](DriverQueue::restart) before.
     ///
     /// # Errors
     /// As [`Connection::reconnect`].
-    pub fn reopen(&mut self) -> Result<(), FrontEndError> {
+    pub fn reopen(&mut self, patience: Duration) -> Result<(), FrontEndError> {
         // The old end goes first: a back end that serves one front end at a time waits for that.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        let mut link = Link::open(&self.path, self.config.deadline)?;
+        self.hang_up();
+        let mut link = Link::open(&self.path, patience, self.config.deadline)?;
         let negotiated = link.negotiate(self.negotiated.features, self.negotiated.protocol)?;
         if negotiated != self.negotiated {
             return Err(FrontEndError::Missing("a feature that it offered before"));
@@ -301,8 +323,13 @@ impl Connection {
     /// Gives the back end what it works on: the memory, and the record of what is in flight.
     fn share(&mut self) -> Result<(), FrontEndError> {
         let mut link = self.link()?;
-        let records = self.negotiated.protocol & protocol_features::INFLIGHT_SHMFD != 0;
-        if records && self.inflight.is_none() {
+        let has = |bit: u64| self.negotiated.protocol & bit != 0;
+        if has(protocol_features::BACKEND_REQ) {
+            let (channel, theirs) = BackChannel::new()?;
+            link.give_back_channel(&self.negotiated, theirs.as_fd())?;
+            self.back_channel = Some(channel);
+        }
+        if has(protocol_features::INFLIGHT_SHMFD) && self.inflight.is_none() {
             self.inflight = link.make_inflight(self.config.queues, self.config.queue_size)?;
         }
         if let Some(inflight) = &self.inflight {
@@ -315,6 +342,11 @@ impl Connection {
     #[must_use]
     pub fn records_inflight(&self) -> bool {
         self.inflight.is_some()
+    }
+
+    /// Forgets the record: nothing of what it says is wanted any more, and the next back end makes another.
+    pub fn forget_inflight(&mut self) {
+        self.inflight = None;
     }
 
     /// Has the back end serve a ring that it does not serve: a new one, one that was restarted, or one whose last back end
@@ -349,12 +381,33 @@ impl Connection {
         Ok(self.device)
     }
 
-    /// Whether the back end has closed the connection.
+    /// What becomes readable when [`Connection::config_changed`] has something to say; none without a back channel.
+    #[must_use]
+    pub fn back_channel_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.back_channel.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the back end has said that its configuration space changed, since this was asked last: then
+    /// [`Connection::read_config`]. Does not wait.
+    ///
+    /// # Errors
+    /// It said what a block device does not say, or its end of the back channel is gone.
+    pub fn config_changed(&mut self) -> Result<bool, FrontEndError> {
+        self.back_channel.as_mut().map_or(Ok(false), BackChannel::config_changed)
+    }
+
+    /// Hangs up. [`Connection::reopen`] begins anew.
+    pub fn hang_up(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        self.back_channel = None;
+    }
+
+    /// Whether the back end has closed the connection, or says what nobody has asked for: it is of no use then.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match rustix::net::recv(&self.socket, &mut [0u8; 1], flags) {
-            Ok((bytes, _)) => bytes == 0,
+            Ok(_) => true,
             Err(error) => error != rustix::io::Errno::AGAIN && error != rustix::io::Errno::INTR,
         }
     }
@@ -376,11 +429,24 @@ impl Connection {
         self.link()?.start(&negotiated, queue.handle(), base)
     }
 
+    /// Whether both sides know a virtio feature.
+    #[must_use]
+    pub fn has_feature(&self, feature: u64) -> bool {
+        self.negotiated.features & feature != 0
+    }
+
     fn link(&self) -> Result<Link, FrontEndError> {
         let socket = self
             .socket
             .try_clone()
             .map_err(|source| FrontEndError::Os { what: "duplicate the socket", source })?;
         Ok(Link { socket, deadline: self.config.deadline })
+    }
+}
+
+impl AsFd for Connection {
+    /// What becomes readable when the back end has closed the connection.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }

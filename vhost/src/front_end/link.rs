@@ -29,6 +29,7 @@ const KNOWN: u64 = features::VERSION_1
     | features::PROTOCOL_FEATURES
     | features::RING_EVENT_IDX
     | features::RING_INDIRECT_DESC
+    | features::SIZE_MAX
     | features::SEG_MAX
     | features::RO
     | features::BLK_SIZE
@@ -52,13 +53,18 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects, trying again until the deadline: a back end that restarts takes a moment.
-    pub(super) fn open(path: &Path, deadline: Duration) -> Result<Self, FrontEndError> {
+    /// Connects, trying again while patience lasts: a back end that restarts takes a moment. Each call may take as long as the
+    /// deadline from then on.
+    pub(super) fn open(
+        path: &Path,
+        patience: Duration,
+        deadline: Duration,
+    ) -> Result<Self, FrontEndError> {
         let start = Instant::now();
         let socket = loop {
             match UnixStream::connect(path) {
                 Ok(socket) => break socket,
-                Err(source) if start.elapsed() >= deadline => {
+                Err(source) if start.elapsed() >= patience => {
                     return Err(FrontEndError::Connect { path: path.to_owned(), source });
                 }
                 Err(_) => thread::sleep(CONNECT_AGAIN),
@@ -128,11 +134,13 @@ impl Link {
             capacity: capacity.saturating_mul(SECTOR),
             block_size: if has(features::BLK_SIZE) { u32_at(20) } else { 512 },
             segments_max: has(features::SEG_MAX).then(|| u32_at(12)),
+            segment_bytes_max: has(features::SIZE_MAX).then(|| u32_at(8)).filter(|most| *most > 0),
             queues,
             read_only: has(features::RO),
             flush: has(features::FLUSH),
             discard_max: has(features::DISCARD).then(|| sectors(36)),
             write_zeroes_max: has(features::WRITE_ZEROES).then(|| sectors(48)),
+            zeroes_unmap: has(features::WRITE_ZEROES) && u32_at(56).to_le_bytes()[0] == 1,
         })
     }
 
@@ -191,6 +199,15 @@ impl Link {
         // It may have been filled from the start.
         ring.kick();
         Ok(())
+    }
+
+    /// Gives the back end the channel on which it sends.
+    pub(super) fn give_back_channel(
+        &mut self,
+        negotiated: &Negotiated,
+        theirs: BorrowedFd<'_>,
+    ) -> Result<(), FrontEndError> {
+        self.tell(negotiated, &Message::SetBackendReqFd, &[theirs])
     }
 
     /// Stops a ring; says how far the back end has taken it.

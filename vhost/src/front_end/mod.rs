@@ -21,6 +21,7 @@
 //! depends on it was ever submitted, and the same bytes arrive twice. What is not safe is a predecessor that still writes; a
 //! back end must not answer while one of its own is at work on the disk (a lock on the file sees to that).
 
+mod back_channel;
 mod connection;
 mod inflight;
 mod link;

@@ -350,6 +350,12 @@ impl DriverQueue {
         }
     }
 
+    /// Whether requests were submitted that the device has not been shown.
+    #[must_use]
+    pub fn has_unpublished(&self) -> bool {
+        self.published != self.next_available
+    }
+
     /// Takes the next request that has ended, if there is one.
     ///
     /// # Errors
@@ -436,6 +442,17 @@ impl DriverQueue {
         self.published = self.next_available;
         self.available.area.store_u16(2, self.published, Ordering::Release);
         self.disarm();
+    }
+
+    /// Makes the ring new and empty: what was in flight is forgotten. The caller vouches as for [`DriverQueue::restart`].
+    pub fn forget(&mut self) {
+        for head in 0..self.size {
+            if let Some(request) = self.entries[usize::from(head)].request.take() {
+                self.in_flight -= 1;
+                self.release(head, request.descriptors);
+            }
+        }
+        self.restart();
     }
 
     fn set_used_event(&self, index: u16) {
@@ -703,6 +720,25 @@ mod tests {
         let tags: Vec<u64> = (0..4).map(|_| queue.pop().unwrap().unwrap().tag).collect();
         assert_eq!(tags, [0, 2, 3, 4]);
         assert_eq!((queue.in_flight(), queue.free.len()), (0, usize::from(SIZE)));
+    }
+
+    #[test]
+    fn a_ring_that_forgets_is_as_new() {
+        for features in [0, features::RING_INDIRECT_DESC] {
+            let mut queue = queue(features);
+            for tag in 0..2 {
+                queue.submit(READ, &[BUFFER], tag).unwrap();
+            }
+            queue.publish();
+            queue.complete(0, queue.offered(1), Some(0));
+            queue.forget();
+            assert_eq!((queue.in_flight(), queue.free.len()), (0, usize::from(SIZE)));
+            assert_eq!(queue.pop(), Ok(None));
+            queue.submit(READ, &[BUFFER], 7).unwrap();
+            queue.publish();
+            queue.complete(0, queue.offered(0), Some(0));
+            assert_eq!(queue.pop().unwrap().unwrap().tag, 7);
+        }
     }
 
     proptest! {

@@ -1,41 +1,48 @@
-//! The bounce pool: aligned memory for buffers that direct I/O cannot use where they are.
+//! The bounce pool: memory for buffers that a medium cannot use where they are, because of their alignment (direct I/O) or
+//! because it sees other memory only (a back end in another process).
 //!
 //! The pool is cut into chunks, and a request takes as many as its length needs, anywhere in the pool: nothing fragments. One
-//! chunk more stays zero for ever; it is what a file system without `ZERO_RANGE` gets written.
+//! chunk more stays zero for ever; it is what a medium gets written that cannot zero a range by itself.
 
 use std::sync::Arc;
 
 use resilver_sys::{BufferSlice, Mapping, MappingError, RegionId, RegionTable};
 
 /// Bytes of a chunk.
-pub(super) const CHUNK: u32 = 64 << 10;
+pub const CHUNK: u32 = 64 << 10;
 /// The most chunks of one request.
-pub(super) const CHUNKS_MAX: usize = 16;
+pub const CHUNKS_MAX: usize = 16;
 /// Chunks of a pool: eight of the largest requests at once, or many small ones.
 const POOL_CHUNKS: u16 = 128;
+/// Bytes of a pool, with its chunk of zeroes.
+pub const POOL_BYTES: usize = CHUNK as usize * (POOL_CHUNKS as usize + 1);
 
 /// The chunks that one request holds.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Chunks {
+pub struct Chunks {
     count: usize,
     indexes: [u16; CHUNKS_MAX],
 }
 
 impl Chunks {
-    pub(super) const NONE: Self = Self { count: 0, indexes: [0; CHUNKS_MAX] };
+    /// No chunks.
+    pub const NONE: Self = Self { count: 0, indexes: [0; CHUNKS_MAX] };
 }
 
 /// The pool of one channel.
 #[derive(Debug)]
-pub(super) struct Bounce {
+pub struct Bounce {
     mapping: Arc<Mapping>,
+    /// Where the pool begins in the mapping: with the chunk of zeroes.
+    start: u64,
+    chunks: u16,
     region: RegionId,
     free: Vec<u16>,
 }
 
 /// Whether a pool is wanted, or only its zero chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pool {
+pub enum Pool {
     /// Direct I/O: buffers may need it.
     Full,
     /// Buffered I/O: never.
@@ -43,30 +50,43 @@ pub(super) enum Pool {
 }
 
 impl Bounce {
-    pub(super) fn new(pool: Pool) -> Result<Self, MappingError> {
+    /// A pool in memory of its own.
+    ///
+    /// # Errors
+    /// The memory could not be had.
+    pub fn new(pool: Pool) -> Result<Self, MappingError> {
         let chunks = match pool {
             Pool::Full => POOL_CHUNKS,
             Pool::ZeroesOnly => 0,
         };
-        Ok(Self {
-            mapping: Mapping::anonymous(CHUNK as usize * (usize::from(chunks) + 1))?,
-            region: RegionId::NONE,
-            free: (1..=chunks).rev().collect(),
-        })
+        let mapping = Mapping::anonymous(CHUNK as usize * (usize::from(chunks) + 1))?;
+        Ok(Self::cut(mapping, 0, chunks))
+    }
+
+    /// A full pool in the [`POOL_BYTES`] at `start` of memory that others see too, zeroed so far.
+    #[must_use]
+    pub fn within(mapping: Arc<Mapping>, start: u64) -> Self {
+        Self::cut(mapping, start, POOL_CHUNKS)
+    }
+
+    fn cut(mapping: Arc<Mapping>, start: u64, chunks: u16) -> Self {
+        let free = (1..=chunks).rev().collect();
+        Self { mapping, start, chunks, region: RegionId::NONE, free }
     }
 
     /// Enters the pool in the reactor's table. A full table leaves it unnamed; what needs it fails then.
-    pub(super) fn attach(&mut self, memory: &RegionTable) {
+    pub fn attach(&mut self, memory: &RegionTable) {
         self.region = memory.insert(Arc::clone(&self.mapping)).unwrap_or(RegionId::NONE);
     }
 
-    pub(super) fn detach(&mut self, memory: &RegionTable) {
+    /// Takes it out again.
+    pub fn detach(&mut self, memory: &RegionTable) {
         memory.remove(self.region);
         self.region = RegionId::NONE;
     }
 
     /// Chunks for `length` bytes, at most [`CHUNKS_MAX`] of them; none if the pool has too few free.
-    pub(super) fn take(&mut self, length: u32) -> Option<Chunks> {
+    pub fn take(&mut self, length: u32) -> Option<Chunks> {
         let count = length.div_ceil(CHUNK) as usize;
         if count > CHUNKS_MAX || count > self.free.len() {
             return None;
@@ -78,8 +98,15 @@ impl Bounce {
         Some(chunks)
     }
 
-    pub(super) fn give_back(&mut self, chunks: Chunks) {
+    /// Gives chunks back.
+    pub fn give_back(&mut self, chunks: Chunks) {
         self.free.extend_from_slice(&chunks.indexes[..chunks.count]);
+    }
+
+    /// Takes all chunks back, whoever holds them: their holder has gone.
+    pub fn reclaim(&mut self) {
+        self.free.clear();
+        self.free.extend((1..=self.chunks).rev());
     }
 
     /// The slice of the pool that holds bytes `position..` of a request, to the end of their chunk.
@@ -89,18 +116,12 @@ impl Bounce {
         BufferSlice {
             region: self.region,
             length: CHUNK - within,
-            offset: u64::from(index) * u64::from(CHUNK) + u64::from(within),
+            offset: self.start + u64::from(index) * u64::from(CHUNK) + u64::from(within),
         }
     }
 
     /// Bytes `from..to` of a request as slices of the pool; how many there are.
-    pub(super) fn gather(
-        &self,
-        chunks: &Chunks,
-        from: u32,
-        to: u32,
-        into: &mut [BufferSlice],
-    ) -> usize {
+    pub fn gather(&self, chunks: &Chunks, from: u32, to: u32, into: &mut [BufferSlice]) -> usize {
         let (mut position, mut count) = (from, 0);
         while position < to && count < into.len() {
             let mut slice = self.slice(chunks, position);
@@ -113,12 +134,12 @@ impl Bounce {
     }
 
     /// `length` bytes of zeroes as slices, as far as `into` has room; how many slices and bytes there are.
-    pub(super) fn zeroes(&self, length: u64, into: &mut [BufferSlice]) -> usize {
+    pub fn zeroes(&self, length: u64, into: &mut [BufferSlice]) -> usize {
         let mut left = length;
         let mut count = 0;
         while left > 0 && count < into.len() {
             let part = u32::try_from(left).unwrap_or(u32::MAX).min(CHUNK);
-            into[count] = BufferSlice { region: self.region, length: part, offset: 0 };
+            into[count] = BufferSlice { region: self.region, length: part, offset: self.start };
             left -= u64::from(part);
             count += 1;
         }
@@ -126,7 +147,10 @@ impl Bounce {
     }
 
     /// Calls `copy` with (part of a payload slice, its place in the pool) until the payload is through or it says no.
-    pub(super) fn pair<E>(
+    ///
+    /// # Errors
+    /// What `copy` said.
+    pub fn pair<E>(
         &self,
         chunks: &Chunks,
         payload: &[BufferSlice],
@@ -173,6 +197,9 @@ mod tests {
         assert!(bounce.take(CHUNK * 16).is_none());
         bounce.give_back(one);
         assert!(bounce.take(CHUNK * 16).is_some());
+        bounce.reclaim();
+        let all = std::iter::from_fn(|| bounce.take(1)).count();
+        assert_eq!(all, usize::from(POOL_CHUNKS));
     }
 
     #[test]

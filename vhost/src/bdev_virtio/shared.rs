@@ -1,0 +1,126 @@
+//! What the parts of a `virtio` bdev share: its control side, its keeper and its channels, each on a thread of its own.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crossbeam::queue::ArrayQueue;
+use resilver_sys::EventFd;
+
+use super::seat::Seat;
+use crate::front_end::RingError;
+
+/// Shared by all parts.
+pub(super) struct Shared {
+    /// Seats that no channel has.
+    free: ArrayQueue<Seat>,
+    /// Seats whose channels have gone and left requests in flight: the keeper sees to them.
+    left: ArrayQueue<Seat>,
+    /// Wakes the keeper.
+    wake: EventFd,
+    /// The bdev has gone.
+    quit: AtomicBool,
+    /// The next back end recovers by itself what its predecessor had in flight.
+    recovers: AtomicBool,
+    /// Bytes of the disk.
+    capacity: AtomicU64,
+    /// What a back end did to a ring that it broke.
+    broken: ArrayQueue<RingError>,
+}
+
+impl Shared {
+    /// For as many seats as are given.
+    pub(super) fn new(seats: Vec<Seat>, capacity: u64) -> std::io::Result<Self> {
+        let (free, left) = (ArrayQueue::new(seats.len()), ArrayQueue::new(seats.len()));
+        for seat in seats {
+            // There is room for all.
+            let _ = free.push(seat);
+        }
+        Ok(Self {
+            free,
+            left,
+            wake: EventFd::new()?,
+            quit: AtomicBool::new(false),
+            recovers: AtomicBool::new(false),
+            capacity: AtomicU64::new(capacity),
+            broken: ArrayQueue::new(1),
+        })
+    }
+
+    /// A seat for a channel.
+    pub(super) fn take_seat(&self) -> Option<Seat> {
+        self.free.pop()
+    }
+
+    /// A channel has gone. There is room in both queues for all seats that there are.
+    pub(super) fn take_back(&self, mut seat: Seat) {
+        if seat.queue.in_flight() == 0 {
+            seat.pool.reclaim();
+            let _ = self.free.push(seat);
+        } else {
+            let _ = self.left.push(seat);
+            self.wake();
+        }
+    }
+
+    /// A seat that is to be seen to.
+    pub(super) fn take_left(&self) -> Option<Seat> {
+        self.left.pop()
+    }
+
+    /// Seats that there are, and how many of them are free.
+    pub(super) fn seats(&self) -> (usize, usize) {
+        (self.free.capacity(), self.free.len())
+    }
+
+    /// Wakes the keeper.
+    pub(super) fn wake(&self) {
+        self.wake.signal();
+    }
+
+    /// What the keeper sleeps on.
+    pub(super) fn wake_event(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The bdev goes.
+    pub(super) fn quit(&self) {
+        self.quit.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Whether the bdev has gone.
+    pub(super) fn has_quit(&self) -> bool {
+        self.quit.load(Ordering::SeqCst)
+    }
+
+    /// A back end broke the rules of a ring.
+    pub(super) fn broke(&self, error: RingError) {
+        // There is one keeper to tell, and one reason is enough for it.
+        let _ = self.broken.push(error);
+        self.wake();
+    }
+
+    /// What a back end did to a ring, if it broke one since this was asked last.
+    pub(super) fn take_broken(&self) -> Option<RingError> {
+        self.broken.pop()
+    }
+
+    /// Says, before rings are lost, whether the next back end recovers what is in them.
+    pub(super) fn set_recovers(&self, recovers: bool) {
+        self.recovers.store(recovers, Ordering::SeqCst);
+    }
+
+    /// Whether the next back end recovers what is in the rings.
+    pub(super) fn recovers(&self) -> bool {
+        self.recovers.load(Ordering::SeqCst)
+    }
+
+    /// The disk has another size.
+    pub(super) fn set_capacity(&self, bytes: u64) {
+        self.capacity.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of the disk.
+    pub(super) fn capacity(&self) -> u64 {
+        self.capacity.load(Ordering::Relaxed)
+    }
+}

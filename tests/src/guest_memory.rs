@@ -2,12 +2,23 @@
 //! front end would have them mapped.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use resilver_vhost::memory::GuestRegion;
 use resilver_vhost::message::RegionDescription;
 use rustix::fs::{MemfdFlags, memfd_create};
+
+/// A descriptor of a split ring (virtio 2.7.5) as a driver writes it.
+#[must_use]
+pub fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&length.to_le_bytes());
+    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    bytes
+}
 
 /// The file. What is written to it shows in every mapping of it at once.
 pub struct MemoryFile {
@@ -24,6 +35,17 @@ impl MemoryFile {
     pub fn new(size: u64) -> Self {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).expect("a memory file"));
         file.set_len(size).expect("its size");
+        Self { file, size }
+    }
+
+    /// A file that somebody else has made.
+    ///
+    /// # Panics
+    /// If its size cannot be had.
+    #[must_use]
+    pub fn of(fd: OwnedFd) -> Self {
+        let file = File::from(fd);
+        let size = file.metadata().expect("its size").len();
         Self { file, size }
     }
 

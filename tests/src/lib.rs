@@ -3,6 +3,7 @@
 pub mod driver;
 pub mod e2e;
 pub mod fake_back_end;
+pub mod fuzz;
 pub mod guest_memory;
 pub mod mounts;
 pub mod raw_guest;

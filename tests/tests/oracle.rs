@@ -18,7 +18,7 @@ use proptest::sample::select;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use resilver_reactor::{Context, Nanos};
 use resilver_sys::{BufferSlice, RegionTable};
-use resilver_tests::guest_memory::MemoryFile;
+use resilver_tests::guest_memory::{MemoryFile, descriptor};
 use resilver_vhost::chain::{Buffers, Chain, INDIRECT_ENTRIES_MAX, Indirect};
 use resilver_vhost::memory::GuestMemory;
 use resilver_vhost::message::RingAddresses;
@@ -118,15 +118,6 @@ impl Memory {
 /// A descriptor as a driver writes it: address, length, flags, next.
 type Raw = (u64, u32, u16, u16);
 
-fn bytes((address, length, flags, next): Raw) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&address.to_le_bytes());
-    bytes[8..12].copy_from_slice(&length.to_le_bytes());
-    bytes[12..14].copy_from_slice(&flags.to_le_bytes());
-    bytes[14..].copy_from_slice(&next.to_le_bytes());
-    bytes
-}
-
 /// A chain as a driver would lay it out, and what it then does wrong.
 #[derive(Debug, Clone)]
 struct Case {
@@ -225,7 +216,8 @@ impl Case {
             } else {
                 (INDIRECT_TABLE, at - u64::from(SIZE))
             };
-            memory.put(table + 16 * at, &bytes(*raw));
+            let (address, length, flags, next) = *raw;
+            memory.put(table + 16 * at, &descriptor(address, length, flags, next));
         }
         tables.truncate(usize::from(SIZE));
         (tables, place(0))

@@ -13,6 +13,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use crossbeam::queue::ArrayQueue;
 use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Receiver, Sender, Work, mailbox};
@@ -275,6 +276,7 @@ impl Outbox {
 pub struct DiskHandle {
     commands: Sender<DiskCommand>,
     outbox: Arc<Outbox>,
+    left: Arc<AtomicU32>,
 }
 
 impl fmt::Debug for DiskHandle {
@@ -296,6 +298,12 @@ impl DiskHandle {
     #[must_use]
     pub fn doorbell(&self) -> Arc<Doorbell> {
         self.commands.doorbell()
+    }
+
+    /// I/O in flight of consumers that are leaving: late writes of who is gone may still land.
+    #[must_use]
+    pub fn left_in_flight(&self) -> u32 {
+        self.left.load(Ordering::Acquire)
     }
 
     /// The oldest event that control has not seen.
@@ -355,6 +363,9 @@ pub struct Disk {
     exposed: Limits,
     gate: Gate,
     guests: [Option<Guest>; CONSUMERS_MAX],
+    /// I/O of guests that are leaving, as control sees it; and as it was last said.
+    left: Arc<AtomicU32>,
+    known_left: u32,
     releasing: Vec<Box<dyn IoChannel>>,
     commands: Receiver<DiskCommand>,
     outbox: Arc<Outbox>,
@@ -381,12 +392,16 @@ impl Disk {
     ) -> (Self, DiskHandle) {
         let (sender, commands) = mailbox(COMMANDS, doorbell);
         let outbox = Arc::new(Outbox { queue: ArrayQueue::new(EVENTS), wake: Box::new(wake) });
-        let handle = DiskHandle { commands: sender, outbox: Arc::clone(&outbox) };
+        let left = Arc::new(AtomicU32::new(0));
+        let handle =
+            DiskHandle { commands: sender, outbox: Arc::clone(&outbox), left: Arc::clone(&left) };
         let disk = Self {
             exposed: *root.limits(),
             root: Root::Plain(root),
             gate: Gate::Open,
             guests: std::array::from_fn(|_| None),
+            left,
+            known_left: 0,
             releasing: Vec::with_capacity(RELEASING),
             commands,
             outbox,
@@ -650,11 +665,23 @@ impl Disk {
 
     /// Lets consumers publish, and those go that leave with nothing in flight.
     fn publish(&mut self, cx: &Context<'_>) {
+        let mut left = 0;
         for slot in &mut self.guests {
             let Some(guest) = slot else { continue };
             guest.consumer.publish(cx);
-            if guest.in_flight == 0 && matches!(guest.stay, Stay::Leaving(_)) {
-                let Some(Guest { mut consumer, stay, .. }) = slot.take() else { continue };
+            if matches!(guest.stay, Stay::Leaving(_)) {
+                left += guest.in_flight;
+            }
+        }
+        // Before the last of a consumer is handed back, so that who has it back sees that nothing is left.
+        if left != self.known_left {
+            self.known_left = left;
+            self.left.store(left, Ordering::Release);
+        }
+        for slot in &mut self.guests {
+            let gone =
+                |guest: &mut Guest| guest.in_flight == 0 && matches!(guest.stay, Stay::Leaving(_));
+            if let Some(Guest { mut consumer, stay, .. }) = slot.take_if(gone) {
                 consumer.detach(cx);
                 if let Stay::Leaving(reply) = stay {
                     reply(Some(consumer));

@@ -131,6 +131,9 @@ impl Target {
         let entry = entry.ok_or_else(|| RpcError::no_controller(name))?;
         let stopped = entry.controller.stop().await;
         self.retire_disk(entry.disk).await;
+        if stopped.is_err() {
+            self.retire_when_left(entry.disk);
+        }
         Ok(stopped?)
     }
 }
@@ -139,7 +142,9 @@ impl Graph {
     /// Refuses a bdev that a controller cannot have: one that something else writes.
     fn must_be_exportable(&self, bdev: &str) -> Result<(), RpcError> {
         use crate::target::Use;
-        let excludes = |it: &&Use| !matches!(it, Use::Controller(_) | Use::MirrorSource(_));
+        let excludes = |it: &&Use| {
+            !matches!(it, Use::Controller(_) | Use::MirrorSource(_) | Use::LeftInFlight(_))
+        };
         match self.uses_of(bdev).iter().find(excludes) {
             Some(other) => Err(RpcError::busy(bdev, &other.to_string())),
             None => Ok(()),
@@ -160,10 +165,11 @@ impl Graph {
 
     /// A controller as SPDK's `vhost_get_controllers` shows it.
     pub(crate) fn controller_json(&self, entry: &ControllerEntry) -> Value {
-        let ControllerInfo { name, socket_path, read_only, session, left_in_flight } =
+        let ControllerInfo { name, socket_path, read_only, sessions, left_in_flight } =
             entry.controller.info();
         let core = self.disks.get(&entry.disk).map_or(0, |disk| disk.reactor.core());
-        let sessions: Vec<Value> = session
+        let sessions: Vec<Value> = sessions
+            .iter()
             .map(|session| {
                 json!({
                     "name": name,
@@ -172,7 +178,6 @@ impl Graph {
                     "memory_regions": session.memory_regions,
                 })
             })
-            .into_iter()
             .collect();
         let stats = entry.stats();
         json!({

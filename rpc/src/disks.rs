@@ -105,13 +105,15 @@ impl Target {
         Ok(id)
     }
 
-    /// Takes a disk off its reactor if nobody uses it any more.
+    /// Takes a disk off its reactor if nobody uses it any more. One that still has requests of a guest that has gone stays until
+    /// they have ended: whoever uses the bdev next must know of them.
     pub(crate) async fn retire_disk(&self, id: DiskId) {
         let entry = {
             let mut graph = self.graph_mut();
             let used = graph.controllers_of(id).next().is_some() || graph.job_on(id).is_some();
-            let releasing = graph.disks.get(&id).is_some_and(|disk| disk.releasing.channels > 0);
-            if used || releasing {
+            let busy =
+                |disk: &DiskEntry| disk.releasing.channels > 0 || disk.handle.left_in_flight() > 0;
+            if used || graph.disks.get(&id).is_some_and(busy) {
                 return;
             }
             graph.disks.remove(&id)
@@ -131,6 +133,23 @@ impl Target {
                 "a disk could not be taken off its reactor"
             );
         }
+    }
+
+    /// Retires a disk when the last request of guests that have gone has ended, if nobody uses it then.
+    pub(crate) fn retire_when_left(self: &Rc<Self>, id: DiskId) {
+        let target = Rc::downgrade(self);
+        tokio::task::spawn_local(async move {
+            loop {
+                tokio::time::sleep(LOOK_AT_LEFT).await;
+                let Some(target) = target.upgrade() else { return };
+                let left = target.graph().disks.get(&id).map(|disk| disk.handle.left_in_flight());
+                match left {
+                    None => return,
+                    Some(0) => return target.retire_disk(id).await,
+                    Some(_) => {}
+                }
+            }
+        });
     }
 
     /// One channel that an ended job left is empty.
@@ -193,6 +212,8 @@ async fn pump(target: Weak<Target>, id: DiskId, handle: DiskHandle, woken: Arc<N
     }
 }
 
+/// How often is looked whether a device that did not answer has ended its requests.
+const LOOK_AT_LEFT: Duration = Duration::from_millis(100);
 /// How often a full mailbox is tried again, a millisecond apart, before the caller is told.
 const SEND_TRIES: u32 = 1000;
 

@@ -117,6 +117,8 @@ pub(crate) enum Use {
     MirrorTarget(String),
     /// A mirror that has ended still has I/O in flight on it, which the device does not end.
     Releasing(DiskId),
+    /// A guest whose controller was removed still has so much I/O in flight on it, which the device does not end.
+    LeftInFlight(u32),
 }
 
 impl fmt::Display for Use {
@@ -126,6 +128,10 @@ impl fmt::Display for Use {
             Self::Base(name) => write!(f, "bdev '{name}' is stacked on it"),
             Self::MirrorSource(job) => write!(f, "it is the source of mirror job '{job}'"),
             Self::MirrorTarget(job) => write!(f, "it is the target of mirror job '{job}'"),
+            Self::LeftInFlight(count) => write!(
+                f,
+                "{count} requests of a guest that has gone are still in flight on it; the device does not answer"
+            ),
             Self::Releasing(_) => f.write_str(
                 "I/O of a job that has ended is still in flight on it; the device does not answer",
             ),
@@ -202,6 +208,10 @@ impl Graph {
         for (id, disk) in &self.disks {
             if disk.bdev.name() == bdev {
                 uses.extend(self.controllers_of(*id).map(|it| Use::Controller(it.name.clone())));
+                let left = disk.handle.left_in_flight();
+                if left > 0 && self.controllers_of(*id).next().is_none() {
+                    uses.push(Use::LeftInFlight(left));
+                }
             }
             if disk.releasing.bdevs.contains_key(bdev) {
                 uses.push(Use::Releasing(*id));

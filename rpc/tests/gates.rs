@@ -6,10 +6,11 @@ mod common;
 
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use resilver_rpc::RpcError;
 use resilver_rpc::error::code;
-use resilver_vhost::front_end::{Connection, ConnectionConfig};
+use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, Request};
 use serde_json::{Value, json};
 
 use common::{MIB, Served, served};
@@ -137,4 +138,70 @@ fn after_a_switch_over_the_new_disk_grows_under_the_guest_and_the_old_one_is_fre
     target.wait_until_free("over");
     target.call("bdev_passthru_delete", json!({ "name": "over" }));
     target.call("bdev_uring_delete", json!({ "name": "disk" }));
+}
+
+#[test]
+fn a_hung_disk_remembers_its_dead_guest_when_its_controller_is_made_again() {
+    let (_dir, mut target) = served();
+    target.malloc("disk", 4);
+    target.call("bdev_error_create", json!({ "base_name": "disk" }));
+    let create = json!({ "ctrlr": "vm", "dev_name": "EE_disk" });
+    target.call("vhost_create_blk_controller", create.clone());
+    let stall = json!({ "name": "EE_disk", "io_type": "write", "error_type": "pending", "num": 9 });
+    target.call("bdev_error_inject_error", stall);
+    let socket = target.dir.join("vhost/vm");
+    let connect = || Connection::connect(&socket, ConnectionConfig::default());
+    let (guest, mut queues) = connect().unwrap();
+    let data = [DataBuffer { offset: 0, length: 4096 }];
+    queues[0].submit(Request::Write { offset: 0 }, &data, 1).unwrap();
+    queues[0].publish();
+    // The flush behind it says that the disk has the write.
+    queues[0].submit(Request::Flush, &[], 2).unwrap();
+    queues[0].publish();
+    while queues[0].pop().unwrap().is_none() {}
+    drop((guest, queues));
+
+    let hung = target.refused("vhost_delete_controller", json!({ "ctrlr": "vm" }));
+    assert_eq!(hung.data.unwrap()["kind"], "still_in_flight");
+    let delete = target.refused("bdev_error_delete", json!({ "name": "EE_disk" }));
+    assert_eq!(delete.code, code::BUSY);
+    assert!(delete.message.contains("a guest that has gone"), "{delete}");
+    target.call("vhost_create_blk_controller", create);
+    let controllers = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(controllers[0]["left_in_flight"], 1);
+    assert!(connect().is_err(), "its write could land on top of one of the next guest");
+
+    let clear = json!({ "name": "EE_disk", "io_type": "clear" });
+    target.call("bdev_error_inject_error", clear);
+    let begin = Instant::now();
+    while let Err(error) = connect() {
+        assert!(begin.elapsed() < Duration::from_secs(30), "{error}");
+    }
+    target.call("vhost_delete_controller", json!({ "ctrlr": "vm" }));
+    target.call("bdev_error_delete", json!({ "name": "EE_disk" }));
+}
+
+#[test]
+fn a_hung_disk_that_nobody_serves_any_more_is_free_when_it_answers() {
+    let (_dir, mut target) = served();
+    target.malloc("disk", 4);
+    target.call("bdev_error_create", json!({ "base_name": "disk" }));
+    target.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "EE_disk" }));
+    let stall = json!({ "name": "EE_disk", "io_type": "flush", "error_type": "pending", "num": 1 });
+    target.call("bdev_error_inject_error", stall);
+    let socket = target.dir.join("vhost/vm");
+    let (guest, mut queues) = Connection::connect(&socket, ConnectionConfig::default()).unwrap();
+    queues[0].submit(Request::Flush, &[], 1).unwrap();
+    queues[0].publish();
+    let data = [DataBuffer { offset: 0, length: 4096 }];
+    queues[0].submit(Request::Read { offset: 0 }, &data, 2).unwrap();
+    queues[0].publish();
+    while queues[0].pop().unwrap().is_none() {}
+    let hung = target.refused("vhost_delete_controller", json!({ "ctrlr": "vm" }));
+    assert_eq!(hung.data.unwrap()["kind"], "still_in_flight");
+    drop((guest, queues));
+    let clear = json!({ "name": "EE_disk", "io_type": "clear" });
+    target.call("bdev_error_inject_error", clear);
+    target.wait_until_free("EE_disk");
+    target.call("bdev_error_delete", json!({ "name": "EE_disk" }));
 }

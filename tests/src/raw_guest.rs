@@ -15,9 +15,9 @@ use std::time::Instant;
 
 use resilver_sys::{Area, Mapping};
 use resilver_vhost::message::{
-    FdPresence, Header, Message, RegionDescription, Reply, RingAddresses,
+    ConfigPiece, FdPresence, Header, Message, RegionDescription, Reply, RingAddresses,
 };
-use resilver_vhost::protocol::{blk_type, descriptor_flags, features, flags, vring_flags};
+use resilver_vhost::protocol::{SECTOR, blk_type, descriptor_flags, features, flags, vring_flags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::served::PATIENCE;
@@ -189,11 +189,52 @@ impl RawGuest {
     /// # Panics
     /// If something is refused.
     pub fn start(&self, base: u16, logged: bool) {
+        self.describe(base, logged);
+        self.tell(&Self::kick(), &[]);
+        self.tell(&Message::SetVringEnable { index: 0, enable: 1 }, &[]);
+    }
+
+    /// The message that starts the ring: polled, no descriptor.
+    #[must_use]
+    pub fn kick() -> Message {
+        Message::SetVringKick { index: 0, fd: FdPresence::Absent }
+    }
+
+    /// Describes the ring, which is to go on at `base`.
+    ///
+    /// # Panics
+    /// If something is refused.
+    pub fn describe(&self, base: u16, logged: bool) {
         self.tell(&Message::SetVringNum { index: 0, num: u32::from(SIZE) }, &[]);
         self.tell(&Message::SetVringBase { index: 0, base: u32::from(base) }, &[]);
         self.tell(&self.addresses(logged), &[]);
-        self.tell(&Message::SetVringKick { index: 0, fd: FdPresence::Absent }, &[]);
-        self.tell(&Message::SetVringEnable { index: 0, enable: 1 }, &[]);
+    }
+
+    fn config(&self, offset: u32, length: usize) -> Vec<u8> {
+        let piece = ConfigPiece { offset, flags: 0, bytes: vec![0; length] };
+        match self.ask(&Message::GetConfig(piece), &[]) {
+            Some(Reply::Config(piece)) => piece.bytes,
+            other => panic!("GET_CONFIG is answered with {other:?}"),
+        }
+    }
+
+    /// What the disk's configuration space says of its size, in bytes.
+    ///
+    /// # Panics
+    /// If it is not answered.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        let sectors = self.config(0, 8).try_into().expect("eight bytes");
+        u64::from_le_bytes(sectors) * SECTOR
+    }
+
+    /// Its `writeback` field.
+    ///
+    /// # Panics
+    /// If it is not answered.
+    #[must_use]
+    pub fn writeback(&self) -> u8 {
+        self.config(32, 1)[0]
     }
 
     /// Stops the ring and says where it stands.
@@ -225,6 +266,11 @@ impl RawGuest {
         let mut bytes = vec![0; length];
         assert_eq!(rustix::io::pread(&self.file, &mut bytes, offset).expect("memory"), length);
         bytes
+    }
+
+    /// What was made available is what is in memory: for a monitor whose guest's memory has just arrived.
+    pub fn arrive(&mut self) {
+        self.offered = u16::from_le(self.memory.load_u16(at(AVAILABLE + 2), Ordering::Acquire));
     }
 
     /// Writes guest memory.

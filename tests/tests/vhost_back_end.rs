@@ -237,7 +237,7 @@ fn a_front_end_reconnects_and_finds_its_disk_as_it_left_it() {
         assert_eq!(guest.run(0, write, &[at(0, BLOCK)]).result, Ok(()));
     }
     assert_eq!(served.stats().sessions.get(), 10);
-    wait_until("the session is over", || served.ask(|it| it.info().session.is_none()));
+    wait_until("the session is over", || served.ask(|it| it.info().sessions.is_empty()));
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn a_stopped_ring_says_where_it_stands() {
     for _ in 0..5 {
         guest.run(0, Request::Flush, &[]);
     }
-    let info = served.ask(|controller| controller.info()).session.unwrap();
+    let info = served.ask(|controller| controller.info()).sessions.remove(0);
     assert_eq!((info.queues.as_slice(), info.memory_regions), ([0].as_slice(), 1));
     assert_eq!(guest.connection.stop(&guest.queues[0]).unwrap(), 5);
 }
@@ -378,7 +378,7 @@ fn a_front_end_that_shrinks_its_memory_loses_its_connection() {
     let fd = FdPresence::Absent;
     send(&stream, &Message::SetVringKick { index: 0, fd }.encode(0), &[]).unwrap();
     wait_until("the ring is polled", || {
-        served.ask(|it| it.info().session.is_some_and(|session| session.queues == [0]))
+        served.ask(|it| it.info().sessions.iter().any(|session| session.queues == [0]))
     });
     rustix::fs::ftruncate(&memory, 0).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -1,4 +1,5 @@
-//! What a live migration of a guest asks of its disk: the dirty log while the guest runs.
+//! What a live migration of a guest asks of its disk: the dirty log while the guest runs, and a second session for where it
+//! goes.
 
 // A test may fail by panicking.
 #![allow(clippy::unwrap_used)]
@@ -6,12 +7,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use resilver_bdev::Bdev;
+use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
 use resilver_bdev::malloc::Malloc;
+use resilver_bdev::{Bdev, IoKind};
 use resilver_tests::raw_guest::{BASE, DATA, MEMORY, RawGuest, memory_file};
-use resilver_tests::served::Served;
-use resilver_vhost::message::{Message, Reply};
-use resilver_vhost::protocol::{blk_type, features};
+use resilver_tests::served::{Served, wait_until};
+use resilver_vhost::message::{ConfigPiece, Message, Reply};
+use resilver_vhost::protocol::{blk_type, config_flags, features};
 
 const BLOCK: u32 = 4096;
 const PAGE: u64 = 4096;
@@ -134,4 +136,161 @@ fn a_log_that_is_shortened_under_us_ends_its_session_and_nothing_else() {
     guest.negotiate(0);
     guest.start(0, false);
     assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
+}
+
+fn connect(served: &Served) -> RawGuest {
+    RawGuest::connect(&served.socket(), memory_file(MEMORY))
+}
+
+fn connected(served: &Served, sessions: usize) {
+    wait_until("they are connected", || served.ask(|it| it.info().sessions.len()) == sessions);
+}
+
+/// Copies pages of one guest's memory to the other's, as a monitor does.
+fn copy(from: &RawGuest, to: &RawGuest, pages: &[u64]) {
+    for page in pages {
+        to.put(*page, &from.bytes(*page, usize::try_from(PAGE).unwrap()));
+    }
+}
+
+#[test]
+fn a_guest_moves_to_another_monitor_while_it_runs() {
+    let served = Served::new(&*malloc());
+    let mut source = connect(&served);
+    let (wanted, log) = (features::FLUSH, Log::new());
+    source.negotiate(wanted);
+    source.start(0, false);
+    for block in 0..8u8 {
+        source.put(DATA, &[block + 1; BLOCK as usize]);
+        assert_eq!(source.run(blk_type::OUT, 8 * u64::from(block), DATA, BLOCK), 0);
+    }
+    // The destination comes while the source runs, and may ask and describe what it likes.
+    let mut destination = connect(&served);
+    destination.negotiate(wanted);
+    assert_eq!(destination.capacity(), 1024 * u64::from(BLOCK));
+    connected(&served, 2);
+    // Logging begins, all of memory is copied, and then what was dirtied, again and again.
+    source.tell(&Log::message(), &[log.0.as_fd()]);
+    source.set_features(wanted | features::LOG_ALL);
+    source.tell(&source.addresses(true), &[]);
+    copy(&source, &destination, &(0..MEMORY / PAGE).map(|page| page * PAGE).collect::<Vec<_>>());
+    for block in 0..8u64 {
+        let data = DATA + (block + 1) * PAGE;
+        assert_eq!(source.run(blk_type::IN, 8 * block, data, BLOCK), 0);
+        let dirty = log.take();
+        assert!(dirty.contains(&data), "{dirty:x?}");
+        copy(&source, &destination, &dirty);
+        // What a guest writes by itself, its monitor sees without us.
+        copy(&source, &destination, &[0, 0x2000, 0x4000]);
+    }
+    let base = source.stop();
+    copy(&source, &destination, &log.take());
+    let all = usize::try_from(MEMORY).unwrap();
+    assert!(source.bytes(0, all) == destination.bytes(0, all), "no page was lost");
+    destination.arrive();
+    destination.start(base, false);
+    let data = DATA + 0x10000;
+    assert_eq!(destination.run(blk_type::IN, 8 * 7, data, BLOCK), 0);
+    assert_eq!(destination.bytes(data, BLOCK as usize), [8; BLOCK as usize]);
+    drop(source);
+    connected(&served, 1);
+    assert_eq!(destination.run(blk_type::FLUSH, 0, DATA, 0), 0);
+}
+
+#[test]
+fn a_migration_that_is_given_up_leaves_the_source_running() {
+    let served = Served::new(&*malloc());
+    let mut source = connect(&served);
+    source.negotiate(0);
+    source.start(0, false);
+    let destination = connect(&served);
+    destination.negotiate(0);
+    connected(&served, 2);
+    let base = source.stop();
+    drop(destination);
+    source.start(base, false);
+    assert_eq!(source.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    connected(&served, 1);
+}
+
+#[test]
+fn rings_of_one_session_run_at_a_time() {
+    let served = Served::new(&*malloc());
+    let mut one = connect(&served);
+    one.negotiate(0);
+    one.start(0, false);
+    let mut two = connect(&served);
+    two.negotiate(0);
+    two.describe(0, false);
+    assert_eq!(two.ask(&RawGuest::kick(), &[]), Some(Reply::U64(1)), "refused");
+    assert_eq!(one.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    let base = one.stop();
+    two.start(0, false);
+    one.describe(base, false);
+    assert_eq!(one.ask(&RawGuest::kick(), &[]), Some(Reply::U64(1)), "refused in its turn");
+    assert_eq!(two.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    // A session that ends makes room, whether it has stopped its rings or not.
+    drop(two);
+    one.start(base, false);
+    assert_eq!(one.run(blk_type::IN, 0, DATA, BLOCK), 0);
+}
+
+#[test]
+fn a_third_front_end_is_refused() {
+    let served = Served::new(&*malloc());
+    let (one, two) = (connect(&served), connect(&served));
+    connected(&served, 2);
+    assert!(connect(&served).is_closed());
+    drop(one);
+    let three = connect(&served);
+    three.negotiate(0);
+    two.negotiate(0);
+}
+
+#[test]
+fn a_ring_waits_for_late_writes_of_a_session_that_was_killed_beside_it() {
+    let error = Arc::new(ErrorBdev::new("error0", malloc()));
+    let served = Served::new(&*error);
+    let (kind, effect) = (Some(IoKind::Write), Effect::Stall);
+    error.inject(Injection { kind, effect, count: FOREVER, range: None }).unwrap();
+    let mut source = connect(&served);
+    source.negotiate(0);
+    source.start(0, false);
+    let mut destination = connect(&served);
+    destination.negotiate(0);
+    destination.describe(0, false);
+    source.offer(blk_type::OUT, 0, DATA, BLOCK);
+    wait_until("the write hangs", || error.injected() == 1);
+    drop(source);
+    assert_eq!(destination.ask(&RawGuest::kick(), &[]), Some(Reply::U64(1)), "refused");
+    assert_eq!(served.ask(|it| it.info().left_in_flight), 1);
+    error.clear();
+    wait_until("the write has landed", || served.ask(|it| it.info().left_in_flight == 0));
+    destination.start(0, false);
+    assert_eq!(destination.run(blk_type::IN, 0, DATA, BLOCK), 0);
+}
+
+#[test]
+fn a_monitor_that_comes_again_at_once_finds_its_rings_free() {
+    let served = Served::new(&*malloc());
+    for _ in 0..20 {
+        let mut guest = connect(&served);
+        guest.negotiate(0);
+        guest.start(0, false);
+        assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    }
+    assert_eq!(served.stats().sessions.get(), 20);
+}
+
+#[test]
+fn the_cache_mode_goes_with_the_guest() {
+    let served = Served::new(&*malloc());
+    let wanted = features::FLUSH | features::CONFIG_WCE;
+    let (source, destination) = (connect(&served), connect(&served));
+    source.negotiate(wanted);
+    destination.negotiate(wanted);
+    assert_eq!((source.writeback(), destination.writeback()), (1, 1));
+    let through = ConfigPiece { offset: 32, flags: config_flags::WRITABLE, bytes: vec![0] };
+    source.tell(&Message::SetConfig(through), &[]);
+    assert_eq!((source.writeback(), destination.writeback()), (0, 0));
 }

@@ -16,6 +16,7 @@ use resilver_sys::{EventFd, TableFull};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
+use crate::back_channel::BackChannel;
 use crate::blk_session::{Command, Notifier};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{InflightError, InflightMemory, Tracked};
@@ -23,9 +24,9 @@ use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
 use crate::protocol::protocol_features;
 use crate::queue::LiveQueue;
-use crate::server::{BackChannel, SessionInfo, Status};
 use crate::session::{Action, Session, SessionError, has_reply};
-use crate::socket::{Received, Socket, SocketError};
+use crate::sessions::{Intent, Obstacle, Seat, SessionInfo, Sessions};
+use crate::socket::{Received, SocketError};
 use crate::split::{RingAreas, RingSetupError, SplitRing};
 
 /// How often a front end is looked at while a message of its waits for the disk.
@@ -64,9 +65,9 @@ pub(crate) enum ConnectionError {
     /// A descriptor is missing.
     #[error("a file descriptor is missing")]
     MissingDescriptor,
-    /// The back channel's descriptor is not a socket.
-    #[error("the back channel is not a usable socket: {0}")]
-    BackChannel(std::io::Error),
+    /// A ring was to start while it may not.
+    #[error("the ring was not started: {0}")]
+    InTheWay(Obstacle),
     /// The front end went away while its message waited for the disk.
     #[error("the front end went away while a message waited for requests in flight")]
     WentAway,
@@ -83,10 +84,10 @@ type Answer = (Reply, Option<OwnedFd>);
 
 /// One connection.
 pub(crate) struct Connection {
-    socket: Socket,
+    seat: Rc<Seat>,
     session: Session,
     data: Sender<Command>,
-    status: Rc<Status>,
+    sessions: Rc<Sessions>,
     /// As the data side has it.
     memory: GuestMemory,
     /// The dirty log, whether it is written to or not, and who wants to hear of it.
@@ -100,18 +101,18 @@ pub(crate) struct Connection {
 
 impl Connection {
     pub(crate) fn new(
-        socket: Socket,
+        seat: Rc<Seat>,
         session: Session,
         num_queues: u16,
         data: Sender<Command>,
-        status: Rc<Status>,
+        sessions: Rc<Sessions>,
     ) -> Self {
         let none = vec![None; usize::from(num_queues)];
         Self {
-            socket,
+            seat,
             session,
             data,
-            status,
+            sessions,
             memory: GuestMemory::default(),
             log: None,
             log_event: None,
@@ -124,20 +125,20 @@ impl Connection {
     /// Serves the front end until it closes the connection, which is no error, or breaks the protocol.
     pub(crate) async fn serve(&mut self) -> Result<(), ConnectionError> {
         while let Some(received) = self.next_message().await? {
-            self.take(received).await?;
-            self.status.set_writeback(self.session.writeback());
-            self.status.set_session(Some(SessionInfo {
+            let taken = self.take(received).await;
+            self.seat.set_info(SessionInfo {
                 features: self.session.features(),
                 queues: self.session.running().collect(),
                 memory_regions: self.memory.len(),
-            }));
+            });
+            taken?;
         }
         Ok(())
     }
 
     /// The next message. Guest memory is looked at meanwhile.
     async fn next_message(&self) -> Result<Option<Received>, ConnectionError> {
-        let mut receive = pin!(self.socket.receive());
+        let mut receive = pin!(self.seat.socket.receive());
         loop {
             match tokio::time::timeout(LOOK_AT_MEMORY, &mut receive).await {
                 Ok(received) => return Ok(received?),
@@ -155,7 +156,10 @@ impl Connection {
         let Received { header, body, fds } = received;
         let message = decode(header.request, &body, fds.len())?;
         debug!(?message, "from the front end");
-        self.session.resize(self.status.limits());
+        self.session.resize(self.sessions.limits());
+        if let Some(action) = self.session.adopt_writeback(self.sessions.writeback()) {
+            self.act(action, &mut std::iter::empty()).await?;
+        }
         let outcome = self.carry_out(&message, fds).await;
         let acknowledges = header.needs_reply()
             && self.session.has_protocol_feature(protocol_features::REPLY_ACK)
@@ -165,13 +169,16 @@ impl Connection {
             Ok(None) if acknowledges => (Reply::U64(0), None),
             Ok(None) => return Ok(()),
             Err(error) if acknowledges && error.may_be_answered() => {
-                warn!(controller = self.status.name(), "message {}: {error}", header.request);
+                warn!(
+                    controller = self.sessions.controller(),
+                    "message {}: {error}", header.request
+                );
                 (Reply::U64(1), None)
             }
             Err(error) => return Err(error),
         };
         let bytes = reply.encode(header.request);
-        self.socket.send(&bytes, fd).await.map_err(SocketError::from)?;
+        self.seat.socket.send(&bytes, fd).await.map_err(SocketError::from)?;
         Ok(())
     }
 
@@ -182,7 +189,12 @@ impl Connection {
     ) -> Result<Option<Answer>, ConnectionError> {
         let mut fds = fds.into_iter();
         let mut answer = None;
-        for action in self.session.handle(message)? {
+        let writeback = self.session.writeback();
+        let actions = self.session.handle(message)?;
+        if self.session.writeback() != writeback {
+            self.sessions.set_writeback(self.session.writeback());
+        }
+        for action in actions {
             if let Some(reply) = self.act(action, &mut fds).await? {
                 answer = Some(reply);
             }
@@ -228,7 +240,10 @@ impl Connection {
                 self.log_covers(&self.memory)?;
                 self.set_log(self.log.clone()).await?;
             }
-            Action::Start(queue) => self.start(queue).await?,
+            Action::Start(queue) => {
+                let started = self.start(queue).await;
+                started.inspect_err(|_| self.session.not_started(queue))?;
+            }
             Action::Move(queue) => {
                 if let Some(areas) = self.areas(queue, &self.memory)? {
                     self.ask(|reply| Command::MoveRing { queue, areas, reply }).await?;
@@ -249,8 +264,7 @@ impl Connection {
             Action::GuestReset => self.ask(Command::GuestReset).await?,
             Action::SetBackChannel => {
                 let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
-                let channel = BackChannel::new(fd).map_err(ConnectionError::BackChannel)?;
-                self.status.set_back_channel(Some(channel));
+                self.seat.set_back_channel(Some(BackChannel::new(fd)));
             }
             Action::MakeInflight(layout, queues, entries) => {
                 let (description, file) = InflightMemory::make(layout, queues, entries)?;
@@ -311,6 +325,8 @@ impl Connection {
     }
 
     async fn start(&mut self, queue: u16) -> Result<(), ConnectionError> {
+        let way = self.sessions.clear_way(&self.seat, Intent::Run).await;
+        way.map_err(ConnectionError::InTheWay)?;
         let Some(ring) = self.session.ring(queue) else { return Ok(()) };
         let areas = RingAreas::resolve(&self.memory, ring.size, &ring.addresses)?;
         let index = usize::from(queue);
@@ -322,7 +338,7 @@ impl Connection {
         };
         if let Some(count) = tracked.as_ref().map(Tracked::owed).filter(|count| *count > 0) {
             info!(
-                controller = self.status.name(),
+                controller = self.sessions.controller(),
                 "queue {queue}: {count} requests that were in flight are executed again"
             );
         }
@@ -372,7 +388,7 @@ impl Connection {
         loop {
             match tokio::time::timeout(LOOK, &mut answer).await {
                 Ok(answer) => return answer.map_err(|_| ConnectionError::DiskGone),
-                Err(_) if self.socket.is_closed() => return Err(ConnectionError::WentAway),
+                Err(_) if self.seat.socket.is_closed() => return Err(ConnectionError::WentAway),
                 Err(_) => {}
             }
         }
@@ -407,7 +423,7 @@ impl ConnectionError {
             | Self::Inflight(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor
-            | Self::BackChannel(_) => true,
+            | Self::InTheWay(_) => true,
             Self::Socket(_)
             | Self::Decode(_)
             | Self::WentAway

@@ -13,6 +13,7 @@
 //! message ends that connection, with a reason in the log, and nothing else. After a session is abandoned its guest's rings
 //! are never touched again.
 
+mod back_channel;
 pub mod bdev_virtio;
 pub mod blk;
 pub mod blk_session;
@@ -28,6 +29,7 @@ pub mod queue;
 mod request;
 pub mod server;
 pub mod session;
+pub mod sessions;
 mod socket;
 pub mod split;
 pub mod stats;

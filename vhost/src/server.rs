@@ -1,17 +1,15 @@
-//! Controllers: a socket in the file system behind which a disk is served to one front end at a time.
+//! Controllers: a socket in the file system behind which a disk is served.
 //!
 //! A controller lives on the control thread (a tokio `LocalSet`) and outlives its front ends: one that disconnects or breaks
-//! the protocol is dropped, with the reason in the log, and the next one may connect. A second one waits in the socket's
-//! backlog meanwhile.
+//! the protocol is dropped, with the reason in the log, and the next one may connect. How many there may be at a time, and
+//! who may run rings, is [`crate::sessions`]'s to say.
 //!
 //! **Leaving.** When a connection ends, its session is abandoned on the reactor: rings and guest memory are touched no more.
 //! Requests that the disk still has keep that memory mapped until they end. If that takes longer than [`GRACE`], new front
 //! ends are refused with the reason, because a late write of the old session could land on top of one of the new session.
 
-use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -23,22 +21,21 @@ use std::time::Duration;
 use resilver_bdev::{Consumer, ConsumerId, DiskCommand, DiskHandle, Limits, Reply};
 use resilver_reactor::Sender;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::blk::{BlkDevice, CacheMode, serial};
+use crate::blk::{BlkDevice, serial};
 use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
-use crate::message::backend_notice;
-use crate::protocol::{QUEUES_MAX, backend_request};
+use crate::protocol::QUEUES_MAX;
 use crate::session::Session;
+use crate::sessions::{GRACE, Intent, Place, SESSIONS_MAX, Seat, SessionInfo, Sessions};
 use crate::socket::Socket;
 use crate::split::RingFault;
 use crate::stats::VhostStats;
 
-/// How long requests of an ended session are waited for before new front ends are refused.
-pub const GRACE: Duration = Duration::from_secs(1);
 /// How long to wait before a disk whose mailbox was full is told again.
 const AGAIN: Duration = Duration::from_millis(1);
 /// How often a disk is told again before it counts as gone.
@@ -99,17 +96,6 @@ pub enum VhostError {
     },
 }
 
-/// What a front end has set up.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SessionInfo {
-    /// Negotiated virtio features.
-    pub features: u64,
-    /// Rings that are running.
-    pub queues: Vec<u16>,
-    /// Regions of guest memory.
-    pub memory_regions: usize,
-}
-
 /// What there is to say about a controller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControllerInfo {
@@ -119,70 +105,17 @@ pub struct ControllerInfo {
     pub socket_path: PathBuf,
     /// Guests may not write.
     pub read_only: bool,
-    /// The front end that is connected.
-    pub session: Option<SessionInfo>,
-    /// Requests of the last session that the disk still has; new front ends are refused meanwhile.
+    /// The front ends that are connected.
+    pub sessions: Vec<SessionInfo>,
+    /// Requests of ended sessions that the disk still has, whatever controller they came through; new front ends are refused
+    /// meanwhile.
     pub left_in_flight: u32,
 }
 
-/// The socket on which a back end sends (SET_BACKEND_REQ_FD).
-#[derive(Debug)]
-pub(crate) struct BackChannel(StdUnixStream);
-
-impl BackChannel {
-    pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
-        let stream = StdUnixStream::from(fd);
-        stream.set_nonblocking(true)?;
-        Ok(Self(stream))
-    }
-
-    /// Says that the configuration space has changed. A front end that does not read its channel misses it.
-    fn config_changed(&self) -> io::Result<()> {
-        let notice = backend_notice(backend_request::CONFIG_CHANGE_MSG);
-        let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
-        rustix::net::send(&self.0, &notice, flags)?;
-        Ok(())
-    }
-}
-
-/// What a controller and its connection share on the control thread.
-#[derive(Debug)]
-pub(crate) struct Status {
-    name: String,
-    limits: Cell<Limits>,
-    session: RefCell<Option<SessionInfo>>,
-    back_channel: RefCell<Option<BackChannel>>,
-    left_in_flight: Cell<u32>,
-    /// As the last guest left it: a front end that reconnects does not say it again.
-    writeback: Cell<CacheMode>,
-}
-
-impl Status {
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(crate) fn limits(&self) -> Limits {
-        self.limits.get()
-    }
-
-    pub(crate) fn set_writeback(&self, writeback: CacheMode) {
-        self.writeback.set(writeback);
-    }
-
-    pub(crate) fn set_session(&self, session: Option<SessionInfo>) {
-        self.session.replace(session);
-    }
-
-    pub(crate) fn set_back_channel(&self, channel: Option<BackChannel>) {
-        self.back_channel.replace(channel);
-    }
-}
-
-/// A controller. Dropping it ends its connection and removes its socket, without waiting.
+/// A controller. Dropping it ends its connections and removes its socket, without waiting.
 pub struct Controller {
     config: ControllerConfig,
-    status: Rc<Status>,
+    sessions: Rc<Sessions>,
     stats: Arc<VhostStats>,
     stop: oneshot::Sender<()>,
     task: JoinHandle<u32>,
@@ -208,28 +141,19 @@ impl Controller {
             return Err(VhostError::NumQueues(config.num_queues));
         }
         let listener = bind(&config.socket_path)?;
-        let status = Rc::new(Status {
-            name: config.name.clone(),
-            limits: Cell::new(limits),
-            session: RefCell::default(),
-            back_channel: RefCell::default(),
-            left_in_flight: Cell::new(0),
-            writeback: Cell::new(CacheMode::WriteBack),
-        });
+        let sessions = Rc::new(Sessions::new(config.name.clone(), disk, limits));
         let stats = Arc::new(VhostStats::default());
         let (stop, stopped) = oneshot::channel();
-        let server = Server {
+        let server = Rc::new(Server {
             config: config.clone(),
-            disk,
-            listener,
-            status: Rc::clone(&status),
+            sessions: Rc::clone(&sessions),
             stats: Arc::clone(&stats),
-        };
-        let task = tokio::task::spawn_local(server.run(stopped));
-        Ok(Self { config, status, stats, stop, task })
+        });
+        let task = tokio::task::spawn_local(server.run(listener, stopped));
+        Ok(Self { config, sessions, stats, stop, task })
     }
 
-    /// Ends the connection, removes the socket, and waits for requests in flight, at most [`GRACE`].
+    /// Ends the connections, removes the socket, and waits for requests in flight, at most [`GRACE`].
     ///
     /// # Errors
     /// Requests are left on the disk; the controller is gone all the same.
@@ -245,10 +169,7 @@ impl Controller {
 
     /// The disk has another size: the guest is told, if its front end listens.
     pub fn resize(&self, limits: Limits) {
-        self.status.limits.set(limits);
-        if let Some(channel) = self.status.back_channel.borrow().as_ref()
-            && let Err(error) = channel.config_changed()
-        {
+        for error in self.sessions.resize(limits) {
             warn!(controller = self.config.name, "the guest was not told of the resize: {error}");
         }
     }
@@ -260,8 +181,8 @@ impl Controller {
             name: self.config.name.clone(),
             socket_path: self.config.socket_path.clone(),
             read_only: self.config.read_only,
-            session: self.status.session.borrow().clone(),
-            left_in_flight: self.status.left_in_flight.get(),
+            sessions: self.sessions.infos(),
+            left_in_flight: self.sessions.left_in_flight(),
         }
     }
 
@@ -300,49 +221,72 @@ enum Ended {
     Stopped,
 }
 
-/// The controller's task.
+/// What a controller's tasks share.
 struct Server {
     config: ControllerConfig,
-    disk: DiskHandle,
-    listener: UnixListener,
-    status: Rc<Status>,
+    sessions: Rc<Sessions>,
     stats: Arc<VhostStats>,
 }
 
 impl Server {
-    /// Serves one front end after another until told to stop. Answers how many requests the disk keeps.
-    async fn run(self, mut stopped: oneshot::Receiver<()>) -> u32 {
-        let left = loop {
-            let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
-                _ = &mut stopped => break 0,
-            };
-            match accepted {
-                Ok((stream, _)) => {
-                    if let Some(left) = self.session(stream, &mut stopped).await {
-                        break left;
+    /// Serves front ends until told to stop. Answers how many requests the disk keeps.
+    async fn run(
+        self: Rc<Self>,
+        listener: UnixListener,
+        mut stopped: oneshot::Receiver<()>,
+    ) -> u32 {
+        let (stop, stops) = watch::channel(());
+        let mut tasks = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        tasks.spawn_local(Rc::clone(&self).receive(stream, stops.clone()));
                     }
-                }
-                Err(error) => {
-                    // Out of descriptors, most likely: give others time to close theirs.
-                    warn!(controller = self.config.name, "cannot accept a front end: {error}");
-                    tokio::time::sleep(GRACE).await;
-                }
+                    Err(error) => {
+                        // Out of descriptors, most likely: give others time to close theirs.
+                        warn!(controller = self.config.name, "cannot accept a front end: {error}");
+                        tokio::time::sleep(GRACE).await;
+                    }
+                },
+                Some(_ended) = tasks.join_next() => {}
+                _ = &mut stopped => break,
             }
-        };
+        }
+        drop(listener);
         let _ = std::fs::remove_file(&self.config.socket_path);
-        left
+        drop((stop, stops));
+        let all = async { while tasks.join_next().await.is_some() {} };
+        let _ = timeout(GRACE, all).await;
+        // What is left waits by itself for the last request: its memory is unmapped here and not on the reactor.
+        tasks.detach_all();
+        self.sessions.left_behind()
     }
 
-    /// One front end, from its connection to the last of its requests. Some: the controller is to stop, with so many requests
-    /// left on the disk.
-    async fn session(
-        &self,
-        stream: UnixStream,
-        stopped: &mut oneshot::Receiver<()>,
-    ) -> Option<u32> {
+    /// A front end that has connected: refused, or served until it ends.
+    async fn receive(self: Rc<Self>, stream: UnixStream, mut stops: watch::Receiver<()>) {
+        let controller = &self.config.name;
+        let Some(place) = self.sessions.admit(Socket::new(stream)) else {
+            return warn!(
+                controller,
+                "a front end was refused: {SESSIONS_MAX} are connected already, and only during a live migration is there \
+                 more than one"
+            );
+        };
+        let way = tokio::select! {
+            way = self.sessions.clear_way(&place.seat, Intent::Connect) => way,
+            _ = stops.changed() => return,
+        };
+        match way {
+            Ok(()) => self.serve(place, stops).await,
+            Err(obstacle) => warn!(controller, "a front end was refused: {obstacle}"),
+        }
+    }
+
+    /// One front end, from its first message to the last of its requests.
+    async fn serve(&self, place: Place, mut stops: watch::Receiver<()>) {
         let name = &self.config.name;
-        let (fault, mut broken) = oneshot::channel();
+        let (fault, broken) = oneshot::channel();
         let (consumer, data) = BlkSession::new(
             SessionConfig {
                 num_queues: self.config.num_queues,
@@ -353,40 +297,40 @@ impl Server {
                     let _ = fault.send(what);
                 }),
             },
-            self.disk.doorbell(),
+            self.sessions.disk().doorbell(),
         );
         let id = fresh_id();
         if !self.add(id, Box::new(consumer)).await {
-            warn!(controller = name, "a front end was refused: the disk takes no more sessions");
-            return None;
+            return warn!(
+                controller = name,
+                "a front end was refused: the disk takes no more sessions"
+            );
         }
         self.stats.sessions.add(1);
         info!(controller = name, "a front end has connected");
         let device = BlkDevice {
-            limits: self.status.limits(),
+            limits: self.sessions.limits(),
             read_only: self.config.read_only,
             num_queues: self.config.num_queues,
         };
         let mut connection = Connection::new(
-            Socket::new(stream),
-            Session::new(device, self.status.writeback.get()),
+            Rc::clone(&place.seat),
+            Session::new(device, self.sessions.writeback()),
             self.config.num_queues,
             data.clone(),
-            Rc::clone(&self.status),
+            Rc::clone(&self.sessions),
         );
         let ended = tokio::select! {
             result = connection.serve() => result.map_or_else(Ended::Refused, |()| Ended::Closed),
-            Ok((queue, fault)) = &mut broken => Ended::RingBroken(queue, fault),
-            _ = &mut *stopped => Ended::Stopped,
+            Ok((queue, fault)) = broken => Ended::RingBroken(queue, fault),
+            _ = stops.changed() => Ended::Stopped,
         };
-        let stops = matches!(ended, Ended::Stopped);
         self.log_end(ended);
-        self.status.set_session(None);
-        self.status.set_back_channel(None);
         // First the data side lets go of guest memory, then the front end sees the connection closed.
-        let removed = self.abandon(id, &data).await;
+        let removed = self.abandon(id, &data, &place.seat).await;
         drop(connection);
-        self.drain(removed, stops, stopped).await
+        place.seat.socket.close();
+        self.drain(removed, place).await;
     }
 
     fn log_end(&self, ended: Ended) {
@@ -413,59 +357,36 @@ impl Server {
         &self,
         id: ConsumerId,
         data: &Sender<Command>,
+        seat: &Seat,
     ) -> oneshot::Receiver<Option<Box<dyn Consumer>>> {
         // The last command may still wait for a request that hangs; the mailbox has room for this one beside it.
         let in_flight = match send(data, Command::Abandon) {
             Ok(answer) => answer.await.unwrap_or(0),
             Err(_) => 0,
         };
-        self.status.left_in_flight.set(in_flight);
+        seat.leaves(in_flight);
         let (sender, receiver) = oneshot::channel();
         let reply: Reply<_> = Box::new(move |consumer| drop(sender.send(consumer)));
         self.tell(DiskCommand::RemoveConsumer(id, reply)).await;
         receiver
     }
 
-    /// Waits for the last request of an ended session; refuses front ends if that takes long.
-    async fn drain(
-        &self,
-        mut removed: oneshot::Receiver<Option<Box<dyn Consumer>>>,
-        stops: bool,
-        stopped: &mut oneshot::Receiver<()>,
-    ) -> Option<u32> {
-        let stop = |left: u32| stops.then_some(left);
-        if tokio::time::timeout(GRACE, &mut removed).await.is_ok() {
-            self.status.left_in_flight.set(0);
-            return stop(0);
+    /// Waits for the last request of an ended session, for ever if need be.
+    async fn drain(&self, mut removed: oneshot::Receiver<Option<Box<dyn Consumer>>>, place: Place) {
+        if timeout(GRACE, &mut removed).await.is_ok() {
+            return;
         }
-        let left = self.status.left_in_flight.get();
-        let controller = &self.config.name;
+        let (controller, left) = (&self.config.name, place.seat.left());
         warn!(controller, "{left} requests of the ended session are still in flight");
-        if stops {
-            return Some(left);
-        }
-        loop {
-            tokio::select! {
-                _ = &mut removed => {
-                    self.status.left_in_flight.set(0);
-                    info!(controller, "the last request of the ended session has ended");
-                    return None;
-                }
-                Ok(_) = self.listener.accept() => warn!(
-                    controller,
-                    "a front end was refused: {left} requests of the session before are still in flight on a disk \
-                     that does not answer"
-                ),
-                _ = &mut *stopped => return Some(left),
-            }
-        }
+        let _ = removed.await;
+        info!(controller, "the last request of the ended session has ended");
     }
 
     /// Sends a command to the disk. If it does not keep up for a second it has gone: then nobody answers.
     async fn tell(&self, command: DiskCommand) {
         let mut command = Box::new(command);
         for _ in 0..TRIES {
-            match self.disk.send(*command) {
+            match self.sessions.disk().send(*command) {
                 Ok(()) => return,
                 Err(back) => command = back,
             }

@@ -326,6 +326,24 @@ impl Session {
         (0..).zip(&self.rings).filter(running).map(|(queue, _)| queue)
     }
 
+    /// A ring that was to start could not be.
+    pub fn not_started(&mut self, queue: u16) {
+        if let Some(ring) = self.rings.get_mut(usize::from(queue)) {
+            ring.state = RingState::Stopped;
+        }
+    }
+
+    /// The guest has chosen another cache mode in another session: it is the same guest, before or after its migration.
+    /// While rings run here it is this session that knows.
+    #[must_use]
+    pub fn adopt_writeback(&mut self, writeback: CacheMode) -> Option<Action> {
+        if self.writeback == writeback || self.running().next().is_some() {
+            return None;
+        }
+        self.writeback = writeback;
+        Some(self.cache_action())
+    }
+
     /// A ring has stopped and stands there.
     pub fn stopped(&mut self, queue: u16, base: u16) {
         if let Some(ring) = self.rings.get_mut(usize::from(queue)) {

@@ -100,6 +100,12 @@ impl Socket {
         Ok(())
     }
 
+    /// Ends the connection for both sides, whoever still holds it here.
+    pub(crate) fn close(&self) {
+        // One that the front end has ended already is no error.
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+    }
+
     /// Whether the front end has closed its end, whatever it may have sent before that.
     pub(crate) fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(&self.0, PollFlags::RDHUP)];

@@ -92,7 +92,9 @@ impl Rpc for VhostDeleteController {
     }
 }
 
-/// Lists controllers. After a switch-over `backend_specific.block.bdev` is the new bdev.
+/// Lists controllers. After a switch-over `backend_specific.block.bdev` is the new bdev. While a guest is live-migrated there are two
+/// `sessions`, of which one has `queues` that run; `left_in_flight` counts requests of guests that have gone and that the disk does
+/// not end: new front ends are refused meanwhile.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(super) struct VhostGetControllers {
     /// Name of one controller; all if not given.

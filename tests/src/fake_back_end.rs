@@ -372,6 +372,12 @@ impl FakeRing {
         self.kick.drain()
     }
 
+    /// Whether the driver says that it wants interrupts (without the event index).
+    #[must_use]
+    pub fn wants_interrupts(&self) -> bool {
+        self.available.load_u16(0, Ordering::Relaxed) == 0
+    }
+
     /// Where the device began with the ring, or has come to.
     #[must_use]
     pub fn taken(&self) -> u16 {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, BdevError, Detail, IoError, IoKind};
+use resilver_reactor::Armed;
+use resilver_sys::WaitSet;
 use resilver_tests::driver::{Driver, pattern};
 use resilver_tests::e2e::StorageDaemon;
 use resilver_tests::fake_back_end::{Face, FakeBackEnd, FakeRing};
@@ -388,6 +390,55 @@ fn an_export_that_grows_says_so_and_is_larger() {
     driver.submit(IoKind::Write, 2 * MIB - 512, 512, &payload);
     let request = turn_until_taken(&mut driver, &mut ring);
     assert_eq!(request.sector, 4095);
+    ring.complete(&request, 0);
+    assert!(driver.drain().values().all(Result::is_ok));
+}
+
+#[test]
+fn a_sleeping_channel_is_woken_by_an_answer_and_by_the_loss_of_the_connection() {
+    let scratch = Scratch::new();
+    let back_end = scratch.listen(plain());
+    let bdev = scratch.connect(|_| ()).unwrap();
+    let mut driver = Driver::new(&bdev, 4);
+    let mut ring = back_end.ring(1, 0);
+    assert!(!ring.wants_interrupts(), "while we poll");
+    let payload = [driver.slice(0, 4096)];
+    driver.submit(IoKind::Write, 0, 4096, &payload);
+    let request = turn_until_taken(&mut driver, &mut ring);
+    // No longer young.
+    std::thread::sleep(Duration::from_millis(2));
+    let mut set = WaitSet::with_capacity(1);
+    let arm = |driver: &mut Driver, set: &mut WaitSet| {
+        let (channel, cx) = driver.channel();
+        set.clear();
+        channel.arm(&cx, set)
+    };
+    let slept = |set: &mut WaitSet| {
+        let begun = Instant::now();
+        set.sleep(Some(20_000_000_000));
+        begun.elapsed() < Duration::from_secs(10)
+    };
+    assert_eq!(arm(&mut driver, &mut set), Armed::Until(None));
+    assert!(ring.wants_interrupts());
+    let answer = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(20));
+        ring.complete(&request, 0);
+        ring
+    });
+    assert!(slept(&mut set), "nothing woke it");
+    let ring = answer.join().unwrap();
+    assert_eq!(arm(&mut driver, &mut set), Armed::Ready, "what has come is seen without a sleep");
+    let (channel, cx) = driver.channel();
+    channel.disarm(&cx);
+    assert!(!ring.wants_interrupts());
+    assert!(driver.drain().values().all(Result::is_ok));
+
+    assert_eq!(arm(&mut driver, &mut set), Armed::Until(None), "idle");
+    back_end.hang_up();
+    assert!(slept(&mut set), "nothing woke it");
+    let mut ring = turn_until_served(&mut driver, &back_end, 2);
+    driver.submit(IoKind::Read, 0, 4096, &payload);
+    let request = turn_until_taken(&mut driver, &mut ring);
     ring.complete(&request, 0);
     assert!(driver.drain().values().all(Result::is_ok));
 }

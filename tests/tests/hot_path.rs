@@ -31,6 +31,7 @@ use resilver_reactor::{Armed, Context, Idle, Poller, Reactor, ReactorConfig, Wor
 use resilver_sys::alloc_guard::{self, AllocGuard};
 use resilver_sys::{BufferSlice, Mapping, RegionId, RingMode, SubmissionThread, WaitSet};
 use resilver_tests::served::Served;
+use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
 use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, Request};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
@@ -407,6 +408,19 @@ fn child(case: &str) {
             hammer(&Delay::new("layer", Arc::new(null()), LATENCIES).unwrap(), &[], Sin::None)
         }
         "error" => hammer(&ErrorBdev::new("layer", Arc::new(null())), &[], Sin::None),
+        // The export is polled on a reactor of its own, and so wants no kick.
+        "virtio" => {
+            let disk = Malloc::new("disk", 512, memory_blocks()).unwrap();
+            let spin = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
+            let served = Served::with(&disk, spin, |_| ());
+            let config = VirtioConfig {
+                name: "remote".to_owned(),
+                socket: served.socket(),
+                num_queues: None,
+                reconnect_timeout: None,
+            };
+            hammer(&Virtio::connect(config).unwrap(), &[], Sin::None);
+        }
         "uring direct" => hammer(&file(true, RingMode::Enter), &[IO_URING_ENTER], Sin::None),
         "uring buffered" => hammer(&file(false, RingMode::Enter), &[IO_URING_ENTER], Sin::None),
         "uring sqpoll" => {
@@ -467,7 +481,7 @@ fn the_case_of_a_child_process() {
 
 #[test]
 fn disks_in_memory_make_no_system_call_and_allocate_nothing() {
-    for case in ["null", "malloc", "passthru", "delay", "error", "sectors"] {
+    for case in ["null", "malloc", "passthru", "delay", "error", "sectors", "virtio"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

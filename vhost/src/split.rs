@@ -11,10 +11,12 @@
 //! **Notifications.** While the ring is polled the driver is told not to kick. [`SplitRing::arm`] asks for kicks and looks
 //! once more behind a sequentially consistent fence, so that a request made available meanwhile is not missed (virtio
 //! 2.7.10, 2.7.23). The same fence stands between the used index and the look at whether the driver wants an interrupt.
+//! `split/model.rs` runs both in every order; without either fence it finds a deadlock.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use resilver_sys::Area;
+use resilver_sys::area::fence;
 
 use crate::dirty_log::DirtyLog;
 use crate::memory::{GuestMemory, MemoryError};
@@ -389,6 +391,9 @@ impl SplitRing {
 fn crosses(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
+
+#[cfg(all(test, feature = "model"))]
+mod model;
 
 #[cfg(test)]
 mod tests {

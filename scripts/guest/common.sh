@@ -35,21 +35,37 @@ need() {
         -t bookworm-backports "${wanted[@]}" >/dev/null
 }
 
+# from_debian TOOL ARGUMENT...: apt-get or apt-cache with package lists of their own: the system's sources stay as they are.
+from_debian() {
+    local tool=$1 options
+    shift
+    options=(-qq -o "Dir::Etc::sourcelist=$cache/sources.list" -o Dir::Etc::sourceparts=-
+        -o "Dir::State::lists=$cache/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=)
+    if [ ! -e "$cache/lists" ]; then
+        mkdir -p "$cache/lists.new/partial"
+        echo "deb http://deb.debian.org/debian bookworm-backports main" >"$cache/sources.list"
+        echo "deb-src http://deb.debian.org/debian bookworm main" >>"$cache/sources.list"
+        apt-get "${options[@]}" -o "Dir::State::lists=$cache/lists.new" update && mv "$cache/lists.new" "$cache/lists" || return 1
+    fi
+    "$tool" "${options[@]}" "$@"
+}
+
 # Downloads the kernel once; sets `kernel` and `modules` (a directory with lib/modules).
 get_kernel() {
     modules=$cache/kernel
-    if ! ls "$modules"/boot/vmlinuz-* >/dev/null 2>&1; then
+    if [ ! -e "$modules" ]; then
         say "getting Debian's cloud kernel"
-        mkdir -p "$cache/download" && rm -rf "$modules"
-        local package
-        package=$(apt-cache depends linux-image-cloud-amd64/bookworm-backports |
-            awk '/Depends: linux-image/ { print $2; exit }')
-        [ -n "$package" ] || skip "no cloud kernel in the package lists (apt-get update?)"
-        (cd "$cache/download" && apt-get download -qq "$package" 2>/dev/null)
-        dpkg -x "$cache/download/$package"_*.deb "$modules"
-        # The guest's modprobe takes them only as they are.
-        find "$modules" -name "*.ko.xz" -exec unxz {} +
-        depmod -b "$modules" "$(ls "$modules/lib/modules")"
+        local new=$cache/kernel.new
+        rm -rf "$new" && mkdir -p "$new"
+        (
+            cd "$new" &&
+                package=$(from_debian apt-cache depends linux-image-cloud-amd64 |
+                    awk '/Depends: linux-image/ { print $2; exit }') &&
+                from_debian apt-get download "$package" && dpkg -x linux-image-*.deb . && rm linux-image-*.deb &&
+                # The guest's modprobe takes them only as they are.
+                find . -name "*.ko.xz" -exec unxz {} + && depmod -b . "$(ls lib/modules)"
+        ) >"$cache/kernel.log" 2>&1 || { tail "$cache/kernel.log"; skip "Debian's cloud kernel cannot be had here"; }
+        mv "$new" "$modules"
     fi
     kernel=$(ls "$modules"/boot/vmlinuz-*)
     version=$(ls "$modules/lib/modules")
@@ -57,22 +73,18 @@ get_kernel() {
 
 # Builds fio once, static, from Debian's source; sets `fio`. (Debian's own brings 40 MB of libraries for storage that no guest has.)
 get_fio() {
-    fio=$cache/fio/fio
-    [ ! -x "$fio" ] || return 0
+    fio=$cache/fio
+    [ ! -e "$fio" ] || return 0
     say "building fio"
-    local build=$cache/fio/build options
-    rm -rf "$build" && mkdir -p "$build/lists/partial"
-    echo "deb-src http://deb.debian.org/debian bookworm main" >"$build/sources.list"
-    # Lists of its own: the system's package sources stay as they are.
-    options=(-qq -o "Dir::Etc::sourcelist=$build/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$build/lists")
+    local build=$cache/fio.build
+    rm -rf "$build" && mkdir -p "$build"
     (
-        cd "$build" &&
-            apt-get "${options[@]}" update && apt-get "${options[@]}" source --download-only fio &&
+        cd "$build" && from_debian apt-get source --download-only fio &&
             tar xf fio_*.orig.tar.?z --strip-components=1 &&
             ./configure --build-static --disable-native --disable-numa --disable-rdma --disable-gfapi --disable-rbd \
-                --disable-http --disable-pmem && make -j "$(nproc)" fio
+                --disable-http --disable-pmem && make -j "$(nproc)" fio && strip fio
     ) >"$cache/fio.log" 2>&1 || { tail "$cache/fio.log"; skip "fio cannot be built here"; }
-    install -s "$build/fio" "$fio"
+    mv "$build/fio" "$fio"
     rm -rf "$build"
 }
 

@@ -41,7 +41,7 @@ until_true() {
 # prepare: tools, kernel, programs and the guest's root with all that the runs on a disk need.
 prepare() {
     need qemu-system-x86_64:qemu-system-x86 busybox:busybox-static cpio:cpio depmod:kmod mkfs.ext4:e2fsprogs \
-        strip:binutils gcc:gcc make:make
+        strip:binutils unxz:xz-utils gcc:gcc make:make
     get_kernel
     get_fio
     say "building"
@@ -108,18 +108,26 @@ boot_on() {
     qmp qmp_capabilities
 }
 
+# next_line DESCRIPTOR: the next line is in `line` once it is whole; what a second brings of it is kept until then.
+next_line() {
+    local part='' result=0
+    IFS= read -r -t 1 -u "$1" part || result=1
+    line+=$part
+    return $result
+}
 # hear SECONDS END: prints what the guest says until it says END, or anything else about an end.
 hear() {
-    local end=$((SECONDS + $1)) line
+    local end=$((SECONDS + $1)) line=''
     while [ $SECONDS -lt $end ]; do
         gone "${qemu[$vm]}" && fail "QEMU of $vm has ended"
-        IFS= read -r -t 1 -u "${port_out[$vm]}" line || continue
+        next_line "${port_out[$vm]}" || continue
         case $line in
         "$2") return 0 ;;
         "DONE "*) return 1 ;;
         READY) fail "$vm has booted again, unasked" ;;
         *) echo "   $line" ;;
         esac
+        line=
     done
     fail "no '$2' from $vm in $1 s"
 }
@@ -133,11 +141,12 @@ in_guest() {
 
 # qmp COMMAND [ARGUMENTS]: has QEMU do something; `answer` is what it says.
 qmp() {
-    local end=$((SECONDS + 30))
+    local end=$((SECONDS + 30)) line=''
     echo "{\"execute\":\"$1\",\"arguments\":${2:-{\}}}" >&"${qmp_in[$vm]}"
     while [ $SECONDS -lt $end ]; do
         gone "${qemu[$vm]}" && fail "QEMU of $vm has ended"
-        IFS= read -r -t 1 -u "${qmp_out[$vm]}" answer || continue
+        next_line "${qmp_out[$vm]}" || continue
+        answer=$line line=
         case $answer in
         '{"return"'*) return 0 ;;
         '{"error"'*) fail "QEMU's answer to $1: $answer" ;;
@@ -149,7 +158,11 @@ qmp() {
 # power_off: the guest goes, as it would by itself.
 power_off() {
     echo off >&"${port_in[$vm]}"
-    until_true 60 "$vm does not switch itself off" gone "${qemu[$vm]}"
+    ended
+}
+# ended: QEMU ends by itself.
+ended() {
+    until_true 60 "QEMU of $vm does not end" gone "${qemu[$vm]}"
     forget
 }
 # kill_guest: QEMU dies.

@@ -4,6 +4,7 @@
 // A test may fail by panicking.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -13,7 +14,7 @@ use resilver_bdev::{Bdev, IoKind};
 use resilver_tests::raw_guest::{BASE, DATA, MEMORY, RawGuest, memory_file};
 use resilver_tests::served::{Served, wait_until};
 use resilver_vhost::message::{ConfigPiece, Message, Reply};
-use resilver_vhost::protocol::{blk_type, config_flags, features};
+use resilver_vhost::protocol::{blk_type, config_flags, device_state, features};
 
 const BLOCK: u32 = 4096;
 const PAGE: u64 = 4096;
@@ -293,4 +294,88 @@ fn the_cache_mode_goes_with_the_guest() {
     let through = ConfigPiece { offset: 32, flags: config_flags::WRITABLE, bytes: vec![0] };
     source.tell(&Message::SetConfig(through), &[]);
     assert_eq!((source.writeback(), destination.writeback()), (0, 0));
+}
+
+fn pipe() -> (OwnedFd, OwnedFd) {
+    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
+}
+
+fn transfer(direction: u32) -> Message {
+    Message::SetDeviceStateFd { direction, phase: device_state::STOPPED }
+}
+
+/// Has a monitor fetch the state of its device.
+fn save(guest: &RawGuest) -> Vec<u8> {
+    let (reading, writing) = pipe();
+    let answer = guest.ask(&transfer(device_state::SAVE), &[writing.as_fd()]);
+    assert_eq!(answer, Some(Reply::U64(device_state::NO_FD)));
+    drop(writing);
+    let mut state = Vec::new();
+    std::fs::File::from(reading).read_to_end(&mut state).unwrap();
+    assert_eq!(guest.number(&Message::CheckDeviceState), 0);
+    state
+}
+
+/// Has a monitor give its device a state; what the device makes of it.
+fn load(guest: &RawGuest, state: &[u8]) -> u64 {
+    let (reading, writing) = pipe();
+    let answer = guest.ask(&transfer(device_state::LOAD), &[reading.as_fd()]);
+    assert_eq!(answer, Some(Reply::U64(device_state::NO_FD)));
+    drop(reading);
+    std::fs::File::from(writing).write_all(state).unwrap();
+    guest.number(&Message::CheckDeviceState)
+}
+
+#[test]
+fn what_a_device_is_goes_with_its_guest_to_another_host() {
+    let (here, there) = (Served::new(&*malloc()), Served::new(&*malloc()));
+    let wanted = features::FLUSH | features::CONFIG_WCE;
+    let (source, mut destination) = (connect(&here), connect(&there));
+    source.negotiate(wanted);
+    source.start(0, false);
+    let through = ConfigPiece { offset: 32, flags: config_flags::WRITABLE, bytes: vec![0] };
+    source.tell(&Message::SetConfig(through), &[]);
+    source.tell(&Message::SetStatus(15), &[]);
+    let (_reading, writing) = pipe();
+    let early = source.ask(&transfer(device_state::SAVE), &[writing.as_fd()]);
+    let failed = Some(Reply::U64(device_state::NO_FD | device_state::FAILED));
+    assert_eq!(early, failed, "a ring is running");
+    assert_eq!(source.stop(), 0);
+    let state = save(&source);
+    destination.negotiate(wanted);
+    assert_eq!(destination.writeback(), 1);
+    assert_eq!(load(&destination, &state), 0);
+    assert_eq!((destination.writeback(), destination.number(&Message::GetStatus)), (0, 15));
+    assert_eq!(save(&destination), state);
+    destination.start(0, false);
+    assert_eq!(destination.run(blk_type::IN, 0, DATA, BLOCK), 0);
+}
+
+#[test]
+fn a_state_that_is_damaged_or_of_another_disk_is_refused_and_changes_nothing() {
+    let bigger: Arc<dyn Bdev> = Arc::new(Malloc::new("bigger", BLOCK, 2048).unwrap());
+    let (served, other) = (Served::new(&*malloc()), Served::new(&*bigger));
+    let (guest, stranger) = (connect(&served), connect(&other));
+    guest.negotiate(features::CONFIG_WCE | features::FLUSH);
+    stranger.negotiate(0);
+    let state = save(&guest);
+    let before = (guest.writeback(), guest.number(&Message::GetStatus));
+    assert_ne!(load(&guest, &save(&stranger)), 0, "another disk");
+    assert_ne!(load(&guest, &state[..30]), 0, "half of it");
+    assert_ne!(load(&guest, &[]), 0, "nothing");
+    assert_ne!(load(&guest, &vec![0xff; 60_000]), 0, "too much");
+    let mut damaged = state.clone();
+    damaged[53] ^= 1;
+    assert_ne!(load(&guest, &damaged), 0, "another cache mode, but not its checksum");
+    assert_ne!(guest.number(&Message::CheckDeviceState), 0, "nothing was transferred");
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let failed = Some(Reply::U64(device_state::NO_FD | device_state::FAILED));
+    assert_eq!(guest.ask(&transfer(device_state::LOAD), &[null.as_fd()]), failed, "no pipe");
+    // A front end that never closes its end is given up, and the session goes on.
+    let (reading, _writing) = pipe();
+    let answer = guest.ask(&transfer(device_state::LOAD), &[reading.as_fd()]);
+    assert_eq!(answer, Some(Reply::U64(device_state::NO_FD)));
+    assert_ne!(guest.number(&Message::CheckDeviceState), 0, "never closed");
+    assert_eq!((guest.writeback(), guest.number(&Message::GetStatus)), before);
+    assert_eq!(load(&guest, &state), 0, "its own");
 }

@@ -18,16 +18,18 @@ use tracing::{debug, info, warn};
 
 use crate::back_channel::BackChannel;
 use crate::blk_session::{Command, Notifier};
+use crate::device_state::Serial;
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{InflightError, InflightMemory, Tracked};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
-use crate::protocol::protocol_features;
+use crate::protocol::{device_state, protocol_features};
 use crate::queue::LiveQueue;
-use crate::session::{Action, Session, SessionError, has_reply};
+use crate::session::{Action, Session, SessionError, has_reply, refusal};
 use crate::sessions::{Intent, Obstacle, Seat, SessionInfo, Sessions};
 use crate::socket::{Received, SocketError};
 use crate::split::{RingAreas, RingSetupError, SplitRing};
+use crate::state_pipe::{Transfer, TransferError};
 
 /// How often a front end is looked at while a message of its waits for the disk.
 const LOOK: Duration = Duration::from_millis(20);
@@ -59,6 +61,9 @@ pub(crate) enum ConnectionError {
     /// The memory for requests in flight cannot be used.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// The device state could not be saved or loaded.
+    #[error(transparent)]
+    State(#[from] TransferError),
     /// The reactor has no room for more regions.
     #[error("{0}; attach fewer guests with many memory slots to one reactor")]
     TableFull(#[from] TableFull),
@@ -95,6 +100,10 @@ pub(crate) struct Connection {
     log_event: Option<Arc<EventFd>>,
     /// Where requests in flight are tracked, if the front end wants that.
     inflight: Option<InflightMemory>,
+    /// What GET_ID answers: of which disk a device state is.
+    serial: Serial,
+    /// The device state that is saved or loaded.
+    transfer: Option<Transfer>,
     kicks: Vec<Option<Arc<EventFd>>>,
     calls: Vec<Option<Arc<EventFd>>>,
 }
@@ -106,6 +115,7 @@ impl Connection {
         num_queues: u16,
         data: Sender<Command>,
         sessions: Rc<Sessions>,
+        serial: Serial,
     ) -> Self {
         let none = vec![None; usize::from(num_queues)];
         Self {
@@ -117,6 +127,8 @@ impl Connection {
             log: None,
             log_event: None,
             inflight: None,
+            serial,
+            transfer: None,
             kicks: none.clone(),
             calls: none,
         }
@@ -168,14 +180,15 @@ impl Connection {
             Ok(Some(answer)) => answer,
             Ok(None) if acknowledges => (Reply::U64(0), None),
             Ok(None) => return Ok(()),
-            Err(error) if acknowledges && error.may_be_answered() => {
-                warn!(
-                    controller = self.sessions.controller(),
-                    "message {}: {error}", header.request
-                );
-                (Reply::U64(1), None)
+            Err(error) => {
+                let refusal = refusal(header.request, acknowledges);
+                let Some(reply) = refusal.filter(|_| error.may_be_answered()) else {
+                    return Err(error);
+                };
+                let controller = self.sessions.controller();
+                warn!(controller, "{} was refused: {error}", message.name());
+                (reply, None)
             }
-            Err(error) => return Err(error),
         };
         let bytes = reply.encode(header.request);
         self.seat.socket.send(&bytes, fd).await.map_err(SocketError::from)?;
@@ -274,6 +287,20 @@ impl Connection {
                 let file = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
                 self.inflight = Some(InflightMemory::map(&description, &file)?);
             }
+            Action::SaveState => {
+                let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                self.transfer = Some(Transfer::save(fd, &self.session.state(self.serial))?);
+                return Ok(Some((Reply::U64(device_state::NO_FD), None)));
+            }
+            Action::LoadState => {
+                let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
+                self.transfer = Some(Transfer::load(fd)?);
+                return Ok(Some((Reply::U64(device_state::NO_FD), None)));
+            }
+            Action::CheckState => {
+                self.check_state().await?;
+                return Ok(Some((Reply::U64(0), None)));
+            }
             Action::Reply(reply) => return Ok(Some((reply, None))),
             Action::ReplyBase(queue) => {
                 let base = u32::from(self.session.base(queue));
@@ -281,6 +308,15 @@ impl Connection {
             }
         }
         Ok(None)
+    }
+
+    /// Waits for the end of a transfer, and goes on with what came.
+    async fn check_state(&mut self) -> Result<(), ConnectionError> {
+        let transfer = self.transfer.take().ok_or(TransferError::Nothing)?;
+        let Some(state) = transfer.finish().await? else { return Ok(()) };
+        let cache = self.session.restore(&state, self.serial).map_err(TransferError::State)?;
+        self.sessions.set_writeback(self.session.writeback());
+        self.ask(|reply| Command::SetCache(cache, reply)).await
     }
 
     /// Where a ring is in `memory`; none if its addresses are not known.
@@ -421,6 +457,7 @@ impl ConnectionError {
             | Self::Log(_)
             | Self::Ring(_)
             | Self::Inflight(_)
+            | Self::State(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor
             | Self::InTheWay(_) => true,

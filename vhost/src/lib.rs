@@ -19,6 +19,7 @@ pub mod blk;
 pub mod blk_session;
 pub mod chain;
 mod connection;
+pub mod device_state;
 pub mod dirty_log;
 pub mod front_end;
 pub mod inflight;
@@ -32,6 +33,7 @@ pub mod session;
 pub mod sessions;
 mod socket;
 pub mod split;
+mod state_pipe;
 pub mod stats;
 
 pub use server::{Controller, ControllerConfig, ControllerInfo, VhostError};

@@ -212,6 +212,8 @@ pub enum Message {
     RemMemReg(RegionDescription),
     SetStatus(u64),
     GetStatus,
+    SetDeviceStateFd { direction: u32, phase: u32 },
+    CheckDeviceState,
 }
 
 /// Reads a message whose header said `request`, from its whole body and the number of descriptors that came with it.
@@ -281,6 +283,10 @@ fn decode_body(id: u32, body: &mut Body<'_>) -> Result<Message, DecodeError> {
         request::REM_MEM_REG => Message::RemMemReg(body.single_region()?),
         request::SET_STATUS => Message::SetStatus(body.u64()?),
         request::GET_STATUS => Message::GetStatus,
+        request::SET_DEVICE_STATE_FD => {
+            Message::SetDeviceStateFd { direction: body.u32()?, phase: body.u32()? }
+        }
+        request::CHECK_DEVICE_STATE => Message::CheckDeviceState,
         request => return Err(DecodeError::Unknown { request }),
     })
 }
@@ -319,6 +325,8 @@ impl Message {
             Self::RemMemReg(_) => request::REM_MEM_REG,
             Self::SetStatus(_) => request::SET_STATUS,
             Self::GetStatus => request::GET_STATUS,
+            Self::SetDeviceStateFd { .. } => request::SET_DEVICE_STATE_FD,
+            Self::CheckDeviceState => request::CHECK_DEVICE_STATE,
         }
     }
 
@@ -355,6 +363,8 @@ impl Message {
             Self::RemMemReg(_) => "REM_MEM_REG",
             Self::SetStatus(_) => "SET_STATUS",
             Self::GetStatus => "GET_STATUS",
+            Self::SetDeviceStateFd { .. } => "SET_DEVICE_STATE_FD",
+            Self::CheckDeviceState => "CHECK_DEVICE_STATE",
         }
     }
 
@@ -367,7 +377,8 @@ impl Message {
             | Self::SetBackendReqFd
             | Self::SetInflightFd(_)
             | Self::SetLogBase { .. }
-            | Self::SetLogFd => 1,
+            | Self::SetLogFd
+            | Self::SetDeviceStateFd { .. } => 1,
             Self::SetVringKick { fd, .. }
             | Self::SetVringCall { fd, .. }
             | Self::SetVringErr { fd, .. } => usize::from(*fd == FdPresence::Attached),
@@ -390,7 +401,8 @@ impl Message {
             | Self::GetMaxMemSlots
             | Self::RemMemReg(_)
             | Self::SetStatus(_)
-            | Self::GetStatus => 0,
+            | Self::GetStatus
+            | Self::CheckDeviceState => 0,
         }
     }
 
@@ -411,7 +423,8 @@ impl Message {
             | Self::SetLogFd
             | Self::ResetDevice
             | Self::GetMaxMemSlots
-            | Self::GetStatus => Vec::new(),
+            | Self::GetStatus
+            | Self::CheckDeviceState => Vec::new(),
             Self::SetFeatures(value)
             | Self::SetProtocolFeatures(value)
             | Self::SetStatus(value) => value.to_ne_bytes().to_vec(),
@@ -420,6 +433,7 @@ impl Message {
                 [size.to_ne_bytes(), offset.to_ne_bytes()].concat()
             }
             Self::SetVringNum { index, num } => words(&[*index, *num]),
+            Self::SetDeviceStateFd { direction, phase } => words(&[*direction, *phase]),
             Self::SetVringAddr { index, addresses } => addresses_bytes(*index, addresses),
             Self::SetVringBase { index, base } => words(&[*index, *base]),
             Self::GetVringBase { index } => words(&[*index, 0]),
@@ -697,6 +711,8 @@ mod tests {
             Message::RemMemReg(region(2)),
             Message::SetStatus(15),
             Message::GetStatus,
+            Message::SetDeviceStateFd { direction: 1, phase: 0 },
+            Message::CheckDeviceState,
         ]
     }
 

@@ -100,6 +100,8 @@ pub mod protocol_features {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// The virtio status is sent.
     pub const STATUS: u64 = 1 << 16;
+    /// What the device is besides rings and disk can be saved and loaded.
+    pub const DEVICE_STATE: u64 = 1 << 19;
 }
 
 /// Requests from the front end (vhost-user, "Front-end message types").
@@ -162,12 +164,30 @@ pub mod request {
     pub const SET_STATUS: u32 = 39;
     /// Read it back.
     pub const GET_STATUS: u32 = 40;
+    /// A pipe to save the device's state to, or to load it from.
+    pub const SET_DEVICE_STATE_FD: u32 = 42;
+    /// How that went.
+    pub const CHECK_DEVICE_STATE: u32 = 43;
 }
 
 /// Requests from the back end (vhost-user, "Back-end message types").
 pub mod backend_request {
     /// The configuration space has changed.
     pub const CONFIG_CHANGE_MSG: u32 = 2;
+}
+
+/// SET_DEVICE_STATE_FD (vhost-user, "Device state transfer parameters").
+pub mod device_state {
+    /// The back end writes its state.
+    pub const SAVE: u32 = 0;
+    /// It reads one.
+    pub const LOAD: u32 = 1;
+    /// All rings are stopped: the one phase of a migration that there is.
+    pub const STOPPED: u32 = 0;
+    /// In the answer: it comes with no descriptor, the one that was given is used.
+    pub const NO_FD: u64 = 1 << 8;
+    /// In the answer, in bits 0 to 7: it failed.
+    pub const FAILED: u64 = 1;
 }
 
 /// Flags of SET_CONFIG (vhost-user, "Virtio device config space").

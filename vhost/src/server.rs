@@ -29,6 +29,7 @@ use tracing::{info, warn};
 use crate::blk::{BlkDevice, serial};
 use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
+use crate::device_state::Serial;
 use crate::protocol::QUEUES_MAX;
 use crate::session::Session;
 use crate::sessions::{GRACE, Intent, Place, SESSIONS_MAX, Seat, SessionInfo, Sessions};
@@ -286,12 +287,13 @@ impl Server {
     /// One front end, from its first message to the last of its requests.
     async fn serve(&self, place: Place, mut stops: watch::Receiver<()>) {
         let name = &self.config.name;
+        let serial = serial(self.config.serial.as_deref().unwrap_or(name));
         let (fault, broken) = oneshot::channel();
         let (consumer, data) = BlkSession::new(
             SessionConfig {
                 num_queues: self.config.num_queues,
                 read_only: self.config.read_only,
-                serial: serial(self.config.serial.as_deref().unwrap_or(name)),
+                serial,
                 stats: Arc::clone(&self.stats),
                 on_fault: Box::new(move |what| {
                     let _ = fault.send(what);
@@ -319,6 +321,7 @@ impl Server {
             self.config.num_queues,
             data.clone(),
             Rc::clone(&self.sessions),
+            Serial(serial),
         );
         let ended = tokio::select! {
             result = connection.serve() => result.map_or_else(Ended::Refused, |()| Ended::Closed),

@@ -13,12 +13,14 @@ use resilver_bdev::Limits;
 use crate::blk::{BlkDevice, CacheMode, WRITEBACK_OFFSET, cache_mode};
 use crate::blk_session::{Enabled, Notifier};
 use crate::chain::Indirect;
+use crate::device_state::{DeviceState, Serial, StateError};
 use crate::inflight::Layout;
 use crate::message::{
     ConfigPiece, FdPresence, InflightDescription, Message, RegionDescription, Reply, RingAddresses,
 };
 use crate::protocol::{
-    MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, features, protocol_features, request,
+    MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, device_state, features, protocol_features,
+    request,
 };
 use crate::split::EventMode;
 
@@ -31,7 +33,8 @@ pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::INFLIGHT_SHMFD
     | protocol_features::RESET_DEVICE
     | protocol_features::CONFIGURE_MEM_SLOTS
-    | protocol_features::STATUS;
+    | protocol_features::STATUS
+    | protocol_features::DEVICE_STATE;
 
 /// Where a ring is in its life, as the front end sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +151,12 @@ pub enum Action {
     MakeInflight(Layout, u16, u16),
     /// Track requests in flight in the memory that came.
     SetInflight(InflightDescription),
+    /// Write what the device is to the pipe that came.
+    SaveState,
+    /// Read what it is to be from the pipe that came.
+    LoadState,
+    /// See how that went, take on what was read with [`Session::restore`], and answer.
+    CheckState,
     /// Answer.
     Reply(Reply),
     /// Answer where a ring stands, once it has stopped.
@@ -202,6 +211,9 @@ pub enum SessionError {
     /// The memory for requests in flight was to be changed under running rings.
     #[error("the in-flight region cannot change while a ring is running")]
     InflightInUse,
+    /// The device state was to be saved or loaded under running rings.
+    #[error("the device state is saved and loaded while all rings are stopped, and one is running")]
+    StateInUse,
     /// A piece of the configuration space that is not writable.
     #[error("{length} bytes at {offset} of the configuration space cannot be written")]
     ConfigReadOnly {
@@ -326,6 +338,33 @@ impl Session {
         (0..).zip(&self.rings).filter(running).map(|(queue, _)| queue)
     }
 
+    /// What the device is, for another back end to go on with.
+    #[must_use]
+    pub fn state(&self, serial: Serial) -> DeviceState {
+        DeviceState {
+            block_size: self.device.limits.block_size,
+            capacity: self.device.limits.size(),
+            features: self.features,
+            serial,
+            status: self.status,
+            writeback: self.writeback,
+        }
+    }
+
+    /// Goes on with what another back end was. Answers what completed writes promise from now on.
+    ///
+    /// # Errors
+    /// It was another device. Nothing has changed.
+    pub fn restore(
+        &mut self,
+        state: &DeviceState,
+        serial: Serial,
+    ) -> Result<CacheMode, StateError> {
+        state.fits(&self.device, serial)?;
+        (self.status, self.writeback) = (state.status, state.writeback);
+        Ok(cache_mode(self.features, self.writeback))
+    }
+
     /// A ring that was to start could not be.
     pub fn not_started(&mut self, queue: u16) {
         if let Some(ring) = self.rings.get_mut(usize::from(queue)) {
@@ -423,6 +462,10 @@ impl Session {
                 return Err(SessionError::InflightInUse);
             }
             Message::SetInflightFd(description) => vec![Action::SetInflight(*description)],
+            Message::SetDeviceStateFd { direction, phase } => {
+                vec![self.transfer(*direction, *phase)?]
+            }
+            Message::CheckDeviceState => vec![Action::CheckState],
             Message::ResetDevice => self.reset(),
             Message::SetStatus(status) => self.set_status(*status)?,
             Message::GetStatus => number(u64::from(self.status)),
@@ -520,6 +563,23 @@ impl Session {
         actions
     }
 
+    fn transfer(&self, direction: u32, phase: u32) -> Result<Action, SessionError> {
+        if !self.has_protocol_feature(protocol_features::DEVICE_STATE) {
+            return Err(SessionError::NotNegotiated("SET_DEVICE_STATE_FD"));
+        }
+        if self.running().next().is_some() {
+            return Err(SessionError::StateInUse);
+        }
+        match (direction, phase) {
+            (device_state::SAVE, device_state::STOPPED) => Ok(Action::SaveState),
+            (device_state::LOAD, device_state::STOPPED) => Ok(Action::LoadState),
+            (device_state::SAVE | device_state::LOAD, other) => {
+                Err(out_of_range("the migration's phase", u64::from(other)))
+            }
+            (other, _) => Err(out_of_range("the transfer's direction", u64::from(other))),
+        }
+    }
+
     fn cache_action(&self) -> Action {
         Action::SetCache(cache_mode(self.features, self.writeback))
     }
@@ -610,7 +670,21 @@ pub fn has_reply(id: u32) -> bool {
             | request::GET_CONFIG
             | request::GET_INFLIGHT_FD
             | request::GET_STATUS
+            | request::SET_DEVICE_STATE_FD
+            | request::CHECK_DEVICE_STATE
     )
+}
+
+/// How a message is answered that was refused: most only where an acknowledgement is wanted. None: the connection ends over it.
+#[must_use]
+pub fn refusal(id: u32, acknowledges: bool) -> Option<Reply> {
+    match id {
+        request::SET_DEVICE_STATE_FD => {
+            Some(Reply::U64(device_state::NO_FD | device_state::FAILED))
+        }
+        request::CHECK_DEVICE_STATE => Some(Reply::U64(1)),
+        _ => acknowledges.then_some(Reply::U64(1)),
+    }
 }
 
 #[cfg(test)]

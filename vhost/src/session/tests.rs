@@ -337,3 +337,26 @@ fn the_log_is_switched_while_rings_run_and_answered_where_it_is_shared_memory() 
     let again = session.handle(&Message::SetFeatures(base)).unwrap();
     assert_eq!(again, [], "nothing has changed");
 }
+
+#[test]
+fn the_device_state_is_transferred_while_rings_are_stopped_and_refusals_are_always_answered() {
+    let set = |direction, phase| Message::SetDeviceStateFd { direction, phase };
+    let mut session = negotiated(0);
+    let refused = session.handle(&set(device_state::SAVE, 0));
+    assert_eq!(refused, Err(SessionError::NotNegotiated("SET_DEVICE_STATE_FD")));
+    session.handle(&Message::SetProtocolFeatures(protocol_features::DEVICE_STATE)).unwrap();
+    assert_eq!(session.handle(&set(device_state::SAVE, 0)).unwrap(), [Action::SaveState]);
+    assert_eq!(session.handle(&set(device_state::LOAD, 0)).unwrap(), [Action::LoadState]);
+    assert_eq!(session.handle(&Message::CheckDeviceState).unwrap(), [Action::CheckState]);
+    for (direction, phase) in [(2, 0), (0, 1), (u32::MAX, u32::MAX)] {
+        let refused = session.handle(&set(direction, phase));
+        assert!(matches!(refused, Err(SessionError::Value { .. })), "{direction} {phase}");
+    }
+    describe(&mut session);
+    session.handle(&KICK).unwrap();
+    assert_eq!(session.handle(&set(device_state::LOAD, 0)), Err(SessionError::StateInUse));
+    assert_eq!(refusal(request::SET_DEVICE_STATE_FD, false), Some(Reply::U64(0x101)));
+    assert_eq!(refusal(request::CHECK_DEVICE_STATE, false), Some(Reply::U64(1)));
+    assert_eq!(refusal(request::SET_VRING_NUM, false), None);
+    assert_eq!(refusal(request::SET_VRING_NUM, true), Some(Reply::U64(1)));
+}

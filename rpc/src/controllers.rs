@@ -2,12 +2,13 @@
 //!
 //! A controller belongs to a disk, not to a bdev: after a switch-over it goes on over the new bdev and nothing here changes.
 
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use resilver_bdev::Limits;
 use resilver_vhost::protocol::QUEUES_MAX;
-use resilver_vhost::server::{Controller, ControllerConfig, ControllerInfo, VhostError};
+use resilver_vhost::server::{Controller, ControllerConfig, ControllerInfo, Role, VhostError};
 use resilver_vhost::stats::VhostStats;
 use serde_json::{Value, json};
 
@@ -32,6 +33,8 @@ pub(crate) struct ControllerEntry {
 pub(crate) struct NewController {
     pub(crate) name: String,
     pub(crate) bdev: String,
+    /// The socket on which its front end listens; none: the controller listens.
+    pub(crate) connect: Option<PathBuf>,
     pub(crate) mask: Option<CpuMask>,
     pub(crate) read_only: bool,
     pub(crate) serial: Option<String>,
@@ -104,7 +107,8 @@ impl Target {
         let found = self.graph().disks.get(&disk).map(|disk| (disk.handle.clone(), disk.limits));
         let (handle, limits) = found.ok_or_else(RpcError::gone)?;
         let config = ControllerConfig {
-            socket_path: self.vhost_dir.join(&new.name),
+            role: if new.connect.is_some() { Role::Connect } else { Role::Listen },
+            socket_path: new.connect.unwrap_or_else(|| self.vhost_dir.join(&new.name)),
             name: new.name.clone(),
             read_only: new.read_only,
             serial: new.serial,
@@ -165,7 +169,7 @@ impl Graph {
 
     /// A controller as SPDK's `vhost_get_controllers` shows it.
     pub(crate) fn controller_json(&self, entry: &ControllerEntry) -> Value {
-        let ControllerInfo { name, socket_path, read_only, sessions, left_in_flight } =
+        let ControllerInfo { name, socket_path, role, read_only, sessions, left_in_flight } =
             entry.controller.info();
         let core = self.disks.get(&entry.disk).map_or(0, |disk| disk.reactor.core());
         let sessions: Vec<Value> = sessions
@@ -186,6 +190,7 @@ impl Graph {
             "delay_base_us": 0,
             "iops_threshold": 0,
             "socket": socket_path,
+            "connects": role == Role::Connect,
             "sessions": sessions,
             "left_in_flight": left_in_flight,
             "requests": stats.requests.get(),

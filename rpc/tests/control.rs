@@ -447,3 +447,26 @@ fn a_mirror_is_verified_by_a_job_of_its_own_that_ends_by_itself() {
     let history = target.call("job_get_history", json!({}));
     assert_eq!(history[0]["id"], "verify-job");
 }
+
+#[test]
+fn a_controller_can_connect_to_where_its_front_end_listens() {
+    let (dir, mut target) = served();
+    target.malloc("m", 1);
+    let mut create = json!({ "ctrlr": "vm", "dev_name": "m", "connect": "vm.sock" });
+    let refused = target.refused("vhost_create_blk_controller", create.clone());
+    assert!(refused.message.contains("absolute"), "{refused}");
+    let path = dir.path().join("monitor.sock");
+    create["connect"] = json!(path);
+    target.call("vhost_create_blk_controller", create);
+    let controllers = target.call("vhost_get_controllers", json!({}));
+    assert_eq!(
+        (&controllers[0]["socket"], &controllers[0]["connects"]),
+        (&json!(path), &json!(true))
+    );
+    let config = target.call("save_config", json!({})).to_string();
+    assert!(config.contains("\"connect\""), "{config}");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let (_stream, _) = listener.accept().unwrap();
+    target.call("vhost_delete_controller", json!({ "ctrlr": "vm" }));
+    assert!(path.exists(), "the socket is the front end's");
+}

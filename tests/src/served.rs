@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, DISK_DEPTH, Disk, DiskHandle, IoStats};
 use resilver_reactor::{Reactor, ReactorConfig, ReactorHandle};
+use resilver_vhost::server::Role;
 use resilver_vhost::{Controller, ControllerConfig, VhostError, VhostStats};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
@@ -52,6 +53,7 @@ impl Served {
         let mut config = ControllerConfig {
             name: "vm1".to_owned(),
             socket_path: directory.path().join("vm1"),
+            role: Role::Listen,
             read_only: false,
             serial: None,
             num_queues: 4,

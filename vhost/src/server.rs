@@ -1,5 +1,8 @@
 //! Controllers: a socket in the file system behind which a disk is served.
 //!
+//! Most listen and front ends connect. Some connect to a socket on which the front end listens, again and again until somebody
+//! does, and again when the connection is lost ([`Role`]). All the same otherwise.
+//!
 //! A controller lives on the control thread (a tokio `LocalSet`) and outlives its front ends: one that disconnects or breaks
 //! the protocol is dropped, with the reason in the log, and the next one may connect. How many there may be at a time, and
 //! who may run rings, is [`crate::sessions`]'s to say.
@@ -8,6 +11,7 @@
 //! Requests that the disk still has keep that memory mapped until they end. If that takes longer than [`GRACE`], new front
 //! ends are refused with the reason, because a late write of the old session could land on top of one of the new session.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -23,7 +27,7 @@ use resilver_reactor::Sender;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::blk::{BlkDevice, serial};
@@ -42,6 +46,20 @@ const AGAIN: Duration = Duration::from_millis(1);
 /// How often a disk is told again before it counts as gone.
 const TRIES: u32 = 1000;
 
+/// The first pause before a front end that could not be reached is tried again; each further one is twice as long.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The longest.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Who connects to whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The controller makes the socket, and front ends connect.
+    Listen,
+    /// The front end has made the socket and listens (QEMU: `-chardev socket,server=on`).
+    Connect,
+}
+
 /// How a controller is set up.
 #[derive(Debug, Clone)]
 pub struct ControllerConfig {
@@ -49,6 +67,8 @@ pub struct ControllerConfig {
     pub name: String,
     /// Where its socket is.
     pub socket_path: PathBuf,
+    /// Who has made that, and who connects.
+    pub role: Role,
     /// Guests may not write.
     pub read_only: bool,
     /// What the guest sees as the disk's serial: the first 20 bytes.
@@ -104,6 +124,8 @@ pub struct ControllerInfo {
     pub name: String,
     /// Where its socket is.
     pub socket_path: PathBuf,
+    /// Who has made that.
+    pub role: Role,
     /// Guests may not write.
     pub read_only: bool,
     /// The front ends that are connected.
@@ -129,7 +151,8 @@ impl fmt::Debug for Controller {
 }
 
 impl Controller {
-    /// Makes the socket and serves `disk`, whose limits are `limits`, behind it. Must be called on a tokio `LocalSet`.
+    /// Makes the socket, or begins to look for the front end's, and serves `disk`, whose limits are `limits`, behind it. Must be
+    /// called on a tokio `LocalSet`.
     ///
     /// # Errors
     /// The socket cannot be made, or is served by somebody.
@@ -141,7 +164,10 @@ impl Controller {
         if config.num_queues == 0 || config.num_queues > QUEUES_MAX {
             return Err(VhostError::NumQueues(config.num_queues));
         }
-        let listener = bind(&config.socket_path)?;
+        let listener = match config.role {
+            Role::Listen => Some(bind(&config.socket_path)?),
+            Role::Connect => None,
+        };
         let sessions = Rc::new(Sessions::new(config.name.clone(), disk, limits));
         let stats = Arc::new(VhostStats::default());
         let (stop, stopped) = oneshot::channel();
@@ -181,6 +207,7 @@ impl Controller {
         ControllerInfo {
             name: self.config.name.clone(),
             socket_path: self.config.socket_path.clone(),
+            role: self.config.role,
             read_only: self.config.read_only,
             sessions: self.sessions.infos(),
             left_in_flight: self.sessions.left_in_flight(),
@@ -233,16 +260,44 @@ impl Server {
     /// Serves front ends until told to stop. Answers how many requests the disk keeps.
     async fn run(
         self: Rc<Self>,
-        listener: UnixListener,
+        listener: Option<UnixListener>,
         mut stopped: oneshot::Receiver<()>,
     ) -> u32 {
         let (stop, stops) = watch::channel(());
         let mut tasks = JoinSet::new();
+        let serve = async {
+            match &listener {
+                Some(listener) => self.listen(listener, &mut tasks, &stops).await,
+                None => self.connect(&mut tasks, &stops).await,
+            }
+        };
+        tokio::select! {
+            never = serve => match never {},
+            _ = &mut stopped => {}
+        }
+        if listener.is_some() {
+            let _ = std::fs::remove_file(&self.config.socket_path);
+        }
+        drop((listener, stop, stops));
+        let all = async { while tasks.join_next().await.is_some() {} };
+        let _ = timeout(GRACE, all).await;
+        // What is left waits by itself for the last request: its memory is unmapped here and not on the reactor.
+        tasks.detach_all();
+        self.sessions.left_behind()
+    }
+
+    /// Takes front ends as they come.
+    async fn listen(
+        self: &Rc<Self>,
+        listener: &UnixListener,
+        tasks: &mut JoinSet<()>,
+        stops: &watch::Receiver<()>,
+    ) -> Infallible {
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => {
-                        tasks.spawn_local(Rc::clone(&self).receive(stream, stops.clone()));
+                        tasks.spawn_local(Rc::clone(self).receive(stream, stops.clone()));
                     }
                     Err(error) => {
                         // Out of descriptors, most likely: give others time to close theirs.
@@ -251,17 +306,45 @@ impl Server {
                     }
                 },
                 Some(_ended) = tasks.join_next() => {}
-                _ = &mut stopped => break,
             }
         }
-        drop(listener);
-        let _ = std::fs::remove_file(&self.config.socket_path);
-        drop((stop, stops));
-        let all = async { while tasks.join_next().await.is_some() {} };
-        let _ = timeout(GRACE, all).await;
-        // What is left waits by itself for the last request: its memory is unmapped here and not on the reactor.
-        tasks.detach_all();
-        self.sessions.left_behind()
+    }
+
+    /// Looks for the front end until it listens, and again when it is lost. The disk has ended what the last session left it
+    /// before the next begins.
+    async fn connect(
+        self: &Rc<Self>,
+        tasks: &mut JoinSet<()>,
+        stops: &watch::Receiver<()>,
+    ) -> Infallible {
+        let (controller, path) = (&self.config.name, &self.config.socket_path);
+        let (mut pause, mut known) = (PAUSE, None);
+        loop {
+            match UnixStream::connect(path).await {
+                Ok(stream) => {
+                    known = None;
+                    let begin = Instant::now();
+                    tasks.spawn_local(Rc::clone(self).receive(stream, stops.clone()));
+                    while tasks.join_next().await.is_some() {}
+                    // One that hangs up at once is as one that does not listen.
+                    if begin.elapsed() > PAUSE_MAX {
+                        pause = PAUSE;
+                    }
+                }
+                Err(error) => {
+                    if known != Some(error.kind()) {
+                        warn!(
+                            controller,
+                            "no front end at '{}' ({error}); it is tried until one listens there",
+                            path.display()
+                        );
+                    }
+                    known = Some(error.kind());
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
     }
 
     /// A front end that has connected: refused, or served until it ends.

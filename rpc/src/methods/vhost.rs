@@ -1,5 +1,7 @@
 //! Controllers: disks as vhost-user-blk sockets.
 
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,7 +11,7 @@ use crate::controllers::{NUM_QUEUES, NewController};
 use crate::error::RpcError;
 use crate::reactors::CpuMask;
 
-/// Serves a bdev to a virtual machine on the socket `DIR/<ctrlr>` (`serve --vhost-dir`).
+/// Serves a bdev to a virtual machine on the socket `DIR/<ctrlr>` (`serve --vhost-dir`), or on one that the machine has made.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub(super) struct VhostCreateBlkController {
     /// Name of the controller and of its socket.
@@ -31,6 +33,10 @@ pub(super) struct VhostCreateBlkController {
     /// What the guest sees as the disk's serial, at most 20 bytes; made from the name if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     serial: Option<String>,
+    /// Absolute path of a socket on which the front end listens (QEMU: `-chardev socket,server=on`): the controller connects
+    /// there, tries until somebody listens, and again whenever the connection is lost. Not given: it listens itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    connect: Option<PathBuf>,
     /// The most request queues; 8 if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     num_queues: Option<u16>,
@@ -55,6 +61,10 @@ impl Rpc for VhostCreateBlkController {
             let expected = format!("at most {SERIAL_MAX} bytes: a guest sees no more");
             return Err(RpcError::parameter("serial", serial, expected));
         }
+        if let Some(path) = self.connect.as_deref().filter(|it| !it.is_absolute()) {
+            let given = path.display().to_string();
+            return Err(RpcError::parameter("connect", given, "an absolute path"));
+        }
         let mask = self.cpumask.as_deref().map(|text| {
             CpuMask::parse(text).map_err(|expected| RpcError::parameter("cpumask", text, expected))
         });
@@ -66,6 +76,7 @@ impl Rpc for VhostCreateBlkController {
             serial: self.serial,
             name: self.ctrlr,
             bdev: self.dev_name,
+            connect: self.connect,
         };
         caller.target.create_controller(new).await?;
         Ok(Answer::done())

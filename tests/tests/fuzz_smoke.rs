@@ -54,6 +54,11 @@ fn smoke(name: &str) {
 }
 
 #[test]
+fn connection() {
+    smoke("connection");
+}
+
+#[test]
 fn messages() {
     smoke("messages");
 }

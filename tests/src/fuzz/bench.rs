@@ -49,7 +49,8 @@ pub(super) const USED: u64 = 0x800;
 /// Turns that anything may take that a working disk has been given: far more than there are requests.
 const PATIENCE: usize = 2000;
 
-const LIMITS: Limits = Limits {
+/// What the disk accepts: small enough that requests are cut into parts.
+pub(super) const LIMITS: Limits = Limits {
     block_size: 512,
     num_blocks: 64,
     max_transfer: 8192,
@@ -134,6 +135,26 @@ pub(super) fn in_file(address: u64, length: usize) -> Option<u64> {
     }
 }
 
+/// The file of a guest's memory, with what is not the guest's around it.
+pub(super) fn guest_memory() -> MemoryFile {
+    let file = MemoryFile::new(FILE);
+    for canary in [0, PAGE + FIRST, FILE - PAGE] {
+        file.put(canary, &[CANARY; PAGE as usize]);
+    }
+    file
+}
+
+/// What is not the guest's is as it was; of a file that was shortened only what it has left.
+pub(super) fn check_canaries(file: &MemoryFile, shortened: bool) {
+    for canary in [0, PAGE + FIRST, FILE - PAGE] {
+        if shortened && canary > PAGE + FIRST {
+            continue;
+        }
+        let page = file.get(canary, PAGE as usize);
+        assert!(page.iter().all(|byte| *byte == CANARY), "memory of nobody's was written");
+    }
+}
+
 /// A session that is not known to any disk yet, and control's end of it.
 fn session(doorbell: &Arc<Doorbell>) -> (BlkSession, Link) {
     let stats = Arc::new(VhostStats::default());
@@ -153,10 +174,7 @@ fn session(doorbell: &Arc<Doorbell>) -> (BlkSession, Link) {
 
 impl Bench {
     pub(super) fn new(setup: Setup) -> Self {
-        let (file, shadow) = (Arc::new(MemoryFile::new(FILE)), Arc::new(MemoryFile::new(FILE)));
-        for canary in [0, PAGE + FIRST, FILE - PAGE] {
-            file.put(canary, &[CANARY; PAGE as usize]);
-        }
+        let (file, shadow) = (Arc::new(guest_memory()), Arc::new(MemoryFile::new(FILE)));
         let table = RegionTable::with_capacity(8);
         let neighbour = MemoryFile::new(FILE);
         let mapping = Mapping::shared(neighbour.fd(), 0, FILE).expect("a mapping");
@@ -416,10 +434,7 @@ impl Bench {
         let broken = begun.checked_sub(ended);
         assert!(broken.is_some_and(|broken| broken <= most), "{begun} begun, {ended} ended");
         self.leave();
-        for canary in [0, PAGE + FIRST, FILE - PAGE] {
-            let page = self.file.get(canary, PAGE as usize);
-            assert!(page.iter().all(|byte| *byte == CANARY), "memory of nobody's was written");
-        }
+        check_canaries(&self.file, false);
         let neighbour = self.neighbour.get(0, FILE as usize);
         assert!(neighbour.iter().all(|byte| *byte == 0), "another's memory was written");
         self.check_log();

@@ -31,7 +31,7 @@ const LIMITS: Limits = Limits {
 };
 
 /// A message as it comes off the socket: its number, its body, and how many descriptors.
-fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, usize) {
+pub(super) fn message(input: &mut Input<'_>) -> (u32, Vec<u8>, usize) {
     let request = match input.u8() {
         255 => input.u32(),
         request => u32::from(request % 48),
@@ -119,7 +119,15 @@ impl Bench {
             Action::Reply(reply) => check_reply(request, reply),
             _ => {}
         }
-        matches!(action, Action::Reply(_) | Action::ReplyBase(_) | Action::MakeInflight(..))
+        matches!(
+            action,
+            Action::Reply(_)
+                | Action::ReplyBase(_)
+                | Action::MakeInflight(..)
+                | Action::SaveState
+                | Action::LoadState
+                | Action::CheckState
+        )
     }
 
     fn replace(&mut self, queue: u16, runs: bool) -> bool {

@@ -7,6 +7,7 @@
 //! not the meaning of all that follow, and an input that ends early is a shorter program.
 
 mod bench;
+mod connection;
 mod disk;
 mod messages;
 mod mutate;
@@ -14,6 +15,7 @@ mod ring;
 mod rpc;
 mod state;
 
+pub use connection::connection;
 pub use messages::messages;
 pub use mutate::Mutator;
 pub use ring::ring;
@@ -24,8 +26,13 @@ pub use state::state;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 4] =
-    [("messages", messages), ("ring", ring), ("rpc", rpc), ("state", state)];
+pub const TARGETS: [Target; 5] = [
+    ("connection", connection),
+    ("messages", messages),
+    ("ring", ring),
+    ("rpc", rpc),
+    ("state", state),
+];
 
 /// The bytes of an input, taken one after the other. Where there are none left everything is zero.
 pub(crate) struct Input<'a> {

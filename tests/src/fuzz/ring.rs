@@ -141,54 +141,14 @@ impl Guest {
         self.bench.write(table + 16 * at, &descriptor(address, length, flags, next));
     }
 
-    /// A request as a good driver makes it, up to what it asks for: header, data, status; direct or in a table.
     fn request(&mut self, queue: u16, input: &mut Input<'_>) {
-        let begin = begin(queue);
-        let known = [
-            blk_type::IN,
-            blk_type::OUT,
-            blk_type::FLUSH,
-            blk_type::GET_ID,
-            blk_type::DISCARD,
-            blk_type::WRITE_ZEROES,
-            77,
-        ];
-        let (kind, sector) = (input.pick(&known), u64::from(input.u8()));
-        let slot = u64::from(input.u8() % 16);
-        let length = input.pick(&[512u32, 1024, 4096, 16384, 20, 16, 32, 513, 0]);
-        let data = input.pick(&[begin + DATA, BASE + FIRST - 512, BASE + FIRST, END - 512]);
-        let head = u16::from(input.u8()) % self.size;
-        let indirect = input.flag();
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.bench.write(begin + HEADERS + 16 * slot, &header);
-        let writes = if matches!(kind, blk_type::IN | blk_type::GET_ID) { WRITE } else { 0 };
-        let at = |step: u16| if indirect { step } else { (head + step) % self.size };
-        let chain = [
-            (begin + HEADERS + 16 * slot, 16, NEXT, at(1)),
-            (data, length, NEXT | writes, at(2)),
-            (begin + STATUS + slot, 1, WRITE, 0),
-        ];
-        let table = if indirect { begin + TABLE } else { begin };
-        for (step, (address, length, flags, next)) in (0..).zip(chain) {
-            let entry = table + 16 * u64::from(at(step));
-            self.bench.write(entry, &descriptor(address, length, flags, next));
-        }
-        if indirect {
-            let entry = begin + 16 * u64::from(head);
-            self.bench.write(entry, &descriptor(begin + TABLE, 48, INDIRECT, 0));
-        }
-        self.offer(queue, head);
+        let (bench, offered) = (&self.bench, &mut self.offered[usize::from(queue)]);
+        request(input, queue, self.size, offered, |at, bytes| bench.write(at, bytes));
     }
 
     fn offer(&mut self, queue: u16, head: u16) {
-        let offered = &mut self.offered[usize::from(queue)];
-        let slot = u64::from(*offered % self.size);
-        *offered = offered.wrapping_add(1);
-        let available = begin(queue) + AVAILABLE;
-        self.bench.write(available + 4 + 2 * slot, &head.to_le_bytes());
-        self.bench.write(available + 2, &offered.to_le_bytes());
+        let (bench, offered) = (&self.bench, &mut self.offered[usize::from(queue)]);
+        offer(queue, self.size, head, offered, |at, bytes| bench.write(at, bytes));
     }
 
     fn misbehave(&self, input: &mut Input<'_>) {
@@ -200,6 +160,61 @@ impl Guest {
         let results = [Ok(()), Ok(()), Ok(()), Err(IoError::IO), Err(IoError::NOT_SUPPORTED)];
         conduct.result = input.pick(&results);
     }
+}
+
+/// A request as a good driver makes it, up to what it asks for: header, data, status; direct or in a table.
+pub(super) fn request(
+    input: &mut Input<'_>,
+    queue: u16,
+    size: u16,
+    offered: &mut u16,
+    write: impl Fn(u64, &[u8]),
+) {
+    let begin = begin(queue);
+    let known = [
+        blk_type::IN,
+        blk_type::OUT,
+        blk_type::FLUSH,
+        blk_type::GET_ID,
+        blk_type::DISCARD,
+        blk_type::WRITE_ZEROES,
+        77,
+    ];
+    let (kind, sector) = (input.pick(&known), u64::from(input.u8()));
+    let slot = u64::from(input.u8() % 16);
+    let length = input.pick(&[512u32, 1024, 4096, 16384, 20, 16, 32, 513, 0]);
+    let data = input.pick(&[begin + DATA, BASE + FIRST - 512, BASE + FIRST, END - 512]);
+    let head = u16::from(input.u8()) % size;
+    let indirect = input.flag();
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    write(begin + HEADERS + 16 * slot, &header);
+    let writes = if matches!(kind, blk_type::IN | blk_type::GET_ID) { WRITE } else { 0 };
+    let at = |step: u16| if indirect { step } else { (head + step) % size };
+    let chain = [
+        (begin + HEADERS + 16 * slot, 16, NEXT, at(1)),
+        (data, length, NEXT | writes, at(2)),
+        (begin + STATUS + slot, 1, WRITE, 0),
+    ];
+    let table = if indirect { begin + TABLE } else { begin };
+    for (step, (address, length, flags, next)) in (0..).zip(chain) {
+        write(table + 16 * u64::from(at(step)), &descriptor(address, length, flags, next));
+    }
+    if indirect {
+        let entry = begin + 16 * u64::from(head);
+        write(entry, &descriptor(begin + TABLE, 48, INDIRECT, 0));
+    }
+    offer(queue, size, head, offered, write);
+}
+
+/// Makes a head available.
+fn offer(queue: u16, size: u16, head: u16, offered: &mut u16, write: impl Fn(u64, &[u8])) {
+    let slot = u64::from(*offered % size);
+    *offered = offered.wrapping_add(1);
+    let available = begin(queue) + AVAILABLE;
+    write(available + 4 + 2 * slot, &head.to_le_bytes());
+    write(available + 2, &offered.to_le_bytes());
 }
 
 /// A place, and a few bytes to write there.

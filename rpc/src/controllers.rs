@@ -39,6 +39,7 @@ pub(crate) struct NewController {
     pub(crate) read_only: bool,
     pub(crate) serial: Option<String>,
     pub(crate) num_queues: u16,
+    pub(crate) packed_ring: bool,
     pub(crate) params: Value,
 }
 
@@ -113,6 +114,7 @@ impl Target {
             read_only: new.read_only,
             serial: new.serial,
             num_queues: new.num_queues,
+            packed_ring: new.packed_ring,
         };
         match Controller::start(config, handle, limits) {
             Ok(controller) => {

@@ -57,6 +57,7 @@ impl Served {
             read_only: false,
             serial: None,
             num_queues: 4,
+            packed_ring: true,
         };
         change(&mut config);
         let reactor = Reactor::start(reactor, 0).expect("a reactor");

@@ -23,7 +23,8 @@ use resilver_vhost::chain::{Buffers, Chain, INDIRECT_ENTRIES_MAX, Indirect};
 use resilver_vhost::memory::GuestMemory;
 use resilver_vhost::message::RingAddresses;
 use resilver_vhost::protocol::descriptor_flags::{INDIRECT, NEXT, WRITE};
-use resilver_vhost::split::{ChainFault, EventMode, Notify, RingAreas, RingFault, SplitRing};
+use resilver_vhost::ring::{ChainFault, EventMode, Format, Notify, RingAreas, RingFault};
+use resilver_vhost::split::SplitRing;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::mmap::GuestMemoryMmap;
 use vm_memory::{FileOffset, GuestAddress};
@@ -98,7 +99,7 @@ impl Memory {
             available: AVAILABLE,
             log: 0,
         };
-        let areas = RingAreas::resolve(&self.ours, SIZE, &addresses).unwrap();
+        let areas = RingAreas::resolve(&self.ours, Format::Split, SIZE, &addresses).unwrap();
         SplitRing::new(areas, SIZE, 0, events)
     }
 
@@ -248,7 +249,7 @@ fn our_walk(
     let cx = Context { now: Nanos(0), memory: &memory.table };
     let ring = memory.split_ring(EventMode::Flags);
     let mut chain = Chain::default();
-    chain.gather(&cx, &memory.ours, &ring, head, indirect)?;
+    chain.gather(&cx, &memory.ours, ring.chain(head), indirect)?;
     let first = memory.ours.translate(BASE, 1).unwrap().region;
     let address =
         |slice: &BufferSlice| slice.offset + if slice.region == first { BASE } else { BASE + HALF };

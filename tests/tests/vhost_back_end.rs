@@ -334,7 +334,7 @@ fn a_message_that_is_none_closes_that_connection_and_nothing_else() {
     assert!(is_closed_over(&socket, &header(5, 1, u32::MAX), 0), "endless");
     assert!(is_closed_over(&socket, &Message::SetOwner.encode(0), 1), "a stray descriptor");
     assert!(is_closed_over(&socket, &Message::SetOwner.encode(0), 40), "many of them");
-    assert!(is_closed_over(&socket, &Message::SetFeatures(1 << 34).encode(0), 0), "packed rings");
+    assert!(is_closed_over(&socket, &Message::SetFeatures(1 << 35).encode(0), 0), "IN_ORDER");
     let kick = Message::SetVringKick { index: 200, fd: FdPresence::Absent };
     assert!(is_closed_over(&socket, &kick.encode(0), 0), "no such ring");
     let region =

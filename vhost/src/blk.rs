@@ -35,6 +35,8 @@ pub struct BlkDevice {
     pub read_only: bool,
     /// Request queues.
     pub num_queues: u16,
+    /// Packed rings are offered beside split ones.
+    pub packed_ring: bool,
 }
 
 /// What a completed write promises.
@@ -61,7 +63,9 @@ impl BlkDevice {
         } else {
             features::DISCARD | features::WRITE_ZEROES
         };
+        let packed = if self.packed_ring { features::RING_PACKED } else { 0 };
         writable
+            | packed
             | features::SEG_MAX
             | features::BLK_SIZE
             | features::TOPOLOGY
@@ -328,7 +332,7 @@ mod tests {
             optimal_io: 65536,
             read_only: false,
         };
-        BlkDevice { limits, read_only: false, num_queues: 4 }
+        BlkDevice { limits, read_only: false, num_queues: 4, packed_ring: false }
     }
 
     #[test]

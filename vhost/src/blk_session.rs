@@ -29,7 +29,7 @@ use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::protocol::SERIAL_BYTES;
 use crate::queue::{LiveQueue, QUEUE_SHIFT, Shared};
-use crate::split::{RingAreas, RingFault};
+use crate::ring::{RingAreas, RingFault};
 use crate::stats::VhostStats;
 
 /// Commands that wait: control gives one at a time, and one more when it gives up.

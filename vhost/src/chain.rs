@@ -14,7 +14,7 @@ use resilver_sys::BufferSlice;
 
 use crate::memory::{GuestMemory, read_guest};
 use crate::protocol::descriptor_flags;
-use crate::split::{ChainFault, DESCRIPTOR_BYTES, Descriptor, SplitRing};
+use crate::ring::{ChainFault, DESCRIPTOR_BYTES, Descriptor, Descriptors, Format};
 
 /// The most slices of one chain: the data of the largest I/O, its header and its status.
 pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
@@ -74,36 +74,44 @@ impl Default for Chain {
     }
 }
 
-/// Where descriptors are fetched from.
-enum Table {
-    Ring,
-    Indirect {
-        address: u64,
-        entries: u32,
-        /// Descriptors `at` and up, `count` of them.
-        window: [u8; WINDOW * DESCRIPTOR_BYTES],
-        at: u32,
-        count: usize,
-    },
+/// What a chain takes of its ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Extent {
+    /// Descriptors.
+    pub entries: u16,
+    /// The link of the last one: in a packed ring, the buffer's id.
+    pub last_link: u16,
+}
+
+/// An indirect table.
+struct Table {
+    address: u64,
+    entries: u32,
+    /// The next descriptor.
+    index: u32,
+    /// Descriptors `at` and up, `count` of them.
+    window: [u8; WINDOW * DESCRIPTOR_BYTES],
+    at: u32,
+    count: usize,
 }
 
 impl Chain {
-    /// Gathers the chain at `head`. Its last writable byte is set aside for the status.
+    /// Gathers a chain; answers what it takes of its ring. Its last writable byte is set aside for the status.
     ///
     /// # Errors
     /// The chain cannot be followed, or has no room for a status.
-    pub fn gather(
+    #[inline]
+    pub fn gather<D: Descriptors>(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
-        ring: &SplitRing,
-        head: u16,
+        descriptors: D,
         indirect: Indirect,
-    ) -> Result<(), ChainFault> {
+    ) -> Result<Extent, ChainFault> {
         (self.len, self.first, self.readable) = (0, 0, 0);
         (self.readable_bytes, self.writable_bytes) = (0, 0);
         self.buffers = Buffers::Gathered;
-        let last_writable = self.walk(cx, memory, ring, head, indirect)?;
+        let (last_writable, extent) = self.walk(cx, memory, descriptors, indirect)?;
         // The last byte of the last writable buffer, wherever the rest of the chain points.
         let status = last_writable.and_then(|last| {
             let address = last.address.checked_add(u64::from(last.length) - 1)?;
@@ -119,27 +127,38 @@ impl Chain {
                 self.len -= 1;
             }
         }
-        Ok(())
+        Ok(extent)
     }
 
     /// Follows the descriptors; answers the last one that the device may write to.
-    fn walk(
+    fn walk<D: Descriptors>(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
-        ring: &SplitRing,
-        head: u16,
+        mut descriptors: D,
         indirect: Indirect,
-    ) -> Result<Option<Descriptor>, ChainFault> {
-        let (mut table, mut index) = (Table::Ring, head);
-        let mut left = u32::from(ring.size());
+    ) -> Result<(Option<Descriptor>, Extent), ChainFault> {
+        let (mut table, mut extent) = (None::<Table>, Extent::default());
+        let mut left = u32::from(descriptors.most());
         let mut last_writable = None;
         loop {
             left = left.checked_sub(1).ok_or(ChainFault::Loop)?;
-            let descriptor = table.fetch(cx, memory, ring, index)?;
+            let (descriptor, more) = match &mut table {
+                None => {
+                    let descriptor = descriptors.fetch().ok_or(ChainFault::NextOutside)?;
+                    extent.entries += 1;
+                    extent.last_link = descriptor.link;
+                    (descriptor, descriptor.has(descriptor_flags::NEXT))
+                }
+                Some(table) => table.fetch(cx, memory, D::FORMAT)?,
+            };
             if descriptor.has(descriptor_flags::INDIRECT) {
-                (table, left) = table.enter(&descriptor, indirect)?;
-                index = 0;
+                if table.is_some() || indirect == Indirect::Refused {
+                    return Err(ChainFault::Indirect);
+                }
+                let entered = Table::enter(&descriptor)?;
+                left = entered.entries;
+                table = Some(entered);
                 continue;
             }
             if descriptor.length > 0 {
@@ -150,10 +169,9 @@ impl Chain {
                 }
                 self.add(memory, &descriptor);
             }
-            if !descriptor.has(descriptor_flags::NEXT) {
-                return Ok(last_writable);
+            if !more {
+                return Ok((last_writable, extent));
             }
-            index = descriptor.next;
         }
     }
 
@@ -279,62 +297,61 @@ impl Chain {
 }
 
 impl Table {
-    /// Fetches one descriptor.
+    /// Fetches the next descriptor, and says whether another one follows: in the packed format all of a table do, one after the
+    /// other (virtio 2.8.7).
     #[inline]
     fn fetch(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
-        ring: &SplitRing,
-        index: u16,
-    ) -> Result<Descriptor, ChainFault> {
-        match self {
-            Self::Ring => ring.descriptor(index).ok_or(ChainFault::NextOutside),
-            Self::Indirect { address, entries, window, at, count } => {
-                let index = u32::from(index);
-                if index >= *entries {
-                    return Err(ChainFault::NextOutside);
-                }
-                let mut inside = index.wrapping_sub(*at) as usize;
-                if inside >= *count {
-                    *count = ((*entries - index) as usize).min(WINDOW);
-                    let bytes = window.get_mut(..*count * DESCRIPTOR_BYTES);
-                    let from = u64::from(index)
-                        .checked_mul(DESCRIPTOR_BYTES as u64)
-                        .and_then(|skip| address.checked_add(skip));
-                    bytes
-                        .zip(from)
-                        .and_then(|(bytes, from)| read_guest(memory, cx.memory, from, bytes))
-                        .ok_or(ChainFault::Indirect)?;
-                    (*at, inside) = (index, 0);
-                }
-                let (descriptors, _) = window.as_chunks::<DESCRIPTOR_BYTES>();
-                let bytes = descriptors.get(inside).ok_or(ChainFault::NextOutside)?;
-                Ok(Descriptor::from_bytes(bytes))
-            }
+        format: Format,
+    ) -> Result<(Descriptor, bool), ChainFault> {
+        let index = self.index;
+        if index >= self.entries {
+            return Err(ChainFault::NextOutside);
         }
+        let mut inside = index.wrapping_sub(self.at) as usize;
+        if inside >= self.count {
+            self.count = ((self.entries - index) as usize).min(WINDOW);
+            let bytes = self.window.get_mut(..self.count * DESCRIPTOR_BYTES);
+            let from = u64::from(index)
+                .checked_mul(DESCRIPTOR_BYTES as u64)
+                .and_then(|skip| self.address.checked_add(skip));
+            bytes
+                .zip(from)
+                .and_then(|(bytes, from)| read_guest(memory, cx.memory, from, bytes))
+                .ok_or(ChainFault::Indirect)?;
+            (self.at, inside) = (index, 0);
+        }
+        let (descriptors, _) = self.window.as_chunks::<DESCRIPTOR_BYTES>();
+        let bytes = descriptors.get(inside).ok_or(ChainFault::NextOutside)?;
+        let descriptor = Descriptor::from_bytes(format, bytes);
+        let more = match format {
+            Format::Split => {
+                self.index = u32::from(descriptor.link);
+                descriptor.has(descriptor_flags::NEXT)
+            }
+            Format::Packed => {
+                self.index = index + 1;
+                self.index < self.entries
+            }
+        };
+        Ok((descriptor, more))
     }
 
-    /// The indirect table that `descriptor` names, and how many descriptors a chain in it may have.
-    fn enter(
-        &self,
-        descriptor: &Descriptor,
-        indirect: Indirect,
-    ) -> Result<(Self, u32), ChainFault> {
+    /// The indirect table that `descriptor` names.
+    fn enter(descriptor: &Descriptor) -> Result<Self, ChainFault> {
         const ENTRY: u32 = 16;
         const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
         let entries = descriptor.length / ENTRY;
-        let valid = indirect == Indirect::Allowed
-            && matches!(self, Self::Ring)
-            && !descriptor.has(descriptor_flags::NEXT)
+        let valid = !descriptor.has(descriptor_flags::NEXT)
             && descriptor.length.is_multiple_of(ENTRY)
             && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
         if !valid {
             return Err(ChainFault::Indirect);
         }
         let window = [0; WINDOW * DESCRIPTOR_BYTES];
-        let (address, at, count) = (descriptor.address, 0, 0);
-        let table = Self::Indirect { address, entries, window, at, count };
-        Ok((table, entries))
+        let address = descriptor.address;
+        Ok(Self { address, entries, index: 0, window, at: 0, count: 0 })
     }
 }

@@ -20,15 +20,15 @@ use crate::back_channel::BackChannel;
 use crate::blk_session::{Command, Notifier};
 use crate::device_state::Serial;
 use crate::dirty_log::{DirtyLog, LogError};
-use crate::inflight::{InflightError, InflightMemory, Tracked};
+use crate::inflight::{Holds, InflightError, InflightMemory};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
 use crate::protocol::{device_state, protocol_features};
 use crate::queue::LiveQueue;
+use crate::ring::{Ring, RingAreas, RingSetupError};
 use crate::session::{Action, Session, SessionError, has_reply, refusal};
 use crate::sessions::{Intent, Obstacle, Seat, SessionInfo, Sessions};
 use crate::socket::{Received, SocketError};
-use crate::split::{RingAreas, RingSetupError, SplitRing};
 use crate::state_pipe::{Transfer, TransferError};
 
 /// How often a front end is looked at while a message of its waits for the disk.
@@ -104,6 +104,8 @@ pub(crate) struct Connection {
     serial: Serial,
     /// The device state that is saved or loaded.
     transfer: Option<Transfer>,
+    /// Rings that have been stopped on this connection, whose place the front end was told.
+    stopped: Vec<bool>,
     kicks: Vec<Option<Arc<EventFd>>>,
     calls: Vec<Option<Arc<EventFd>>>,
 }
@@ -129,6 +131,7 @@ impl Connection {
             inflight: None,
             serial,
             transfer: None,
+            stopped: vec![false; usize::from(num_queues)],
             kicks: none.clone(),
             calls: none,
         }
@@ -264,7 +267,10 @@ impl Connection {
             }
             Action::Stop(queue) => {
                 if let Some(live) = self.ask(|reply| Command::Stop { queue, reply }).await? {
-                    self.session.stopped(queue, live.next_available());
+                    self.session.stopped(queue, live.base());
+                    if let Some(stopped) = self.stopped.get_mut(usize::from(queue)) {
+                        *stopped = true;
+                    }
                 }
             }
             Action::SetNotifier(queue, which, fd) => {
@@ -303,7 +309,7 @@ impl Connection {
             }
             Action::Reply(reply) => return Ok(Some((reply, None))),
             Action::ReplyBase(queue) => {
-                let base = u32::from(self.session.base(queue));
+                let base = self.session.base(queue);
                 return Ok(Some((Reply::Vring { index: u32::from(queue), base }, None)));
             }
         }
@@ -322,7 +328,7 @@ impl Connection {
     /// Where a ring is in `memory`; none if its addresses are not known.
     fn areas(&self, queue: u16, memory: &GuestMemory) -> Result<Option<RingAreas>, RingSetupError> {
         let Some(ring) = self.session.ring(queue) else { return Ok(None) };
-        RingAreas::resolve(memory, ring.size, &ring.addresses).map(Some)
+        RingAreas::resolve(memory, ring.format, ring.size, &ring.addresses).map(Some)
     }
 
     /// Keeps `log`, and has the data side write to it if that is wanted. A front end may switch logging on before it gives a log:
@@ -364,23 +370,28 @@ impl Connection {
         let way = self.sessions.clear_way(&self.seat, Intent::Run).await;
         way.map_err(ConnectionError::InTheWay)?;
         let Some(ring) = self.session.ring(queue) else { return Ok(()) };
-        let areas = RingAreas::resolve(&self.memory, ring.size, &ring.addresses)?;
+        let areas = RingAreas::resolve(&self.memory, ring.format, ring.size, &ring.addresses)?;
         let index = usize::from(queue);
         let (kick, call) = (self.kicks.get(index), self.calls.get(index));
-        let mut split = SplitRing::new(areas, ring.size, ring.base, ring.events);
-        let tracked = match &self.inflight {
-            Some(memory) => Some(memory.take_over(queue, &mut split)?),
-            None => None,
+        let mut live = Ring::new(ring.format, areas, ring.size, ring.base, ring.events)?;
+        let holds = match self.stopped.get(index) {
+            Some(true) => Holds::Nothing,
+            Some(false) | None => Holds::AnEarlierSession,
         };
-        if let Some(count) = tracked.as_ref().map(Tracked::owed).filter(|count| *count > 0) {
+        let again = match &self.inflight {
+            Some(memory) => memory.take_over(queue, &mut live, holds)?,
+            None => Box::default(),
+        };
+        if !again.is_empty() {
+            let (controller, count) = (self.sessions.controller(), again.len());
             info!(
-                controller = self.sessions.controller(),
+                controller,
                 "queue {queue}: {count} requests that were in flight are executed again"
             );
         }
         let live = Box::new(LiveQueue::new(
-            split,
-            tracked,
+            live,
+            again,
             ring.indirect,
             kick.cloned().flatten(),
             call.cloned().flatten(),

@@ -203,7 +203,7 @@ mod tests {
             optimal_io: 4096,
             read_only: false,
         };
-        BlkDevice { limits, read_only: false, num_queues: 2 }
+        BlkDevice { limits, read_only: false, num_queues: 2, packed_ring: false }
     }
 
     fn state() -> DeviceState {

@@ -6,7 +6,7 @@
 //!
 //! * **Control** ([`server`], on the tokio thread) reads messages with [`message`], decides with the pure state machine
 //!   [`session`], maps memory, and tells the data side.
-//! * **Data** ([`blk_session`], on the disk's reactor) pops requests from [`split`] rings, reads them as byte streams
+//! * **Data** ([`blk_session`], on the disk's reactor) takes requests from [`split`] and [`packed`] rings, reads them as byte streams
 //!   ([`chain`]), checks them ([`blk`]) and submits them to the disk.
 //!
 //! Invariants: nothing that a guest or a front end sends can panic, hang or reach outside guest memory; a broken ring or
@@ -25,9 +25,11 @@ pub mod front_end;
 pub mod inflight;
 pub mod memory;
 pub mod message;
+pub mod packed;
 pub mod protocol;
 pub mod queue;
 mod request;
+pub mod ring;
 pub mod server;
 pub mod session;
 pub mod sessions;

@@ -245,6 +245,16 @@ impl GuestMemory {
             .map_err(|source| MemoryError::RingMisaligned { part, address, source })
     }
 
+    /// What the guest calls the front end's address `address`; none outside guest memory.
+    #[must_use]
+    pub fn guest_address_of(&self, address: u64) -> Option<u64> {
+        let inside = |region: &GuestRegion| {
+            let offset = address.checked_sub(region.user_address)?;
+            (offset < region.size).then(|| region.guest_address + offset)
+        };
+        self.regions.iter().find_map(inside)
+    }
+
     /// Enters the regions in the reactor's table; those that `old` has too keep the id they have there.
     ///
     /// # Errors

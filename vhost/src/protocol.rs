@@ -78,6 +78,8 @@ pub mod features {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// Virtio 1.0 and later: little-endian, no legacy layout.
     pub const VERSION_1: u64 = 1 << 32;
+    /// Packed rings.
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// vhost-user protocol feature bits (vhost-user, "Protocol features").
@@ -206,6 +208,10 @@ pub mod descriptor_flags {
     pub const WRITE: u16 = 2;
     /// The buffer holds a table of descriptors.
     pub const INDIRECT: u16 = 4;
+    /// Packed rings: the driver's mark (virtio 2.8.1).
+    pub const AVAIL: u16 = 1 << 7;
+    /// Packed rings: the device's mark.
+    pub const USED: u16 = 1 << 15;
 }
 
 /// virtio-blk request types (virtio 5.2.6).

@@ -12,11 +12,10 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 use crate::blk::{Ask, CacheMode, RequestError, parse};
 use crate::chain::{Chain, Indirect};
 use crate::dirty_log::DirtyLog;
-use crate::inflight::Tracked;
 use crate::memory::GuestMemory;
 use crate::protocol::{SERIAL_BYTES, blk_status};
 use crate::request::{NO_SLOT, Request, Rest};
-use crate::split::{Notify, RingAreas, RingFault, SplitRing};
+use crate::ring::{ChainFault, Notify, Ring, RingAreas, RingFault, Taken};
 use crate::stats::VhostStats;
 
 /// The most requests of one queue that are in flight at a time.
@@ -66,9 +65,10 @@ enum Kicks {
 /// A started virtqueue. Built on the control side, lives on the reactor, comes back when it is stopped.
 #[derive(Debug)]
 pub struct LiveQueue {
-    ring: SplitRing,
-    /// Where requests in flight are tracked, if the front end wants that.
-    tracked: Option<Tracked>,
+    ring: Ring,
+    /// What an earlier session had in flight, in order, and how many of that have been begun again.
+    again: Box<[Taken]>,
+    begun: usize,
     indirect: Indirect,
     slots: Box<[Request]>,
     free: u16,
@@ -84,8 +84,8 @@ impl LiveQueue {
     /// without a call descriptor the guest polls.
     #[must_use]
     pub fn new(
-        ring: SplitRing,
-        tracked: Option<Tracked>,
+        ring: Ring,
+        again: Box<[Taken]>,
         indirect: Indirect,
         kick: Option<Arc<EventFd>>,
         call: Option<Arc<EventFd>>,
@@ -94,7 +94,8 @@ impl LiveQueue {
         let next = |slot: u16| if slot + 1 < count { slot + 1 } else { NO_SLOT };
         Self {
             ring,
-            tracked,
+            again,
+            begun: 0,
             indirect,
             slots: (0..count).map(|slot| Request::free(next(slot))).collect(),
             free: 0,
@@ -106,10 +107,10 @@ impl LiveQueue {
         }
     }
 
-    /// Where the ring stands.
+    /// Where the ring stands: what GET_VRING_BASE answers.
     #[must_use]
-    pub fn next_available(&self) -> u16 {
-        self.ring.next_available()
+    pub fn base(&self) -> u32 {
+        self.ring.base()
     }
 
     /// Requests taken from the ring and not finished.
@@ -121,14 +122,12 @@ impl LiveQueue {
     /// Requests of an earlier session that have not been begun again.
     #[must_use]
     pub(crate) fn owed(&self) -> usize {
-        self.tracked.as_ref().map_or(0, Tracked::owed)
+        self.again.len() - self.begun
     }
 
     /// The ring is broken: nothing is begun any more.
     pub(crate) fn break_off(&mut self) {
-        if let Some(tracked) = &mut self.tracked {
-            tracked.forget();
-        }
+        self.begun = self.again.len();
     }
 
     /// Parts that the disk has.
@@ -214,15 +213,37 @@ impl LiveQueue {
     ) -> Result<usize, RingFault> {
         let mut count = 0;
         while count < HEADS_PER_TURN && self.free != NO_SLOT {
-            let Some(head) = self.ring.pop()? else { break };
-            self.gather(cx, shared, head)?;
-            if let Some(tracked) = &mut self.tracked {
-                tracked.taken(head);
-            }
-            self.begin(cx, shared, port, queue, head);
+            let Some(taken) = self.take(cx, shared)? else { break };
+            self.begin(cx, shared, port, queue, taken);
             count += 1;
         }
         Ok(count)
+    }
+
+    /// Takes the next request from the ring and gathers its chain.
+    #[inline]
+    fn take(&mut self, cx: &Context<'_>, shared: &mut Shared) -> Result<Option<Taken>, RingFault> {
+        let Shared { chain, memory, .. } = shared;
+        let bad = |head| move |what| RingFault::BadChain { head, what };
+        match &mut self.ring {
+            Ring::Split(ring) => {
+                let Some(head) = ring.pop()? else { return Ok(None) };
+                chain.gather(cx, memory, ring.chain(head), self.indirect).map_err(bad(head))?;
+                ring.take(head);
+                Ok(Some(Taken { id: head, entries: 1, record: head }))
+            }
+            Ring::Packed(ring) => {
+                if !ring.has_next() {
+                    return Ok(None);
+                }
+                let at = ring.next_index();
+                let extent =
+                    chain.gather(cx, memory, ring.chain(), self.indirect).map_err(bad(at))?;
+                let (id, entries) = (extent.last_link, extent.entries);
+                let record = ring.take(entries)?;
+                Ok(Some(Taken { id, entries, record }))
+            }
+        }
     }
 
     /// Begins requests of an earlier session again, as [`LiveQueue::fetch`] does those of the ring. They come first.
@@ -238,21 +259,23 @@ impl LiveQueue {
     ) -> Result<usize, RingFault> {
         let mut count = 0;
         while count < HEADS_PER_TURN && self.free != NO_SLOT {
-            let Some(head) = self.tracked.as_mut().and_then(Tracked::again) else { break };
-            self.gather(cx, shared, head)?;
+            let Some(taken) = self.again.get(self.begun).copied() else { break };
+            self.begun += 1;
+            let Shared { chain, memory, .. } = shared;
+            let gathered = match &self.ring {
+                Ring::Split(ring) => chain.gather(cx, memory, ring.chain(taken.id), self.indirect),
+                // The ring's own descriptors may have been overwritten since.
+                Ring::Packed(ring) => match ring.recorded(taken) {
+                    Some(recorded) => chain.gather(cx, memory, recorded, self.indirect),
+                    None => Err(ChainFault::NextOutside),
+                },
+            };
+            gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?;
             shared.stats.resubmitted.add(1);
-            self.begin(cx, shared, port, queue, head);
+            self.begin(cx, shared, port, queue, taken);
             count += 1;
         }
         Ok(count)
-    }
-
-    #[inline]
-    fn gather(&self, cx: &Context<'_>, shared: &mut Shared, head: u16) -> Result<(), RingFault> {
-        let Shared { chain, memory, .. } = shared;
-        chain
-            .gather(cx, memory, &self.ring, head, self.indirect)
-            .map_err(|what| RingFault::BadChain { head, what })
     }
 
     /// Begins the request that was gathered last.
@@ -263,13 +286,13 @@ impl LiveQueue {
         shared: &mut Shared,
         port: &mut Port<'_>,
         queue: u32,
-        head: u16,
+        taken: Taken,
     ) {
         let slot = self.free;
         let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
         self.free = request.next;
         self.in_use += 1;
-        request.head = head;
+        request.taken = taken;
         request.started = cx.now;
         request.status = shared.chain.status();
         request.epoch = shared.epoch;
@@ -387,10 +410,7 @@ impl LiveQueue {
         // A status byte whose memory has gone meanwhile has nobody to read it.
         let _ = cx.memory.write(request.status, &[status]);
         shared.log_request(request);
-        self.ring.push_used(request.head, written);
-        if let Some(tracked) = &mut self.tracked {
-            tracked.completed(request.head);
-        }
+        self.ring.push_used(request.taken, written);
         shared.stats.requests.add(1);
         self.release(shared, slot);
     }
@@ -411,11 +431,7 @@ impl LiveQueue {
     /// Makes finished requests visible and interrupts the guest if it wants that: once a turn.
     #[inline]
     pub(crate) fn publish(&mut self, shared: &Shared) {
-        let notify = self.ring.publish(shared.log.as_deref());
-        if let Some(tracked) = &mut self.tracked {
-            tracked.published(self.ring.used_index());
-        }
-        if notify == Notify::Yes
+        if self.ring.publish(shared.log.as_deref()) == Notify::Yes
             && let Some(call) = &self.call
         {
             call.signal();

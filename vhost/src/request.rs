@@ -15,6 +15,7 @@ use resilver_sys::BufferSlice;
 use crate::blk::{Ask, CacheMode, RANGES_MAX, Range, RequestError};
 use crate::chain::Chain;
 use crate::protocol::SERIAL_BYTES;
+use crate::ring::Taken;
 
 /// No slot.
 pub(crate) const NO_SLOT: u16 = u16::MAX;
@@ -46,8 +47,8 @@ pub(crate) enum Afterwards {
 pub(crate) struct Request {
     /// The next slot of the list this one is in: the free list, or one of those that wait.
     pub(crate) next: u16,
-    /// The chain's head.
-    pub(crate) head: u16,
+    /// How it is given back.
+    pub(crate) taken: Taken,
     /// What the guest asked for; what is counted.
     pub(crate) kind: IoKind,
     /// Parts submitted and not ended.
@@ -77,7 +78,7 @@ impl Request {
     pub(crate) fn free(next: u16) -> Self {
         Self {
             next,
-            head: 0,
+            taken: Taken::default(),
             kind: IoKind::Flush,
             outstanding: 0,
             rest: Rest::Nothing,

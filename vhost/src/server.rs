@@ -35,10 +35,10 @@ use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
 use crate::device_state::Serial;
 use crate::protocol::QUEUES_MAX;
+use crate::ring::RingFault;
 use crate::session::Session;
 use crate::sessions::{GRACE, Intent, Place, SESSIONS_MAX, Seat, SessionInfo, Sessions};
 use crate::socket::Socket;
-use crate::split::RingFault;
 use crate::stats::VhostStats;
 
 /// How long to wait before a disk whose mailbox was full is told again.
@@ -75,6 +75,8 @@ pub struct ControllerConfig {
     pub serial: Option<String>,
     /// The most request queues.
     pub num_queues: u16,
+    /// Packed rings are offered beside split ones.
+    pub packed_ring: bool,
 }
 
 /// Why a controller could not be started or stopped.
@@ -397,6 +399,7 @@ impl Server {
             limits: self.sessions.limits(),
             read_only: self.config.read_only,
             num_queues: self.config.num_queues,
+            packed_ring: self.config.packed_ring,
         };
         let mut connection = Connection::new(
             Rc::clone(&place.seat),

@@ -14,7 +14,6 @@ use crate::blk::{BlkDevice, CacheMode, WRITEBACK_OFFSET, cache_mode};
 use crate::blk_session::{Enabled, Notifier};
 use crate::chain::Indirect;
 use crate::device_state::{DeviceState, Serial, StateError};
-use crate::inflight::Layout;
 use crate::message::{
     ConfigPiece, FdPresence, InflightDescription, Message, RegionDescription, Reply, RingAddresses,
 };
@@ -22,7 +21,7 @@ use crate::protocol::{
     MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, device_state, features, protocol_features,
     request,
 };
-use crate::split::EventMode;
+use crate::ring::{EventMode, Format};
 
 /// The protocol features offered.
 pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
@@ -148,7 +147,7 @@ pub enum Action {
     /// The descriptor that came is the channel on which the back end sends.
     SetBackChannel,
     /// Make memory to track requests in flight in, for so many queues of so many entries, and answer with it.
-    MakeInflight(Layout, u16, u16),
+    MakeInflight(Format, u16, u16),
     /// Track requests in flight in the memory that came.
     SetInflight(InflightDescription),
     /// Write what the device is to the pipe that came.
@@ -190,7 +189,9 @@ pub enum SessionError {
         num_queues: u16,
     },
     /// Not a ring's size.
-    #[error("a ring of {0} entries is not a power of two up to {RING_SIZE_MAX}")]
+    #[error(
+        "a ring of {0} entries: there are at most {RING_SIZE_MAX}, in a split ring a power of two"
+    )]
     RingSize(u32),
     /// A field is out of range.
     #[error("{field} is {value}, which is out of range")]
@@ -231,7 +232,7 @@ struct Ring {
     enabled: Enabled,
     size: u16,
     addresses: Option<RingAddresses>,
-    base: u16,
+    base: u32,
 }
 
 impl Ring {
@@ -255,8 +256,10 @@ pub struct RingSetup {
     pub size: u16,
     /// Where it is, in the front end's addresses.
     pub addresses: RingAddresses,
-    /// Where it goes on.
-    pub base: u16,
+    /// Where it goes on (vhost-user, "Vring descriptor index/indices").
+    pub base: u32,
+    /// How it is laid out.
+    pub format: Format,
     /// Whether it is enabled.
     pub enabled: Enabled,
     /// How the guest wants to be told of used buffers.
@@ -329,7 +332,16 @@ impl Session {
             _ => Indirect::Allowed,
         };
         let Ring { size, base, enabled, .. } = *ring;
-        Some(RingSetup { size, addresses: ring.addresses?, base, enabled, events, indirect })
+        let (addresses, format) = (ring.addresses?, self.format());
+        Some(RingSetup { size, addresses, base, format, enabled, events, indirect })
+    }
+
+    /// How the rings are laid out, as negotiated.
+    fn format(&self) -> Format {
+        match self.features & features::RING_PACKED {
+            0 => Format::Split,
+            _ => Format::Packed,
+        }
     }
 
     /// The rings that are running.
@@ -384,7 +396,7 @@ impl Session {
     }
 
     /// A ring has stopped and stands there.
-    pub fn stopped(&mut self, queue: u16, base: u16) {
+    pub fn stopped(&mut self, queue: u16, base: u32) {
         if let Some(ring) = self.rings.get_mut(usize::from(queue)) {
             ring.base = base;
         }
@@ -392,7 +404,7 @@ impl Session {
 
     /// Where a ring stands.
     #[must_use]
-    pub fn base(&self, queue: u16) -> u16 {
+    pub fn base(&self, queue: u16) -> u32 {
         self.rings.get(usize::from(queue)).map_or(0, |ring| ring.base)
     }
 
@@ -426,9 +438,10 @@ impl Session {
                 })?
             }
             Message::SetVringBase { index, base } => {
-                let base = u16::try_from(*base)
-                    .map_err(|_| out_of_range("the ring's base", u64::from(*base)))?;
-                self.change(message, *index, RingEvent::Base, |ring| ring.base = base)?
+                if self.format() == Format::Split && *base > u32::from(u16::MAX) {
+                    return Err(out_of_range("the ring's base", u64::from(*base)));
+                }
+                self.change(message, *index, RingEvent::Base, |ring| ring.base = *base)?
             }
             Message::GetVringBase { index } => {
                 let mut actions = self.change(message, *index, RingEvent::Stop, |_| ())?;
@@ -456,7 +469,7 @@ impl Session {
                 return Err(SessionError::NotNegotiated(message.name()));
             }
             Message::GetInflightFd(wanted) => {
-                vec![Action::MakeInflight(Layout::Split, wanted.num_queues, wanted.queue_size)]
+                vec![Action::MakeInflight(self.format(), wanted.num_queues, wanted.queue_size)]
             }
             Message::SetInflightFd(_) if self.running().next().is_some() => {
                 return Err(SessionError::InflightInUse);
@@ -505,10 +518,12 @@ impl Session {
     }
 
     fn set_size(&mut self, index: u32, num: u32) -> Result<Vec<Action>, SessionError> {
-        let size = u16::try_from(num)
-            .ok()
-            .filter(|size| size.is_power_of_two() && *size <= RING_SIZE_MAX)
-            .ok_or(SessionError::RingSize(num))?;
+        // virtio 2.7, 2.8.10.1.
+        let fits = |size: &u16| match self.format() {
+            Format::Split => size.is_power_of_two() && *size <= RING_SIZE_MAX,
+            Format::Packed => (1..=RING_SIZE_MAX).contains(size),
+        };
+        let size = u16::try_from(num).ok().filter(fits).ok_or(SessionError::RingSize(num))?;
         let message = Message::SetVringNum { index, num };
         self.change(&message, index, RingEvent::Size, |ring| ring.size = size)
     }
@@ -529,7 +544,8 @@ impl Session {
     fn set_features(&mut self, wanted: u64) -> Result<Vec<Action>, SessionError> {
         offered(wanted, self.device.features())?;
         let changed = wanted ^ self.features;
-        let of_rings = changed & (features::RING_EVENT_IDX | features::RING_INDIRECT_DESC);
+        let of_rings = changed
+            & (features::RING_EVENT_IDX | features::RING_INDIRECT_DESC | features::RING_PACKED);
         if of_rings != 0 && self.running().next().is_some() {
             return Err(SessionError::FeaturesInUse { changed: of_rings });
         }

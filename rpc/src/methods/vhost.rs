@@ -24,7 +24,7 @@ pub(super) struct VhostCreateBlkController {
     /// Guests may not write.
     #[serde(default)]
     readonly: bool,
-    /// Packed rings; not in this version, but for `false`.
+    /// Offer packed rings beside split ones.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     packed_ring: bool,
     /// Only `vhost_user_blk`.
@@ -51,9 +51,6 @@ impl Rpc for VhostCreateBlkController {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        if self.packed_ring {
-            return Err(RpcError::not_yet("packed_ring", true, "leave it out"));
-        }
         if let Some(other) = self.transport.as_deref().filter(|it| *it != "vhost_user_blk") {
             return Err(RpcError::parameter("transport", other, "'vhost_user_blk'"));
         }
@@ -72,6 +69,7 @@ impl Rpc for VhostCreateBlkController {
             mask: mask.transpose()?,
             read_only: self.readonly,
             num_queues: self.num_queues.unwrap_or(NUM_QUEUES),
+            packed_ring: self.packed_ring,
             params: serde_json::to_value(&self).unwrap_or_default(),
             serial: self.serial,
             name: self.ctrlr,

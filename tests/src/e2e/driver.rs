@@ -33,7 +33,19 @@ impl Driver {
     /// # Errors
     /// The crate's.
     pub fn connect(socket: &Path, depth: usize) -> io::Result<Self> {
-        let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
+        Self::connect_with(socket, depth, VirtioFeatureFlags::RING_EVENT_IDX)
+    }
+
+    /// The same, with these ring features.
+    ///
+    /// # Errors
+    /// The crate's.
+    pub fn connect_with(
+        socket: &Path,
+        depth: usize,
+        features: VirtioFeatureFlags,
+    ) -> io::Result<Self> {
+        let features = VirtioFeatureFlags::VERSION_1 | features;
         let path = socket.to_str().expect("a UTF-8 path");
         let mut transport: Box<VirtioBlkTransport> =
             Box::new(VhostUser::new(path, features.bits() | FLUSH)?);

@@ -13,12 +13,12 @@ use resilver_vhost::blk::serial;
 use resilver_vhost::blk_session::{BlkSession, Command, Enabled, MemoryReply, SessionConfig};
 use resilver_vhost::chain::Indirect;
 use resilver_vhost::dirty_log::DirtyLog;
-use resilver_vhost::inflight::{InflightMemory, Layout};
+use resilver_vhost::inflight::{Holds, InflightMemory};
 use resilver_vhost::memory::GuestMemory;
 use resilver_vhost::message::RingAddresses;
 use resilver_vhost::protocol::vring_flags;
 use resilver_vhost::queue::LiveQueue;
-use resilver_vhost::split::{EventMode, RingAreas, RingFault, SplitRing};
+use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas, RingFault};
 
 use super::disk::{Conduct, FuzzedDisk, lock};
 use crate::guest_memory::MemoryFile;
@@ -180,7 +180,7 @@ impl Bench {
         let mapping = Mapping::shared(neighbour.fd(), 0, FILE).expect("a mapping");
         table.insert(mapping).expect("an empty table has room");
         let inflight = setup.tracked.then(|| {
-            let made = InflightMemory::make(Layout::Split, QUEUES, RING_MAX);
+            let made = InflightMemory::make(Format::Split, QUEUES, RING_MAX);
             let (description, fd): (_, OwnedFd) = made.expect("memory for requests in flight");
             let memory = InflightMemory::map(&description, &fd).expect("a mapping of it");
             (memory, MemoryFile::of(fd))
@@ -334,7 +334,8 @@ impl Bench {
         let (used, available) = (begin + USED, begin + AVAILABLE);
         let flags = vring_flags::LOG;
         let addresses = RingAddresses { flags, descriptors: begin, used, available, log: used };
-        RingAreas::resolve(memory, self.setup.size, &addresses).expect("parts in the first region")
+        RingAreas::resolve(memory, Format::Split, self.setup.size, &addresses)
+            .expect("parts in the first region")
     }
 
     /// Changes the memory map: with or without its second region.
@@ -367,18 +368,20 @@ impl Bench {
     /// Starts a queue, unless what the region of requests in flight says of it makes no sense.
     pub(super) fn start(&mut self, queue: u16, base: u16) {
         let areas = self.areas(&self.memory, queue);
-        let mut ring = SplitRing::new(areas, self.setup.size, base, self.setup.events);
-        let mut tracked = None;
+        let (size, base, events) = (self.setup.size, u32::from(base), self.setup.events);
+        let ring = Ring::new(Format::Split, areas, size, base, events);
+        let mut ring = ring.expect("a split ring goes on anywhere");
+        let mut again = Box::default();
         if let Some((memory, _)) = &self.inflight {
-            match memory.take_over(queue, &mut ring) {
-                Ok(taken_over) => tracked = Some(taken_over),
+            match memory.take_over(queue, &mut ring, Holds::AnEarlierSession) {
+                Ok(found) => again = found,
                 Err(_) => return,
             }
         }
         let (kick, call) = (EventFd::new(), EventFd::new());
         let (kick, call) = (kick.ok().map(Arc::new), call.ok().map(Arc::new));
-        self.link.started[usize::from(queue)] = Some(ring.next_available());
-        let live = Box::new(LiveQueue::new(ring, tracked, self.setup.indirect, kick, call));
+        self.link.started[usize::from(queue)] = Some(ring.base() as u16);
+        let live = Box::new(LiveQueue::new(ring, again, self.setup.indirect, kick, call));
         let enabled = Enabled::Yes;
         let begun = self.ask(|reply| Command::Start { queue, live, enabled, reply });
         assert!(begun.is_ok(), "queue {queue} was not running");
@@ -395,7 +398,7 @@ impl Bench {
         let (Some(live), Some(base)) = (live, base) else {
             panic!("queue {queue} was running");
         };
-        self.link.taken += u64::from(live.next_available().wrapping_sub(base));
+        self.link.taken += u64::from((live.base() as u16).wrapping_sub(base));
         self.link.stops += 1;
     }
 

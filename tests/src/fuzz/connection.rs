@@ -310,6 +310,7 @@ async fn program(input: &mut Input<'_>) {
         read_only: false,
         serial: None,
         num_queues: QUEUES,
+        packed_ring: true,
         role: Role::Listen,
     };
     let controller = Controller::start(config, handle, LIMITS).expect("a controller");

@@ -139,7 +139,7 @@ impl Bench {
 pub fn messages(data: &[u8]) {
     let mut input = Input::new(data);
     let read_only = input.flag();
-    let device = BlkDevice { limits: LIMITS, read_only, num_queues: QUEUES };
+    let device = BlkDevice { limits: LIMITS, read_only, num_queues: QUEUES, packed_ring: true };
     let session = Session::new(device, CacheMode::WriteBack);
     let mut bench = Bench { session, running: [false; QUEUES as usize] };
     let header = input.bytes(HEADER_BYTES);

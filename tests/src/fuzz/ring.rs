@@ -15,7 +15,7 @@ use resilver_vhost::blk_session::{Command, Enabled, Notifier};
 use resilver_vhost::chain::Indirect;
 use resilver_vhost::protocol::blk_type;
 use resilver_vhost::protocol::descriptor_flags::{INDIRECT, NEXT, WRITE};
-use resilver_vhost::split::EventMode;
+use resilver_vhost::ring::EventMode;
 
 use super::Input;
 use super::bench::{AVAILABLE, BASE, Bench, END, FIRST, QUEUES, Setup, USED, begin, in_file};

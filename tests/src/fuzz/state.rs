@@ -22,7 +22,8 @@ use super::Input;
 use super::bench::LIMITS;
 use crate::guest_memory::MemoryFile;
 
-const DEVICE: BlkDevice = BlkDevice { limits: LIMITS, read_only: false, num_queues: 1 };
+const DEVICE: BlkDevice =
+    BlkDevice { limits: LIMITS, read_only: false, num_queues: 1, packed_ring: false };
 
 thread_local! {
     /// A state directory of this thread's, made once: making one takes longer than all the rest.

@@ -17,7 +17,7 @@ use resilver_vhost::chain::Indirect;
 use resilver_vhost::memory::{GuestMemory, GuestRegion};
 use resilver_vhost::message::{RegionDescription, RingAddresses};
 use resilver_vhost::queue::LiveQueue;
-use resilver_vhost::split::{EventMode, RingAreas, SplitRing};
+use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas};
 
 use super::guest::SimGuest;
 use super::lock;
@@ -43,7 +43,7 @@ enum Answer {
     Awaited,
     Here,
     /// The ring was stopped and stands there.
-    Stopped(u16),
+    Stopped(u32),
 }
 
 /// The control side of one session.
@@ -53,7 +53,7 @@ pub struct Session {
     answer: Arc<Mutex<Answer>>,
     memory: GuestMemory,
     /// Where the ring goes on.
-    base: u16,
+    base: u32,
     addresses: RingAddresses,
     kick: Arc<EventFd>,
     trace: Trace,
@@ -152,9 +152,12 @@ impl Session {
                 Command::SetMemory { memory: Box::new(self.memory.clone()), rings, reply }
             }
             Step::Start => {
-                let ring = SplitRing::new(self.areas(), ENTRIES, self.base, EventMode::Flags);
+                let (base, events) = (self.base, EventMode::Flags);
+                let ring = Ring::new(Format::Split, self.areas(), ENTRIES, base, events);
+                let ring = ring.expect("a split ring goes on anywhere");
                 let kick = Some(Arc::clone(&self.kick));
-                let live = Box::new(LiveQueue::new(ring, None, Indirect::Allowed, kick, None));
+                let live =
+                    Box::new(LiveQueue::new(ring, Box::default(), Indirect::Allowed, kick, None));
                 let (trace, answered) = (self.trace.clone(), self.answered());
                 let reply = Box::new(move |result: Result<(), _>| {
                     if result.is_err() {
@@ -167,7 +170,7 @@ impl Session {
             Step::Stop => {
                 let (trace, answer) = (self.trace.clone(), Arc::clone(&self.answer));
                 let reply = Box::new(move |live: Option<Box<LiveQueue>>| match live {
-                    Some(live) => *lock(&answer) = Answer::Stopped(live.next_available()),
+                    Some(live) => *lock(&answer) = Answer::Stopped(live.base()),
                     None => trace.finding("a ring that runs cannot be stopped"),
                 });
                 Command::Stop { queue: 0, reply }
@@ -186,7 +189,8 @@ impl Session {
     }
 
     fn areas(&self) -> RingAreas {
-        RingAreas::resolve(&self.memory, ENTRIES, &self.addresses).expect("a well-placed ring")
+        RingAreas::resolve(&self.memory, Format::Split, ENTRIES, &self.addresses)
+            .expect("a well-placed ring")
     }
 }
 

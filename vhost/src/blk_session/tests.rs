@@ -17,14 +17,15 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::chain::Indirect;
-use crate::inflight::InflightMemory;
+use crate::inflight::{Holds, InflightMemory};
 use crate::memory::GuestRegion;
 use crate::message::{RegionDescription, RingAddresses};
 use crate::protocol::{blk_status, blk_type, descriptor_flags};
-use crate::split::{ChainFault, EventMode, SplitRing};
+use crate::ring::{ChainFault, EventMode, Format, Ring};
 
 mod inflight;
 mod logging;
+mod packed;
 
 const NEXT: u16 = descriptor_flags::NEXT;
 const WRITE: u16 = descriptor_flags::WRITE;
@@ -133,6 +134,7 @@ struct Bench {
     commands: Sender<Command>,
     medium: Arc<Mutex<Medium>>,
     call: EventFd,
+    format: Format,
     events: EventMode,
     fault: Inbox<(u16, RingFault)>,
     stats: Arc<VhostStats>,
@@ -159,6 +161,10 @@ impl Bench {
     }
 
     fn with(limits: Limits, events: EventMode) -> Self {
+        Self::of(Format::Split, limits, events)
+    }
+
+    fn of(format: Format, limits: Limits, events: EventMode) -> Self {
         let size = limits.size() as usize;
         let medium = Medium {
             limits,
@@ -192,6 +198,7 @@ impl Bench {
             doorbell,
             medium,
             call: EventFd::from_fd(call),
+            format,
             events,
             fault: channel_of_faults().1,
             stats: Arc::default(),
@@ -223,13 +230,20 @@ impl Bench {
         assert!(added.try_recv().unwrap().is_ok());
         self.ask(|reply| Command::SetCache(CacheMode::WriteBack, reply)).unwrap();
         let memory = self.memory();
-        let mut ring = SplitRing::new(self.areas(&memory), SIZE, 0, self.events);
-        let tracked = inflight.map(|inflight| inflight.take_over(0, &mut ring).unwrap());
+        let mut ring = self.ring(&memory);
+        let holds = Holds::AnEarlierSession;
+        let again = inflight.map(|inflight| inflight.take_over(0, &mut ring, holds).unwrap());
         let rings = Vec::new();
         let set = self.ask(|reply| Command::SetMemory { memory, rings, reply });
         assert!(set.unwrap().is_ok());
         let call = Arc::new(EventFd::from_fd(self.call.as_fd().try_clone_to_owned().unwrap()));
-        let live = Box::new(LiveQueue::new(ring, tracked, Indirect::Allowed, None, Some(call)));
+        let live = Box::new(LiveQueue::new(
+            ring,
+            again.unwrap_or_default(),
+            Indirect::Allowed,
+            None,
+            Some(call),
+        ));
         let enabled = Enabled::Yes;
         let started = self.ask(|reply| Command::Start { queue: 0, live, enabled, reply }).unwrap();
         assert!(started.is_ok());
@@ -267,7 +281,16 @@ impl Bench {
             available: BASE + AVAILABLE,
             log: 0,
         };
-        RingAreas::resolve(memory, SIZE, &addresses).unwrap()
+        RingAreas::resolve(memory, self.format, SIZE, &addresses).unwrap()
+    }
+
+    /// The ring at its beginning.
+    fn ring(&self, memory: &GuestMemory) -> Ring {
+        let base = match self.format {
+            Format::Split => 0,
+            Format::Packed => packed::BASE_WORD,
+        };
+        Ring::new(self.format, self.areas(memory), SIZE, base, self.events).unwrap()
     }
 
     fn turn(&mut self) {
@@ -749,7 +772,7 @@ fn a_ring_stops_when_its_last_request_has_ended_and_takes_no_more() {
     bench.medium.lock().unwrap().answers = true;
     bench.turn();
     let live = stopped.try_recv().unwrap().unwrap();
-    assert_eq!((live.next_available(), bench.used_index()), (1, 1));
+    assert_eq!((live.base(), bench.used_index()), (1, 1));
     bench.turn();
     assert_eq!(bench.used_index(), 1, "the second request stays for who comes next");
 }

@@ -23,11 +23,13 @@ use resilver_sys::{Area, Mapping, MappingError};
 
 use crate::message::InflightDescription;
 use crate::protocol::{QUEUES_MAX, RING_SIZE_MAX};
-use crate::split::SplitRing;
+use crate::ring::{Format, Ring, Taken};
 
+mod packed;
 mod split;
 
-use split::SplitInflight;
+pub(crate) use packed::{PackedInflight, RecordedChain};
+pub(crate) use split::SplitInflight;
 
 /// The one version of the layout. Zero: nobody has used the region.
 const VERSION: u16 = 1;
@@ -85,21 +87,13 @@ pub enum InflightError {
     },
 }
 
-/// The layout of a queue's region.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// `QueueRegionSplit`.
-    Split,
-}
-
-impl Layout {
-    /// Bytes of one queue's region, rounded up to where the next begins.
-    fn stride(self, entries: u16) -> usize {
-        let (header, entry) = match self {
-            Self::Split => (split::HEADER_BYTES, split::ENTRY_BYTES),
-        };
-        (header + usize::from(entries) * entry).next_multiple_of(ALIGNMENT)
-    }
+/// Bytes of one queue's region, rounded up to where the next begins.
+fn stride(format: Format, entries: u16) -> usize {
+    let (header, entry) = match format {
+        Format::Split => (split::HEADER_BYTES, split::ENTRY_BYTES),
+        Format::Packed => (packed::HEADER_BYTES, packed::ENTRY_BYTES),
+    };
+    (header + usize::from(entries) * entry).next_multiple_of(ALIGNMENT)
 }
 
 /// The regions of all queues, as mapped.
@@ -117,12 +111,12 @@ impl InflightMemory {
     /// # Errors
     /// A shape that no device has, or the kernel's refusal.
     pub fn make(
-        layout: Layout,
+        format: Format,
         queues: u16,
         entries: u16,
     ) -> Result<(InflightDescription, OwnedFd), InflightError> {
         check_shape(queues, entries)?;
-        let size = (layout.stride(entries) * usize::from(queues)) as u64;
+        let size = (stride(format, entries) * usize::from(queues)) as u64;
         let make = || -> rustix::io::Result<OwnedFd> {
             use rustix::fs::{MemfdFlags, SealFlags};
             let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
@@ -157,35 +151,66 @@ impl InflightMemory {
     }
 
     /// The region of one queue.
-    fn area(&self, layout: Layout, queue: u16, ring: u16) -> Result<Area, InflightError> {
+    fn area(&self, format: Format, queue: u16, ring: u16) -> Result<Area, InflightError> {
         if queue >= self.queues || ring > self.entries {
             return Err(InflightError::NoPlace { queue, entries: ring });
         }
-        let stride = layout.stride(self.entries);
-        let offset = (stride * usize::from(queue)) as u64;
-        Area::new(&self.mapping, offset, stride, align_of::<u64>())
+        let bytes = stride(format, self.entries);
+        let offset = (bytes * usize::from(queue)) as u64;
+        Area::new(&self.mapping, offset, bytes, align_of::<u64>())
             .map_err(|source| InflightError::Area { queue, source })
     }
 
-    /// Takes over the region of a ring, and has it go on behind what was in flight.
+    /// Has `ring` track its requests in the region of `queue`; answers those that are to be executed again, in order. What
+    /// `holds` says decides whether the ring goes on where it was set up to, or behind what the region says was in flight.
     ///
     /// # Errors
     /// There is no such region, or it makes no sense.
-    pub fn take_over(&self, queue: u16, ring: &mut SplitRing) -> Result<Tracked, InflightError> {
-        let (size, used) = (ring.size(), ring.used_index());
-        let area = self.area(Layout::Split, queue, size)?;
-        if is_fresh(&area, queue, self.entries)? {
-            let tracker = SplitInflight::fresh(area, size, self.entries, used);
-            return Ok(Tracked {
-                tracker: Tracker::Split(tracker),
-                again: Box::default(),
-                next: 0,
-            });
-        }
-        let (tracker, again) = SplitInflight::recover(area, size, used);
-        ring.resume_behind(u16::try_from(again.len()).unwrap_or(size));
-        Ok(Tracked { tracker: Tracker::Split(tracker), again, next: 0 })
+    pub fn take_over(
+        &self,
+        queue: u16,
+        ring: &mut Ring,
+        holds: Holds,
+    ) -> Result<Box<[Taken]>, InflightError> {
+        let entries = self.entries;
+        let refused = |what| InflightError::Content { queue, what };
+        Ok(match ring {
+            Ring::Split(ring) => {
+                let (size, used) = (ring.size(), ring.used_index());
+                let area = self.area(Format::Split, queue, size)?;
+                if holds == Holds::Nothing || is_fresh(&area, queue, entries)? {
+                    ring.track(SplitInflight::fresh(area, size, entries, used));
+                    return Ok(Box::default());
+                }
+                let (tracker, heads) = SplitInflight::recover(area, size, used);
+                ring.resume_behind(u16::try_from(heads.len()).unwrap_or(size));
+                ring.track(tracker);
+                let taken = |head: &u16| Taken { id: *head, entries: 1, record: *head };
+                heads.iter().map(taken).collect()
+            }
+            Ring::Packed(ring) => {
+                let area = self.area(Format::Packed, queue, ring.size())?;
+                if holds == Holds::Nothing || is_fresh(&area, queue, entries)? {
+                    ring.track(PackedInflight::fresh(area, entries, ring.used_position()));
+                    return Ok(Box::default());
+                }
+                let (tracker, again) =
+                    PackedInflight::recover(area, entries, ring).map_err(refused)?;
+                ring.track(tracker);
+                again
+            }
+        })
     }
+}
+
+/// What a region can hold when a ring starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// What an earlier connection or process left in flight: the region is believed, not the base that the front end gave, who
+    /// does not know how far that one came.
+    AnEarlierSession,
+    /// Nothing: on this connection the ring has been stopped, and so drained, and the front end was told where it stands.
+    Nothing,
 }
 
 fn check_shape(queues: u16, entries: u16) -> Result<(), InflightError> {
@@ -205,66 +230,5 @@ fn is_fresh(area: &Area, queue: u16, entries: u16) -> Result<bool, InflightError
         VERSION if area.load_u16(ENTRIES_AT, Ordering::Relaxed) == entries => Ok(false),
         VERSION => refused("has another number of entries than was said"),
         _ => refused("is of a version that is not known"),
-    }
-}
-
-/// A ring whose requests in flight are tracked.
-#[derive(Debug)]
-pub struct Tracked {
-    tracker: Tracker,
-    /// What was in flight when the region was taken over, in the order in which it had been taken from the ring.
-    again: Box<[u16]>,
-    /// How many of those have been begun again.
-    next: usize,
-}
-
-/// By the ring's kind.
-#[derive(Debug)]
-enum Tracker {
-    Split(SplitInflight),
-}
-
-impl Tracked {
-    /// Requests that were in flight and have not been begun again.
-    #[must_use]
-    pub fn owed(&self) -> usize {
-        self.again.len() - self.next
-    }
-
-    /// The next request that is to be begun again.
-    #[inline]
-    pub(crate) fn again(&mut self) -> Option<u16> {
-        let head = self.again.get(self.next).copied()?;
-        self.next += 1;
-        Some(head)
-    }
-
-    /// Leaves the rest marked, for a back end to come.
-    pub(crate) fn forget(&mut self) {
-        self.next = self.again.len();
-    }
-
-    /// A request was taken from the ring; before it is executed.
-    #[inline]
-    pub(crate) fn taken(&mut self, head: u16) {
-        match &mut self.tracker {
-            Tracker::Split(tracker) => tracker.taken(head),
-        }
-    }
-
-    /// A request goes into the batch that is given back next; before the ring says so.
-    #[inline]
-    pub(crate) fn completed(&mut self, head: u16) {
-        match &mut self.tracker {
-            Tracker::Split(tracker) => tracker.completed(head),
-        }
-    }
-
-    /// The ring says that the batch was given back, and stands at `used` now.
-    #[inline]
-    pub(crate) fn published(&mut self, used: u16) {
-        match &mut self.tracker {
-            Tracker::Split(tracker) => tracker.published(used),
-        }
     }
 }

@@ -33,7 +33,7 @@ const COUNTER: usize = 8;
 
 /// The tracker of one split ring.
 #[derive(Debug)]
-pub(super) struct SplitInflight {
+pub(crate) struct SplitInflight {
     area: Area,
     /// The next request's counter.
     counter: u64,
@@ -85,7 +85,7 @@ impl SplitInflight {
 
     /// A head was taken from the available ring.
     #[inline]
-    pub(super) fn taken(&mut self, head: u16) {
+    pub(crate) fn taken(&mut self, head: u16) {
         let entry = entry(head);
         self.area.store_u64(entry + COUNTER, self.counter, Ordering::Relaxed);
         self.area.store_u8(entry + INFLIGHT, 1, Ordering::Release);
@@ -94,7 +94,7 @@ impl SplitInflight {
 
     /// A head goes into the batch.
     #[inline]
-    pub(super) fn completed(&mut self, head: u16) {
+    pub(crate) fn completed(&mut self, head: u16) {
         self.area.store_u16(entry(head) + NEXT, self.last_batch, Ordering::Relaxed);
         self.area.store_u16(LAST_BATCH_AT, head, Ordering::Release);
         self.last_batch = head;
@@ -108,7 +108,7 @@ impl SplitInflight {
 
     /// The used index says that the batch was given back.
     #[inline]
-    pub(super) fn published(&mut self, used: u16) {
+    pub(crate) fn published(&mut self, used: u16) {
         for head in self.batch.get(..self.batched).unwrap_or_default() {
             self.area.store_u8(entry(*head) + INFLIGHT, 0, Ordering::Release);
         }
@@ -126,8 +126,9 @@ fn entry(head: u16) -> usize {
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation)] // of what the test made itself
 mod tests {
-    use super::super::{InflightMemory, Layout};
+    use super::super::InflightMemory;
     use super::*;
+    use crate::ring::Format;
     use proptest::prelude::*;
     use resilver_sys::Mapping;
 
@@ -135,7 +136,7 @@ mod tests {
 
     fn region() -> Area {
         let mapping = Mapping::anonymous(4096).unwrap();
-        Area::new(&mapping, 0, Layout::Split.stride(SIZE), 8).unwrap()
+        Area::new(&mapping, 0, super::super::stride(Format::Split, SIZE), 8).unwrap()
     }
 
     /// What is left of a region after a crash: a copy of its bytes.
@@ -173,7 +174,7 @@ mod tests {
         assert_eq!(bytes(14, 2), [0x36, 0x12]);
         assert_eq!((bytes(16 + 3 * 16, 1), bytes(16 + 5 * 16, 1)), (vec![0], vec![0]));
         // Two queues of 8 entries, each at a multiple of 64.
-        let (made, _file) = InflightMemory::make(Layout::Split, 2, SIZE).unwrap();
+        let (made, _file) = InflightMemory::make(Format::Split, 2, SIZE).unwrap();
         assert_eq!(made.mmap_size, 2 * 192);
     }
 

@@ -16,7 +16,8 @@ fn session() -> Session {
         optimal_io: 4096,
         read_only: false,
     };
-    Session::new(BlkDevice { limits, read_only: false, num_queues: 2 }, CacheMode::WriteBack)
+    let device = BlkDevice { limits, read_only: false, num_queues: 2, packed_ring: false };
+    Session::new(device, CacheMode::WriteBack)
 }
 
 const ADDRESSES: RingAddresses =

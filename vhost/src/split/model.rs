@@ -11,6 +11,8 @@ use loom::sync::Notify as Event;
 use loom::thread;
 use resilver_sys::area::without_fences;
 
+use resilver_sys::Area;
+
 use super::*;
 
 /// Entries of the ring.
@@ -28,8 +30,8 @@ impl Machine {
         let entries = usize::from(SIZE);
         let areas = RingAreas {
             descriptors: Area::words(16 * entries),
-            available: Area::words(6 + 2 * entries),
-            used: Area::words(6 + 8 * entries),
+            driver: Area::words(6 + 2 * entries),
+            device: Area::words(6 + 8 * entries),
             log: None,
         };
         Arc::new(Self { areas, kick: Event::new(), interrupt: Event::new() })
@@ -73,7 +75,7 @@ fn device(machine: &Machine, events: EventMode, requests: u16, unfenced: Unfence
 
 /// A driver that asks for one thing after the other and sleeps until each is answered.
 fn driver(machine: &Machine, events: EventMode, requests: u16) {
-    let (available, used) = (&machine.areas.available, &machine.areas.used);
+    let (available, used) = (&machine.areas.driver, &machine.areas.device);
     let (used_event, avail_event) = (4 + 2 * usize::from(SIZE), 4 + 8 * usize::from(SIZE));
     let wish = |event: u16, flags: u16| match events {
         EventMode::Flags => available.store_u16(0, flags, Ordering::Relaxed),

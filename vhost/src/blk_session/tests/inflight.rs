@@ -1,11 +1,10 @@
 //! Sessions that follow one another over the same ring, with what was in flight between them.
 
 use super::*;
-use crate::inflight::Layout;
 
 /// The memory that a front end keeps.
 fn inflight() -> InflightMemory {
-    let (description, file) = InflightMemory::make(Layout::Split, 2, SIZE).unwrap();
+    let (description, file) = InflightMemory::make(Format::Split, 2, SIZE).unwrap();
     InflightMemory::map(&description, &file).unwrap()
 }
 
@@ -78,7 +77,7 @@ fn a_ring_that_stops_ends_first_what_an_earlier_session_left_it() {
     bench.turn();
     bench.turn();
     let live = stopped.try_recv().unwrap().unwrap();
-    assert_eq!((live.next_available(), bench.used_index()), (2, 2), "the third was not taken");
+    assert_eq!((live.base(), bench.used_index()), (2, 2), "the third was not taken");
 }
 
 #[test]
@@ -101,19 +100,21 @@ fn a_chain_that_was_broken_since_breaks_the_ring_and_not_its_end() {
 fn a_region_that_is_not_for_this_ring_is_refused() {
     let bench = Bench::new();
     let memory = bench.memory();
-    let ring = || SplitRing::new(bench.areas(&memory), SIZE, 0, EventMode::Flags);
     let refused = |inflight: &InflightMemory, queue| {
-        inflight.take_over(queue, &mut ring()).unwrap_err().to_string()
+        inflight
+            .take_over(queue, &mut bench.ring(&memory), Holds::AnEarlierSession)
+            .unwrap_err()
+            .to_string()
     };
     assert!(refused(&inflight(), 2).contains("no place for queue 2"));
-    let (mut short, file) = InflightMemory::make(Layout::Split, 2, SIZE / 2).unwrap();
+    let (mut short, file) = InflightMemory::make(Format::Split, 2, SIZE / 2).unwrap();
     let small = InflightMemory::map(&short, &file).unwrap();
     assert!(refused(&small, 0).contains("no place for queue 0 of 128 entries"));
     // The bytes are there for fewer entries than are claimed.
     short.queue_size = SIZE;
     let short = InflightMemory::map(&short, &file).unwrap();
     assert!(refused(&short, 1).contains("not in the memory that was shared"));
-    let (description, file) = InflightMemory::make(Layout::Split, 1, SIZE).unwrap();
+    let (description, file) = InflightMemory::make(Format::Split, 1, SIZE).unwrap();
     let mapping = Mapping::shared(file.as_fd(), 0, description.mmap_size).unwrap();
     let area = Area::new(&mapping, 0, 64, 8).unwrap();
     for (version, entries, what) in
@@ -125,6 +126,6 @@ fn a_region_that_is_not_for_this_ring_is_refused() {
         assert!(refused(&foreign, 0).contains(what), "{what}");
     }
     for (queues, entries) in [(0, 128), (257, 128), (1, 0), (1, 32769)] {
-        assert!(InflightMemory::make(Layout::Split, queues, entries).is_err());
+        assert!(InflightMemory::make(Format::Split, queues, entries).is_err());
     }
 }

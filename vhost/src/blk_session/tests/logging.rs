@@ -85,7 +85,7 @@ impl Logged {
             available: BASE + AVAILABLE,
             log: BASE + USED,
         };
-        RingAreas::resolve(memory, SIZE, &addresses).unwrap()
+        RingAreas::resolve(memory, Format::Split, SIZE, &addresses).unwrap()
     }
 
     fn set_log(&mut self, log: bool) {

@@ -122,6 +122,15 @@ pub enum Detail {
     Flag(bool),
 }
 
+/// How a bdev stands with the other process that is its medium.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Whether that is there.
+    pub connected: bool,
+    /// Connections after the first.
+    pub reconnects: u64,
+}
+
 /// Why something cannot be done with a bdev. Every message says what is wrong and, where there is one, the way out.
 #[derive(Debug, thiserror::Error)]
 pub enum BdevError {
@@ -275,6 +284,16 @@ pub trait Bdev: Send + Sync {
     /// The file it stands for, if any.
     fn identity(&self) -> Option<FileIdentity> {
         self.base()?.identity()
+    }
+
+    /// What stands for it in the records of switch-overs: its file, or the export that it is.
+    fn recorded_as(&self) -> Option<FileIdentity> {
+        self.identity().or_else(|| self.base()?.recorded_as())
+    }
+
+    /// How it stands with the other process that is its medium; none where it is no other process.
+    fn link(&self) -> Option<Link> {
+        None
     }
 
     /// What an operator wants to know about it, in display order.

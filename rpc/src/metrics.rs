@@ -12,6 +12,7 @@ use prometheus::proto::{
     MetricType,
 };
 use prometheus::{Encoder as _, Registry, TextEncoder};
+use resilver_bdev::device::Link;
 use resilver_bdev::job::{ErrorAction, Side};
 use resilver_bdev::stats::{BUCKETS, Histogram, bucket_bound};
 use resilver_bdev::{IoKind, IoStats, JobInfo, JobStatus};
@@ -28,6 +29,8 @@ pub(crate) struct Scrape {
     pub(crate) jobs: Vec<(String, JobInfo)>,
     /// Bdevs by name.
     pub(crate) bdevs: Vec<(String, Arc<IoStats>)>,
+    /// Bdevs over other processes, by name.
+    pub(crate) links: Vec<(String, Link)>,
     /// Controllers by name.
     pub(crate) controllers: Vec<(String, Arc<VhostStats>)>,
     /// Reactors by core.
@@ -111,6 +114,15 @@ fn per_bdev<'a>(scrape: &'a Scrape, read: fn(&IoStats) -> u64) -> Vec<Sample<'a>
         value: SampleValue::Number(number(read(stats))),
     };
     scrape.bdevs.iter().map(sample).collect()
+}
+
+/// One sample for each bdev over another process.
+fn per_link<'a>(scrape: &'a Scrape, read: fn(&Link) -> u64) -> Vec<Sample<'a>> {
+    let sample = |(bdev, link): &(String, Link)| Sample {
+        labels: vec![bdev.clone()],
+        value: SampleValue::Number(number(read(link))),
+    };
+    scrape.links.iter().map(sample).collect()
 }
 
 /// One sample for each controller.
@@ -256,6 +268,9 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_bdev(s, |stats| stats.of(IoKind::Unmap).bytes.get());
     "resilver_bdev_io_errors_total", Counter, ["bdev", "op"], "Requests that failed.", bdev_errors;
     "resilver_bdev_io_latency_seconds", Histogram, ["bdev", "op"], "Time from submission to completion.", bdev_latencies;
+    "resilver_bdev_connected", Gauge, ["bdev"], "1 if the other process that is the bdev's medium is there, 0 if not.",
+        |s| per_link(s, |link| u64::from(link.connected));
+    "resilver_bdev_reconnects_total", Counter, ["bdev"], "Times that it was there again.", |s| per_link(s, |link| link.reconnects);
     "resilver_vhost_requests_total", Counter, ["ctrlr"], "Requests of guests that were answered.",
         |s| per_controller(s, |stats| stats.requests.get());
     "resilver_vhost_kicks_total", Counter, ["ctrlr"], "Notifications of guests that ended a sleep.",

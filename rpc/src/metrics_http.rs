@@ -75,6 +75,11 @@ impl Target {
                 .iter()
                 .map(|(name, entry)| (name.clone(), Arc::clone(entry.bdev.stats())))
                 .collect(),
+            links: graph
+                .bdevs
+                .iter()
+                .filter_map(|(name, entry)| Some((name.clone(), entry.bdev.link()?)))
+                .collect(),
             controllers: graph
                 .controllers
                 .values()

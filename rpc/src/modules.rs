@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::error::ErrorBdev;
-use resilver_bdev::{Bdev, BdevError, DISK_DEPTH, Detail, DiskCommand, ReplaceRoot};
+use resilver_bdev::{Bdev, BdevError, DISK_DEPTH, Detail, DiskCommand, FileIdentity, ReplaceRoot};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -161,6 +161,26 @@ impl Target {
             }
             .into()),
             Some(_) | None => Ok(()),
+        }
+    }
+}
+
+impl Target {
+    /// Refuses an export that a bdev stands for already, and one that was superseded.
+    pub(crate) fn check_export(&self, export: &FileIdentity) -> Result<(), RpcError> {
+        self.state.check(export)?;
+        let graph = self.graph();
+        let mut bdevs = graph.bdevs.values().map(|entry| &entry.bdev);
+        let same = |bdev: &&Arc<dyn Bdev>| {
+            bdev.link().is_some() && bdev.recorded_as().is_some_and(|it| it.same_file(export))
+        };
+        match bdevs.find(same) {
+            Some(bdev) => Err(BdevError::Locked {
+                path: export.path.clone(),
+                holder: format!("bdev '{}' of this target stands for the same export", bdev.name()),
+            }
+            .into()),
+            None => Ok(()),
         }
     }
 }

@@ -342,9 +342,9 @@ impl Target {
     }
 }
 
-/// Every file below a bdev: its own, or those of the bdevs it is stacked on.
+/// Every file or export below a bdev: its own, or those of the bdevs it is stacked on.
 pub(crate) fn files_of(bdev: &dyn Bdev) -> Vec<FileIdentity> {
-    match bdev.identity() {
+    match bdev.recorded_as() {
         Some(identity) => vec![identity],
         None => bdev.children().iter().flat_map(|child| files_of(child.as_ref())).collect(),
     }

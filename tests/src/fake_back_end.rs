@@ -16,7 +16,7 @@ use resilver_vhost::message::{
     decode,
 };
 use resilver_vhost::protocol::{
-    FDS_MAX, HEADER_BYTES, descriptor_flags, features, protocol_features,
+    FDS_MAX, HEADER_BYTES, SERIAL_BYTES, blk_type, descriptor_flags, features, protocol_features,
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
@@ -33,6 +33,8 @@ pub struct Face {
     pub queues: u64,
     /// The configuration space.
     pub config: Vec<u8>,
+    /// The disk's serial.
+    pub serial: [u8; SERIAL_BYTES],
 }
 
 impl Face {
@@ -46,6 +48,7 @@ impl Face {
             protocol: protocol_features::CONFIG | protocol_features::REPLY_ACK,
             queues: 1,
             config,
+            serial: *b"fake\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
         }
     }
 
@@ -177,6 +180,15 @@ impl FakeBackEnd {
         rustix::io::write(channel, &notice).expect("a front end that listens");
     }
 
+    /// The ring in hand, if connection number `connection` (from 1) has enabled it.
+    #[must_use]
+    pub fn started(&self, connection: usize, index: usize) -> Option<FakeRing> {
+        let told = self.shared.told();
+        let (region, mapping) = told.memory.as_ref()?;
+        let ring = told.rings.get(index).filter(|ring| ring.enabled)?;
+        (told.connections == connection).then(|| FakeRing::new(ring, *region, mapping))
+    }
+
     /// Waits until connection number `connection` (from 1) has enabled this ring, and takes it in hand.
     ///
     /// # Panics
@@ -185,15 +197,9 @@ impl FakeBackEnd {
     pub fn ring(&self, connection: usize, index: usize) -> FakeRing {
         let begun = Instant::now();
         loop {
-            let told = self.shared.told();
-            if told.connections == connection
-                && let Some((region, mapping)) = &told.memory
-                && let Some(ring) = told.rings.get(index)
-                && ring.enabled
-            {
-                return FakeRing::new(ring, *region, mapping);
+            if let Some(ring) = self.started(connection, index) {
+                return ring;
             }
-            drop(told);
             assert!(begun.elapsed() < PATIENCE, "ring {index} was not started");
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
@@ -296,10 +302,25 @@ impl Told {
             }
             (Message::SetVringEnable { index, enable }, _) => {
                 self.ring(*index).enabled = *enable == 1;
+                self.answer_identity(face, *index);
             }
             _ => {}
         }
         (reply, None)
+    }
+
+    /// A ring that begins with the question for the serial is asked nothing else, and is none for a test.
+    fn answer_identity(&mut self, face: &Face, index: u32) {
+        let Some((region, mapping)) = self.memory.clone() else { return };
+        let told = self.ring(index);
+        let mut ring = FakeRing::new(told, region, &mapping);
+        if let Some(request) = ring.take()
+            && request.kind == blk_type::GET_ID
+        {
+            told.enabled = false;
+            ring.write(request.data[0].0, &face.serial);
+            ring.complete(&request, 0);
+        }
     }
 
     fn ring(&mut self, index: u32) -> &mut Ring {

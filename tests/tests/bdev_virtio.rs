@@ -2,6 +2,7 @@
 //! `conformance.rs`.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, BdevError, Detail, IoError, IoKind};
@@ -12,7 +13,6 @@ use resilver_tests::e2e::StorageDaemon;
 use resilver_tests::fake_back_end::{Face, FakeBackEnd, FakeRing};
 use resilver_tests::served::wait_until;
 use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
-use resilver_vhost::message::Message;
 use resilver_vhost::protocol::{blk_type, features, protocol_features};
 use rustix::process::Signal;
 
@@ -84,13 +84,14 @@ fn turn_until_taken(
 /// Turns until the back end has been connected to so many times and serves the ring again.
 fn turn_until_served(driver: &mut Driver, back_end: &FakeBackEnd, connection: usize) -> FakeRing {
     let begun = Instant::now();
-    let enabled = Message::SetVringEnable { index: 0, enable: 1 };
-    while back_end.connections() < connection || !back_end.heard().contains(&enabled) {
+    loop {
         driver.turn();
+        if let Some(ring) = back_end.started(connection, 0) {
+            return ring;
+        }
         assert!(begun.elapsed() < Duration::from_secs(30), "it does not come back");
         std::thread::yield_now();
     }
-    back_end.ring(connection, 0)
 }
 
 #[test]
@@ -272,6 +273,11 @@ fn requests_fail_when_an_outage_lasts_too_long_and_succeed_when_it_is_over() {
         wait_until("the reason is told", || {
             detail(&bdev, "reason").contains("has 524288 bytes now, and had 1048576")
         });
+        // Nor one that has the size but is another.
+        back_end.set_face(Face { serial: [b'x'; 20], ..face.clone() });
+        wait_until("the reason is told", || {
+            detail(&bdev, "reason").contains(&format!("'{}', and was 'fake'", "x".repeat(20)))
+        });
         assert!(detail(&bdev, "attempts").parse::<u64>().unwrap() > 0);
 
         back_end.set_face(face);
@@ -379,10 +385,18 @@ fn an_export_that_grows_says_so_and_is_larger() {
     let scratch = Scratch::new();
     let back_end = scratch.listen(plain().and(0, protocol_features::BACKEND_REQ));
     let bdev = scratch.connect(|_| ()).unwrap();
-    assert_eq!(bdev.geometry().size(), MIB);
+    let grown = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&grown);
+    bdev.watch_size(move |size| told.lock().unwrap().push(size));
     back_end.grow(4096);
     back_end.say_config_changed();
-    wait_until("it is larger", || bdev.geometry().size() == 2 * MIB);
+    wait_until("it is larger", || detail(&bdev, "export_size") == (2 * MIB).to_string());
+    assert_eq!(*grown.lock().unwrap(), [2 * MIB]);
+    // Whoever uses it decides when: what is above has to follow.
+    assert_eq!(bdev.geometry().size(), MIB);
+    let refused = bdev.resize(3 * MIB).unwrap_err().to_string();
+    assert!(refused.contains("from 1048576 to 2097152 bytes"), "{refused}");
+    bdev.resize(2 * MIB).unwrap();
     let mut driver = Driver::new(&bdev, 4);
     assert_eq!(driver.limits().num_blocks, 4096);
     let mut ring = back_end.ring(1, 0);

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use resilver_tests::e2e::driver::BLOCK;
 use resilver_tests::e2e::guest::{GuestConfig, assert_holds, fill};
 use resilver_tests::e2e::{Guest, Server, StorageDaemon};
+use resilver_vhost::front_end::{Connection, ConnectionConfig};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -87,6 +88,14 @@ fn wait_for_state(server: &mut Server, bdev: &str, state: &str) {
     }
 }
 
+/// Which disk was superseded by which.
+fn superseded(server: &mut Server) -> Vec<(PathBuf, PathBuf)> {
+    let answer = server.call("state_get_records", json!({}));
+    let path = |disk: &Value| PathBuf::from(disk["path"].as_str().unwrap());
+    let records = answer["records"].as_array().unwrap();
+    records.iter().map(|it| (path(&it["superseded"]), path(&it["by"]))).collect()
+}
+
 #[test]
 fn a_disk_moves_to_an_export_that_is_killed_in_mid_copy_and_again_as_the_disk() {
     let _alone = alone();
@@ -120,6 +129,7 @@ fn a_disk_moves_to_an_export_that_is_killed_in_mid_copy_and_again_as_the_disk() 
     assert!(job.get("error").is_none_or(Value::is_null), "{job}");
     assert_eq!(server.served_bdev("vm"), "remote");
     guest.run_for(100);
+    assert_eq!(superseded(&mut server), [(source, export.socket.clone())]);
 
     // Now it is the guest's disk.
     export.kill();
@@ -160,13 +170,52 @@ fn a_disk_moves_from_an_export_to_a_file() {
     server.call("job_complete", json!({ "job_id": "move" }));
     let job = server.wait_for_status("move", "concluded");
     assert!(job.get("error").is_none_or(Value::is_null), "{job}");
+    assert_eq!(superseded(&mut server), [(export.socket.clone(), target.clone())]);
     // The export is left alone, and may go.
     export.kill();
     guest.run_for(1000);
     server.call("bdev_virtio_delete", json!({ "name": "remote" }));
+    // When it is there again it holds old data.
+    export.start_again();
+    let again = json!({ "name": "again", "socket": export.socket });
+    let refused = server.try_call("bdev_virtio_create", again).unwrap_err();
+    assert!(refused.message.contains("was superseded by"), "{refused}");
     let generations = guest.finish().generations;
     let _files = server.stop();
     assert_holds(&target, &blocks(), &generations);
+}
+
+#[test]
+fn a_guest_sees_that_its_disks_export_has_grown() {
+    let _alone = alone();
+    let (mut server, mut other) = (Server::start(), Server::start());
+    let file = other.path("disk.raw");
+    File::create(&file).unwrap().set_len(SIZE).unwrap();
+    other.serve_file("disk", &file, "export");
+    let socket = other.controller("export");
+    server.call("bdev_virtio_create", json!({ "name": "remote", "socket": socket }));
+    server.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "remote" }));
+    let (mut guest, _queues) =
+        Connection::connect(&server.controller("vm"), ConnectionConfig::default()).unwrap();
+    assert_eq!(guest.device().capacity, SIZE);
+    let twice = json!({ "name": "twice", "socket": socket });
+    let refused = server.try_call("bdev_virtio_create", twice).unwrap_err();
+    assert!(refused.message.contains("bdev 'remote' of this target"), "{refused}");
+    let serial = state_of(&mut server, "remote")["serial"].clone();
+    assert_eq!(serial, "export", "the other target calls its disk so");
+    other.call("bdev_uring_resize", json!({ "name": "disk", "new_size": 2 * SIZE }));
+    let begun = std::time::Instant::now();
+    while guest.read_config().unwrap().capacity != 2 * SIZE {
+        assert!(
+            begun.elapsed().as_secs() < 30,
+            "{}\n{}",
+            state_of(&mut server, "remote"),
+            server.log()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    drop(guest);
+    let _files = (server.stop(), other.stop());
 }
 
 /// The other side is a target of our own, which is killed and started again with its configuration.

@@ -1,18 +1,24 @@
 //! Exports of other processes over vhost-user-blk.
 
 use std::path::PathBuf;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Duration;
 
 use resilver_bdev::{Bdev, BdevError};
-use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
+use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig, export_at};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::bdev::made_by;
 use super::{Answer, Caller, Rpc};
 use crate::error::RpcError;
 use crate::modules::Made;
+use crate::target::Target;
+
+/// How often it is tried to take on a new size that could not be taken on.
+const FOLLOW_AGAIN: Duration = Duration::from_secs(1);
 
 /// Makes a bdev of the disk that another process exports over vhost-user-blk: a storage daemon, SPDK, another Resilver. If that
 /// process goes, requests wait until it is there again.
@@ -45,6 +51,7 @@ impl Rpc for BdevVirtioCreate {
         if let Ok(absolute) = std::path::absolute(&self.socket) {
             self.socket = absolute;
         }
+        caller.target.check_export(&export_at(&self.socket))?;
         let config = VirtioConfig {
             name: self.name.clone(),
             socket: self.socket.clone(),
@@ -55,9 +62,37 @@ impl Rpc for BdevVirtioCreate {
         // An export may take its time to answer, and may be one of this target's own.
         let connected = tokio::task::spawn_blocking(move || Virtio::connect(config)).await;
         let bdev: Result<Virtio, BdevError> = connected.map_err(|_| RpcError::gone())?;
-        let bdev: Arc<dyn Bdev> = Arc::new(bdev?);
+        let bdev = Arc::new(bdev?);
+        let (sender, sizes) = watch::channel(bdev.geometry().size());
+        bdev.watch_size(move |size| {
+            // Nobody follows a bdev that goes.
+            let _ = sender.send(size);
+        });
         let made = Made::new(bdev, name, self.uuid.clone(), made_by(&self));
-        Ok(Answer::new(caller.target.insert_bdev(made)))
+        let name = caller.target.insert_bdev(made);
+        tokio::task::spawn_local(follow(Rc::downgrade(&caller.target), name.clone(), sizes));
+        Ok(Answer::new(name))
+    }
+}
+
+/// Has a bdev, and the guests that it serves, follow its export when that grows. Ends with the bdev.
+async fn follow(target: Weak<Target>, name: String, mut sizes: watch::Receiver<u64>) {
+    while sizes.changed().await.is_ok() {
+        let mut told = false;
+        // A newer size may come while an older one has to wait: a job is above the bdev, or no ring is free for the change.
+        while sizes.has_changed().is_ok() {
+            let size = *sizes.borrow_and_update();
+            let Some(target) = target.upgrade() else { return };
+            match target.resize_bdev(&name, "virtio", size).await {
+                Ok(()) => break,
+                Err(error) if !std::mem::replace(&mut told, true) => {
+                    tracing::warn!(bdev = name, size, %error, "the export has grown, the bdev not yet");
+                }
+                Err(_) => {}
+            }
+            drop(target);
+            tokio::time::sleep(FOLLOW_AGAIN).await;
+        }
     }
 }
 

@@ -87,6 +87,7 @@ pub(super) struct Keeper {
     name: String,
     connection: Connection,
     device: Device,
+    serial: Option<String>,
     rings: Vec<Ring>,
     /// Seats whose channels have gone and left requests in flight.
     left: Vec<Seat>,
@@ -111,6 +112,7 @@ impl Keeper {
     ) -> Self {
         Self {
             name,
+            serial: connection.serial(),
             connection,
             device,
             left: Vec::with_capacity(rings.len()),
@@ -194,7 +196,7 @@ impl Keeper {
             let (bdev, bytes) = (&self.name, device.geometry.size());
             tracing::info!(bdev, bytes, "the export has grown");
             self.device = device;
-            self.shared.set_capacity(bytes);
+            self.shared.grown(bytes);
         }
     }
 
@@ -250,6 +252,15 @@ impl Keeper {
             return Err(format!("it has {} rings now, and had more", config.queues));
         }
         let device = self.device.successor(&config)?;
+        let serial = self.connection.serial();
+        if serial != self.serial {
+            let told = |serial: &Option<String>| match serial {
+                Some(serial) => format!("'{serial}'"),
+                None => "not told".to_owned(),
+            };
+            let (now, then) = (told(&serial), told(&self.serial));
+            return Err(format!("it is another disk: its serial is {now}, and was {then}"));
+        }
         self.adopt(device);
         self.outage = None;
         {

@@ -29,12 +29,15 @@ mod seat;
 mod shared;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use resilver_bdev::bounce::{Bounce, POOL_BYTES};
-use resilver_bdev::{Bdev, BdevError, Detail, Geometry, IoChannel, IoStats};
+use resilver_bdev::device::Link;
+use resilver_bdev::{Bdev, BdevError, Detail, FileIdentity, Geometry, IoChannel, IoStats};
 
 use channel::VirtioChannel;
 use device::Device;
@@ -73,6 +76,10 @@ pub struct Virtio {
     shared: Arc<Shared>,
     status: StatusCell,
     records_inflight: bool,
+    serial: Option<String>,
+    export: FileIdentity,
+    /// Blocks of the disk: the export may have grown further.
+    num_blocks: AtomicU64,
     stats: Arc<IoStats>,
 }
 
@@ -98,6 +105,7 @@ impl Virtio {
             queue_size: QUEUE_SIZE,
             inflight: true,
             back_channel: true,
+            identify: true,
             deadline: DEADLINE,
             ..ConnectionConfig::default()
         };
@@ -114,7 +122,7 @@ impl Virtio {
         }
         let (connection, queues) = opened.map_err(|error| refused(error.to_string()))?;
         let device = device.map_err(refused)?;
-        let records_inflight = connection.records_inflight();
+        let (records_inflight, serial) = (connection.records_inflight(), connection.serial());
         let seats = seats(&connection, queues);
         let kept = seats.iter().map(|seat| (seat.queue.handle().clone(), Arc::clone(&seat.state)));
         let kept = kept.collect();
@@ -127,15 +135,28 @@ impl Virtio {
         let status = keeper.status();
         let thread = std::thread::Builder::new().name(format!("virtio-{}", config.name));
         thread.spawn(move || keeper.run()).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { config, device, shared, status, records_inflight, stats: Arc::default() })
+        Ok(Self {
+            export: export_at(&config.socket),
+            config,
+            num_blocks: AtomicU64::new(device.geometry.num_blocks),
+            device,
+            shared,
+            status,
+            records_inflight,
+            serial,
+            stats: Arc::default(),
+        })
     }
 
-    /// What is there now: the export may have grown since.
-    fn device_now(&self) -> Device {
-        let mut device = self.device;
-        let blocks = self.shared.capacity() / u64::from(device.geometry.block_size);
-        device.geometry.num_blocks = blocks;
-        device
+    /// Has `told` called, on a thread of the bdev's own, with the size in bytes whenever the export has grown;
+    /// [`Bdev::resize`] to that size takes it on. There is one watcher: the first.
+    pub fn watch_size(&self, told: impl Fn(u64) + Send + Sync + 'static) {
+        self.shared.watch(Box::new(told));
+    }
+
+    fn export_size(&self) -> u64 {
+        let size = self.shared.capacity();
+        size - size % u64::from(self.device.geometry.block_size)
     }
 }
 
@@ -148,6 +169,16 @@ fn seats(connection: &Connection, queues: Vec<DriverQueue>) -> Vec<Seat> {
         state: Arc::new(RingState::new()),
     };
     queues.into_iter().zip(starts).map(seat).collect()
+}
+
+/// The export that listens at a path, in records of switch-overs: known by the path alone, for the socket itself is another
+/// each time that its process starts. No file has this device number.
+#[must_use]
+pub fn export_at(socket: &Path) -> FileIdentity {
+    let path = std::fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
+    let mut hasher = DefaultHasher::new();
+    path.hash(&mut hasher);
+    FileIdentity { device: u64::MAX, inode: hasher.finish(), path }
 }
 
 fn no_such_rings(config: &VirtioConfig, most: u16) -> BdevError {
@@ -174,7 +205,7 @@ impl Bdev for Virtio {
     }
 
     fn geometry(&self) -> Geometry {
-        self.device_now().geometry
+        Geometry { num_blocks: self.num_blocks.load(Ordering::Relaxed), ..self.device.geometry }
     }
 
     fn read_only(&self) -> bool {
@@ -199,7 +230,34 @@ impl Bdev for Virtio {
             self.shared.wake();
         }
         let seat = Lent::new(seat, Arc::clone(&self.shared));
-        Ok(Box::new(VirtioChannel::new(depth, self.device_now(), seat)))
+        let device = Device { geometry: self.geometry(), ..self.device };
+        Ok(Box::new(VirtioChannel::new(depth, device, seat)))
+    }
+
+    /// Takes on what the export has grown by; it cannot be made to grow from here.
+    fn resize(&self, size: u64) -> Result<(), BdevError> {
+        let geometry = Geometry::of_size(self.device.geometry.block_size, size)?;
+        let (least, most) = (self.geometry().size(), self.export_size());
+        if !(least..=most).contains(&size) {
+            return Err(BdevError::Invalid {
+                parameter: "size",
+                value: size.to_string(),
+                expected: format!(
+                    "from {least} to {most} bytes were expected, as many as the export has: resize it where it is made"
+                ),
+            });
+        }
+        self.num_blocks.store(geometry.num_blocks, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn recorded_as(&self) -> Option<FileIdentity> {
+        Some(self.export.clone())
+    }
+
+    fn link(&self) -> Option<Link> {
+        let status = self.status.get();
+        Some(Link { connected: status.connected, reconnects: status.reconnects })
     }
 
     fn details(&self) -> Vec<(&'static str, Detail)> {
@@ -224,6 +282,12 @@ impl Bdev for Virtio {
             ("write_zeroes", Detail::Flag(self.device.zeroes_max > 0)),
             ("max_transfer", Detail::Number(u64::from(self.device.max_transfer))),
         ];
+        if let Some(serial) = &self.serial {
+            details.push(("serial", Detail::Text(serial.clone())));
+        }
+        if self.export_size() != self.geometry().size() {
+            details.push(("export_size", Detail::Number(self.export_size())));
+        }
         if !status.connected {
             details.push(("attempts", Detail::Number(status.attempts)));
         }

@@ -1,5 +1,6 @@
 //! What the parts of a `virtio` bdev share: its control side, its keeper and its channels, each on a thread of its own.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam::queue::ArrayQueue;
@@ -7,6 +8,9 @@ use resilver_sys::EventFd;
 
 use super::seat::Seat;
 use crate::front_end::RingError;
+
+/// Told the size of an export that has grown, in bytes; on the keeper's thread.
+pub(super) type Watcher = Box<dyn Fn(u64) + Send + Sync>;
 
 /// Shared by all parts.
 pub(super) struct Shared {
@@ -20,8 +24,9 @@ pub(super) struct Shared {
     quit: AtomicBool,
     /// The next back end recovers by itself what its predecessor had in flight.
     recovers: AtomicBool,
-    /// Bytes of the disk.
+    /// Bytes of the export.
     capacity: AtomicU64,
+    watcher: OnceLock<Watcher>,
     /// What a back end did to a ring that it broke.
     broken: ArrayQueue<RingError>,
 }
@@ -41,6 +46,7 @@ impl Shared {
             quit: AtomicBool::new(false),
             recovers: AtomicBool::new(false),
             capacity: AtomicU64::new(capacity),
+            watcher: OnceLock::new(),
             broken: ArrayQueue::new(1),
         })
     }
@@ -114,12 +120,20 @@ impl Shared {
         self.recovers.load(Ordering::SeqCst)
     }
 
-    /// The disk has another size.
-    pub(super) fn set_capacity(&self, bytes: u64) {
+    /// The export has grown; whoever watches is told.
+    pub(super) fn grown(&self, bytes: u64) {
         self.capacity.store(bytes, Ordering::Relaxed);
+        if let Some(told) = self.watcher.get() {
+            told(bytes);
+        }
     }
 
-    /// Bytes of the disk.
+    /// Has `told` called whenever the export has grown. Only the first watcher is heard.
+    pub(super) fn watch(&self, told: Watcher) {
+        let _ = self.watcher.set(told);
+    }
+
+    /// Bytes of the export.
     pub(super) fn capacity(&self) -> u64 {
         self.capacity.load(Ordering::Relaxed)
     }

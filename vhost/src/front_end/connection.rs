@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
-use rustix::net::RecvFlags;
 
 use super::back_channel::BackChannel;
+use super::identity::{Identity, Serial};
 use super::inflight::Inflight;
-use super::link::{Link, PROTOCOL};
+use super::link::{self, Link, PROTOCOL};
 use super::memory::SharedMemory;
 use super::queue::{self, DriverQueue};
 use super::ring::RingHandle;
@@ -35,6 +35,8 @@ pub struct ConnectionConfig {
     pub accept: u64,
     /// Let the back end record what is in flight, if it can: after its death its successor resubmits it.
     pub inflight: bool,
+    /// Ask the disk for its serial at each connect: [`Connection::serial`].
+    pub identify: bool,
     /// Let the back end say when its configuration space changes, if it can: [`Connection::config_changed`].
     pub back_channel: bool,
     /// How long connecting, and any one call, may take.
@@ -50,6 +52,7 @@ impl Default for ConnectionConfig {
             data_bytes: 1 << 20,
             accept: u64::MAX,
             inflight: false,
+            identify: false,
             back_channel: false,
             deadline: Duration::from_secs(5),
         }
@@ -219,6 +222,8 @@ pub struct Connection {
     memory: SharedMemory,
     inflight: Option<Inflight>,
     back_channel: Option<BackChannel>,
+    identity: Option<Identity>,
+    serial: Option<Serial>,
     device: BlkConfig,
 }
 
@@ -251,9 +256,12 @@ impl Connection {
         let device = link.read_config(&negotiated)?;
         fit(&device, &mut config);
         config.check(&device)?;
-        let ring_bytes = queue::bytes_needed(config.queue_size, config.segments, &negotiated);
-        let mut memory =
-            SharedMemory::new(config.data_bytes, ring_bytes * usize::from(config.queues))?;
+        let ring_bytes = queue::bytes_needed(config.queue_size, config.segments, &negotiated)
+            * usize::from(config.queues);
+        let identity_bytes = if config.identify { Identity::bytes_needed(&negotiated) } else { 0 };
+        let mut memory = SharedMemory::new(config.data_bytes, ring_bytes + identity_bytes)?;
+        let identity =
+            config.identify.then(|| Identity::new(&negotiated, &mut memory)).transpose()?;
         let queues = (0..config.queues)
             .map(|index| {
                 DriverQueue::new(
@@ -275,6 +283,8 @@ impl Connection {
             memory,
             inflight: None,
             back_channel: None,
+            identity,
+            serial: None,
             device,
         };
         connection.share()?;
@@ -292,9 +302,10 @@ impl Connection {
                 "all rings of the connection come along in a reconnect",
             ));
         }
+        let recovers = self.records_inflight();
         self.reopen(self.config.deadline)?;
         for queue in queues {
-            if !self.records_inflight() {
+            if !recovers {
                 queue.restart();
             }
             self.start(queue.handle())?;
@@ -302,8 +313,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Connects again, waiting so long for the socket; no ring is served until [`Connection::start`]. Where [`Connection::records_inflight`] says no, each
-    /// ring has to be [restarted](DriverQueue::restart) before.
+    /// Connects again, waiting so long for the socket; no ring is served until [`Connection::start`]. Where
+    /// [`Connection::records_inflight`] said no before, each ring has to be [restarted](DriverQueue::restart) first.
     ///
     /// # Errors
     /// As [`Connection::reconnect`].
@@ -329,13 +340,25 @@ impl Connection {
             link.give_back_channel(&self.negotiated, theirs.as_fd())?;
             self.back_channel = Some(channel);
         }
+        link.share(&self.negotiated, &self.memory)?;
+        if let Some(identity) = &mut self.identity {
+            self.serial = identity.ask(&mut link, &self.negotiated)?;
+        }
         if has(protocol_features::INFLIGHT_SHMFD) && self.inflight.is_none() {
             self.inflight = link.make_inflight(self.config.queues, self.config.queue_size)?;
         }
         if let Some(inflight) = &self.inflight {
             link.give_inflight(&self.negotiated, inflight)?;
         }
-        link.share(&self.negotiated, &self.memory)
+        Ok(())
+    }
+
+    /// The disk's serial, as text; none if it was not asked for, or the disk has none.
+    #[must_use]
+    pub fn serial(&self) -> Option<String> {
+        let bytes = self.serial.as_ref()?;
+        let text = bytes.split(|byte| *byte == 0).next()?;
+        Some(text.escape_ascii().to_string())
     }
 
     /// Whether the back end records what is in flight, so that its successor resubmits it.
@@ -405,11 +428,7 @@ impl Connection {
     /// Whether the back end has closed the connection, or says what nobody has asked for: it is of no use then.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match rustix::net::recv(&self.socket, &mut [0u8; 1], flags) {
-            Ok(_) => true,
-            Err(error) => error != rustix::io::Errno::AGAIN && error != rustix::io::Errno::INTR,
-        }
+        link::is_closed(&self.socket)
     }
 
     /// Stops a ring: the back end completes what it has taken and answers with the next available index.

@@ -77,6 +77,11 @@ impl Link {
         Ok(Self { socket, deadline })
     }
 
+    /// Whether the back end has closed the connection, or says what nobody has asked for: it is of no use then.
+    pub(super) fn is_closed(&self) -> bool {
+        is_closed(&self.socket)
+    }
+
     /// Agrees on features: of what is offered, what this driver knows and the caller accepts, virtio's and the protocol's.
     pub(super) fn negotiate(
         &mut self,
@@ -315,6 +320,15 @@ impl Link {
             }
             _ => FrontEndError::Lost { message, source },
         }
+    }
+}
+
+/// As [`Link::is_closed`].
+pub(super) fn is_closed(socket: &UnixStream) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    match rustix::net::recv(socket, &mut [0u8; 1], flags) {
+        Ok(_) => true,
+        Err(error) => error != rustix::io::Errno::AGAIN && error != rustix::io::Errno::INTR,
     }
 }
 

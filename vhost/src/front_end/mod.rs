@@ -23,6 +23,7 @@
 
 mod back_channel;
 mod connection;
+mod identity;
 mod inflight;
 mod link;
 mod memory;

@@ -250,6 +250,11 @@ impl DriverQueue {
         Ok(queue)
     }
 
+    /// Lets requests name all of the memory, and not the caller's part alone.
+    pub(super) fn reach(&mut self, memory: &SharedMemory) {
+        self.data_bytes = memory.mapping().len() as u64;
+    }
+
     /// What the control side needs of the ring, wherever the queue goes.
     #[must_use]
     pub fn handle(&self) -> &RingHandle {

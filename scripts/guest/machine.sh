@@ -71,14 +71,17 @@ end_target() {
     target=
 }
 
-# new_disk NAME MIB [RING]: a file, served with split rings or with packed ones too.
+# new_disk NAME MIB [RING]: a file, and its controller.
 new_disk() {
-    local packed=false
-    [ "${3:-split}" = split ] || packed=true
     truncate -s "$2M" "$work/$1.raw"
     resilver bdev uring-create "$1" "$work/$1.raw" >/dev/null
-    resilver rpc vhost_create_blk_controller \
-        '{"ctrlr":"'"$1.sock"'","dev_name":"'"$1"'","packed_ring":'$packed'}' >/dev/null
+    new_controller "$1" "${3:-split}"
+}
+# new_controller BDEV RING: serves it with split rings, or with packed ones too.
+new_controller() {
+    local packed=true
+    [ "$2" = packed ] || packed=false
+    resilver vhost create-blk-controller "$1.sock" "$1" --packed-ring $packed >/dev/null
 }
 
 # boot_on NAME DISK QUEUES RING ARGUMENT...: starts a guest on a disk and waits until it takes commands.
@@ -92,9 +95,11 @@ boot_on() {
         mkfifo "$work/$vm.$port".{in,out}
     done
     rm -f "$work/$vm.console"
+    # init_on_alloc: a page that the kernel has cleared counts as written, and would hide that the disk wrote it unlogged.
     qemu-system-x86_64 -accel tcg,thread=multi -machine q35,memory-backend=mem -cpu max -smp 2 -m "$memory,slots=4,maxmem=4G" \
         -object "memory-backend-memfd,id=mem,size=${memory}M,share=on" -nodefaults -display none \
-        -kernel "$kernel" -initrd "$work/initramfs" -append "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable" \
+        -kernel "$kernel" -initrd "$work/initramfs" \
+        -append "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable init_on_alloc=0" \
         -chardev "socket,id=c,path=$work/$disk.sock,reconnect-ms=200" \
         -device "vhost-user-blk-pci,id=disk,chardev=c,num-queues=$queues,packed=$packed" \
         -serial "file:$work/$vm.console" -serial "pipe:$work/$vm.port" -qmp "pipe:$work/$vm.qmp" \

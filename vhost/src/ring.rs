@@ -386,9 +386,6 @@ impl Ring {
     }
 }
 
-#[cfg(all(test, feature = "model"))]
-mod model;
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -102,7 +102,9 @@ impl World {
     /// Gives the target of a mirror by bitmap what an earlier copy gave it: all that is clean.
     pub(super) fn preset_earlier_copy(&self, target: &SimDisk) {
         let Some(recorder) = &self.recorder else { return };
-        for sector in (0..self.source.sectors()).filter(|sector| !recorder.is_dirty(*sector)) {
+        // A disk that has grown in a switch-over may be larger than the target, which is refused later.
+        let sectors = self.source.sectors().min(target.sectors());
+        for sector in (0..sectors).filter(|sector| !recorder.is_dirty(*sector)) {
             let content = Some(self.source.content(sector));
             target.preset(sector, content.filter(|_| !self.source.is_hole(sector)));
         }

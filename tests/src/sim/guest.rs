@@ -17,12 +17,14 @@ use resilver_bdev::{BdevIo, Completion, IoError, IoKind, IoStats, Limits, Port, 
 use resilver_reactor::{Armed, Context, Nanos, Work};
 use resilver_sys::mapping::Mapping;
 use resilver_sys::{BufferSlice, RegionId, RegionTable, WaitSet};
+use resilver_vhost::inflight::InflightMemory;
+use resilver_vhost::ring::Format;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 use super::disk::{overlap, sectors_of};
 use super::lock;
 use super::oracle::{Oracle, Value};
-use super::ring::{DriverRing, RING_BYTES};
+use super::ring::{DriverRing, ENTRIES, RING_BYTES};
 use super::rng::Rng;
 use super::sector::{SECTOR, Sector, Stamp};
 use super::trace::Trace;
@@ -37,8 +39,14 @@ const POISON: u64 = 0xdead_dead_dead_dead;
 pub enum Transport {
     /// It is a consumer of the disk itself.
     Port,
-    /// Through a virtqueue and a vhost session.
-    Ring,
+    /// Through a virtqueue and a vhost session. Where requests in flight are tracked, the ring stays as it is when the session
+    /// ends, and the next session executes what was in flight; else all is laid out anew and asked again.
+    Ring {
+        /// Of the virtqueue.
+        format: Format,
+        /// With an in-flight region.
+        tracked: bool,
+    },
 }
 
 /// How a guest behaves.
@@ -62,6 +70,12 @@ pub struct GuestOptions {
     pub scribble_per_mille: u32,
     /// Writes in a thousand that hold zeroes only; and sectors of the others.
     pub zero_per_mille: u32,
+}
+
+/// The memory in which a ring's requests in flight are tracked.
+fn inflight(format: Format) -> InflightMemory {
+    let (description, file) = InflightMemory::make(format, 1, ENTRIES).expect("a memory file");
+    InflightMemory::map(&description, &file).expect("it maps")
 }
 
 /// A request of a scenario.
@@ -152,8 +166,11 @@ impl Way for RingWay<'_> {
 struct Driver {
     /// What the guest's memory is made of.
     file: Arc<OwnedFd>,
-    /// None while no session serves it.
+    /// None while no session serves it, but for a ring that is tracked.
     ring: Option<DriverRing>,
+    format: Format,
+    /// What the front end keeps.
+    inflight: Option<InflightMemory>,
     /// What the device told at its start.
     limits: Limits,
     rng: Rng,
@@ -214,12 +231,18 @@ impl SimGuest {
         let file = memfd_create(name, MemfdFlags::CLOEXEC).expect("a memory file");
         ftruncate(&file, bytes).expect("a memory file's size");
         let mapping = Mapping::shared(file.as_fd(), 0, bytes).expect("memory for a guest");
-        let driver = (options.transport == Transport::Ring).then(|| Driver {
+        let driver = |format, tracked: bool| Driver {
             file: Arc::new(file),
             ring: None,
+            format,
+            inflight: tracked.then(|| inflight(format)),
             limits: *limits,
             rng: rng.fork(),
-        });
+        };
+        let driver = match options.transport {
+            Transport::Port => None,
+            Transport::Ring { format, tracked } => Some(driver(format, tracked)),
+        };
         Self(Arc::new(Mutex::new(State {
             name: name.to_owned(),
             active: true,
@@ -257,6 +280,12 @@ impl SimGuest {
         (Arc::clone(&driver.file), state.mapping.len() as u64)
     }
 
+    /// What its front end keeps of requests in flight.
+    #[must_use]
+    pub fn inflight(&self) -> Option<InflightMemory> {
+        lock(&self.0).driver.as_ref()?.inflight.clone()
+    }
+
     /// Where its ring lies: descriptors, available, used.
     ///
     /// # Panics
@@ -277,7 +306,12 @@ impl SimGuest {
             let mapping = Arc::clone(&state.mapping);
             state.region = memory.insert(mapping).expect("room in the region table");
         }
-        let mut ring = DriverRing::new(&state.mapping, state.options.depth as u64 * BUFFER);
+        if driver.ring.is_some() {
+            // What was in flight is in the in-flight region.
+            return;
+        }
+        let at = state.options.depth as u64 * BUFFER;
+        let mut ring = DriverRing::new(&state.mapping, at, driver.format);
         for (slot, request) in state.requests.iter_mut().enumerate() {
             let Some(request) = request else { continue };
             request.slices.iter_mut().for_each(|slice| slice.region = state.region);
@@ -289,7 +323,9 @@ impl SimGuest {
 
     /// The session is gone, and with it the ring.
     pub fn unplug(&self) {
-        if let Some(driver) = &mut lock(&self.0).driver {
+        if let Some(driver) = &mut lock(&self.0).driver
+            && driver.inflight.is_none()
+        {
             driver.ring = None;
         }
     }

@@ -1,4 +1,4 @@
-//! The driver's side of a split virtqueue that carries virtio-blk requests (virtio 1.2 §2.7, §5.2.6).
+//! The driver's side of a virtqueue, split or packed, that carries virtio-blk requests (virtio 1.2 §2.7, §2.8, §5.2.6).
 //!
 //! Written for the simulator and nobody else, so that the device side is met by a driver that shares no code with it. It cuts
 //! requests into descriptors as the seed says, headers too, with or without an indirect table: a device must not
@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use resilver_bdev::{BdevIo, Completion, IoError, IoKind, Tag};
 use resilver_sys::mapping::Mapping;
 use resilver_sys::{Area, BufferSlice};
+use resilver_vhost::ring::Format;
 
 use super::rng::Rng;
 use super::sector::SECTOR;
@@ -41,6 +42,9 @@ pub const RING_BYTES: usize = ENVELOPES + SLOTS * ENVELOPE;
 const NEXT: u16 = 1;
 const DEVICE_WRITES: u16 = 2;
 const INDIRECT: u16 = 4;
+/// Packed: the driver's mark and the device's.
+const AVAIL: u16 = 1 << 7;
+const USED_FLAG: u16 = 1 << 15;
 const NO_STATUS: u8 = 0xff;
 
 /// One descriptor, before it is written.
@@ -57,11 +61,29 @@ pub struct DriverRing {
     area: Area,
     /// Where in the guest's memory the ring lies, bytes.
     at: u64,
-    free: Vec<u16>,
     /// Per slot, the descriptors of its request.
     chains: Vec<Vec<u16>>,
-    next_available: u16,
-    next_used: u16,
+    free: Vec<u16>,
+    place: Place,
+}
+
+/// Where the driver stands.
+#[derive(Debug)]
+enum Place {
+    /// The indexes that it writes and reads next.
+    Split { next_available: u16, next_used: u16 },
+    /// Descriptors that it writes and reads next, each with the wrap counter of its lap.
+    Packed { next_available: (u16, bool), next_used: (u16, bool) },
+}
+
+/// The place `by` descriptors on.
+fn ahead((index, wrap): (u16, bool), by: usize) -> (u16, bool) {
+    let index = usize::from(index) + by;
+    if index < usize::from(ENTRIES) {
+        (index as u16, wrap)
+    } else {
+        ((index - usize::from(ENTRIES)) as u16, !wrap)
+    }
 }
 
 impl DriverRing {
@@ -70,7 +92,7 @@ impl DriverRing {
     /// # Panics
     /// The memory is too small.
     #[must_use]
-    pub fn new(mapping: &Arc<Mapping>, at: u64) -> Self {
+    pub fn new(mapping: &Arc<Mapping>, at: u64, format: Format) -> Self {
         let area = Area::new(mapping, at, RING_BYTES, 4096).expect("room for a ring");
         for word in (0..RING_BYTES).step_by(8) {
             area.store_u64(word, 0, Ordering::Relaxed);
@@ -80,8 +102,10 @@ impl DriverRing {
             at,
             free: (0..ENTRIES).rev().collect(),
             chains: vec![Vec::new(); SLOTS],
-            next_available: 0,
-            next_used: 0,
+            place: match format {
+                Format::Split => Place::Split { next_available: 0, next_used: 0 },
+                Format::Packed => Place::Packed { next_available: (0, true), next_used: (0, true) },
+            },
         }
     }
 
@@ -110,7 +134,7 @@ impl DriverRing {
         pieces.push(Piece { address: status, length: 1, flags: DEVICE_WRITES });
 
         let indirect = rng.chance(500) && pieces.len() <= (ENVELOPE - INDIRECT_AT) / DESCRIPTOR;
-        let head = if indirect {
+        if indirect {
             let table = ENVELOPES + slot * ENVELOPE + INDIRECT_AT;
             let last = pieces.len() - 1;
             for (index, piece) in pieces.iter().enumerate() {
@@ -119,14 +143,49 @@ impl DriverRing {
             }
             let length = (pieces.len() * DESCRIPTOR) as u32;
             let address = self.address(slot, INDIRECT_AT);
-            self.chain(slot, &[Piece { address, length, flags: INDIRECT }])
-        } else {
-            self.chain(slot, &pieces)
-        };
-        let entry = AVAILABLE + 4 + 2 * usize::from(self.next_available % ENTRIES);
-        self.area.store_u16(entry, head, Ordering::Relaxed);
-        self.next_available = self.next_available.wrapping_add(1);
-        self.area.store_u16(AVAILABLE + 2, self.next_available, Ordering::Release);
+            pieces = vec![Piece { address, length, flags: INDIRECT }];
+        }
+        let split = self.free.len() - pieces.len();
+        self.chains[slot] = self.free.split_off(split);
+        match self.place {
+            Place::Split { next_available, .. } => self.offer(slot, &pieces, next_available),
+            Place::Packed { next_available, .. } => {
+                self.offer_packed(slot, &pieces, next_available)
+            }
+        }
+    }
+
+    /// Links pieces into a chain of the descriptors of `slot` and makes its head available.
+    fn offer(&mut self, slot: usize, pieces: &[Piece], index: u16) {
+        for (place, piece) in pieces.iter().enumerate() {
+            let chain = &self.chains[slot];
+            let next = chain.get(place + 1).copied();
+            self.write_descriptor(usize::from(chain[place]) * DESCRIPTOR, *piece, next);
+        }
+        let entry = AVAILABLE + 4 + 2 * usize::from(index % ENTRIES);
+        self.area.store_u16(entry, self.chains[slot][0], Ordering::Relaxed);
+        let index = index.wrapping_add(1);
+        self.area.store_u16(AVAILABLE + 2, index, Ordering::Release);
+        if let Place::Split { next_available, .. } = &mut self.place {
+            *next_available = index;
+        }
+    }
+
+    /// Writes pieces one behind the other, under the slot as the buffer's id; the flags of the first last.
+    fn offer_packed(&mut self, slot: usize, pieces: &[Piece], first: (u16, bool)) {
+        for (place, piece) in pieces.iter().enumerate().rev() {
+            let (index, wrap) = ahead(first, place);
+            let at = usize::from(index) * DESCRIPTOR;
+            let more = if place + 1 < pieces.len() { NEXT } else { 0 };
+            let flags = piece.flags | more | if wrap { AVAIL } else { USED_FLAG };
+            self.area.store_u64(at, piece.address, Ordering::Relaxed);
+            self.area.store_u32(at + 8, piece.length, Ordering::Relaxed);
+            self.area.store_u16(at + 12, slot as u16, Ordering::Relaxed);
+            self.area.store_u16(at + 14, flags, Ordering::Release);
+        }
+        if let Place::Packed { next_available, .. } = &mut self.place {
+            *next_available = ahead(first, pieces.len());
+        }
     }
 
     /// Takes one request that the device has finished; its tag is its slot. Nothing while there is none.
@@ -134,19 +193,16 @@ impl DriverRing {
     /// # Errors
     /// What the device did wrong.
     pub fn pop(&mut self) -> Result<Option<Completion>, String> {
-        let used = self.area.load_u16(USED + 2, Ordering::Acquire);
-        if used == self.next_used {
-            return Ok(None);
-        }
-        let entry = USED + 4 + 8 * usize::from(self.next_used % ENTRIES);
-        let head = self.area.load_u32(entry, Ordering::Relaxed);
-        self.next_used = self.next_used.wrapping_add(1);
-        let of_head =
-            |chain: &Vec<u16>| chain.first().is_some_and(|first| u32::from(*first) == head);
-        let Some(slot) = self.chains.iter().position(of_head) else {
-            return Err(format!("the device returned descriptor {head}, which it does not have"));
+        let slot = match self.place {
+            Place::Split { next_used, .. } => self.next_split(next_used)?,
+            Place::Packed { next_used, .. } => self.next_packed(next_used)?,
         };
+        let Some(slot) = slot else { return Ok(None) };
         let chain = std::mem::take(&mut self.chains[slot]);
+        match &mut self.place {
+            Place::Split { next_used, .. } => *next_used = next_used.wrapping_add(1),
+            Place::Packed { next_used, .. } => *next_used = ahead(*next_used, chain.len()),
+        }
         self.free.extend(chain);
         let status = ENVELOPES + slot * ENVELOPE + STATUS_AT;
         let result = match self.area.load_u8(status, Ordering::Relaxed) {
@@ -156,6 +212,35 @@ impl DriverRing {
             status => return Err(format!("slot {slot} came back with status {status:#x}")),
         };
         Ok(Some(Completion { tag: Tag(slot as u32), result }))
+    }
+
+    /// The slot of the next used element.
+    fn next_split(&self, next_used: u16) -> Result<Option<usize>, String> {
+        if self.area.load_u16(USED + 2, Ordering::Acquire) == next_used {
+            return Ok(None);
+        }
+        let entry = USED + 4 + 8 * usize::from(next_used % ENTRIES);
+        let head = self.area.load_u32(entry, Ordering::Relaxed);
+        let of_head =
+            |chain: &Vec<u16>| chain.first().is_some_and(|first| u32::from(*first) == head);
+        match self.chains.iter().position(of_head) {
+            Some(slot) => Ok(Some(slot)),
+            None => Err(format!("the device returned descriptor {head}, which it does not have")),
+        }
+    }
+
+    /// The slot of the next used descriptor.
+    fn next_packed(&self, (index, wrap): (u16, bool)) -> Result<Option<usize>, String> {
+        let at = usize::from(index) * DESCRIPTOR;
+        let flags = self.area.load_u16(at + 14, Ordering::Acquire);
+        if (flags & AVAIL != 0, flags & USED_FLAG != 0) != (wrap, wrap) {
+            return Ok(None);
+        }
+        let id = usize::from(self.area.load_u16(at + 12, Ordering::Relaxed));
+        match self.chains.get(id).is_some_and(|chain| !chain.is_empty()) {
+            true => Ok(Some(id)),
+            false => Err(format!("the device returned buffer {id}, which it does not have")),
+        }
     }
 
     /// Writes header, range and status of a request; gives the pieces that come before its data.
@@ -196,24 +281,16 @@ impl DriverRing {
         GUEST_BASE + self.at + (ENVELOPES + slot * ENVELOPE + byte) as u64
     }
 
-    /// Links pieces into a chain of the ring's own descriptors; gives its head.
-    fn chain(&mut self, slot: usize, pieces: &[Piece]) -> u16 {
-        let split = self.free.len() - pieces.len();
-        let chain = self.free.split_off(split);
-        for (index, piece) in pieces.iter().enumerate() {
-            let next = chain.get(index + 1).copied();
-            self.write_descriptor(usize::from(chain[index]) * DESCRIPTOR, *piece, next);
-        }
-        let head = chain[0];
-        self.chains[slot] = chain;
-        head
-    }
-
     fn write_descriptor(&self, at: usize, piece: Piece, next: Option<u16>) {
+        // In the packed format the last two fields are the other way round, and the link is an id that nobody reads.
+        let (flags_at, link_at) = match self.place {
+            Place::Split { .. } => (at + 12, at + 14),
+            Place::Packed { .. } => (at + 14, at + 12),
+        };
         let flags = piece.flags | if next.is_some() { NEXT } else { 0 };
         self.area.store_u64(at, piece.address, Ordering::Relaxed);
         self.area.store_u32(at + 8, piece.length, Ordering::Relaxed);
-        self.area.store_u16(at + 12, flags, Ordering::Relaxed);
-        self.area.store_u16(at + 14, next.unwrap_or(0), Ordering::Relaxed);
+        self.area.store_u16(flags_at, flags, Ordering::Relaxed);
+        self.area.store_u16(link_at, next.unwrap_or(0), Ordering::Relaxed);
     }
 }

@@ -125,7 +125,7 @@ impl World {
         let share = self.rng.pick(&[0, 200, 800]);
         let mut top = vec![true; self.source.sectors()];
         if config.sync == SyncMode::Top {
-            for (sector, top) in top.iter_mut().enumerate() {
+            for (sector, top) in top.iter_mut().enumerate().take(target.sectors()) {
                 *top = self.rng.chance(share);
                 if !*top {
                     let content = Some(self.source.content(sector));

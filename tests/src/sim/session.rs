@@ -14,6 +14,7 @@ use resilver_vhost::VhostStats;
 use resilver_vhost::blk::CacheMode;
 use resilver_vhost::blk_session::{BlkSession, Command, Enabled, SessionConfig};
 use resilver_vhost::chain::Indirect;
+use resilver_vhost::inflight::{Holds, InflightMemory};
 use resilver_vhost::memory::{GuestMemory, GuestRegion};
 use resilver_vhost::message::{RegionDescription, RingAddresses};
 use resilver_vhost::queue::LiveQueue;
@@ -24,6 +25,9 @@ use super::lock;
 use super::ring::{ENTRIES, GUEST_BASE};
 use super::rng::Rng;
 use super::trace::Trace;
+
+/// A packed ring at its beginning, both ways.
+const FRESH_PACKED: u32 = 0x8000_8000;
 
 /// What control does to a session, one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +57,10 @@ pub struct Session {
     answer: Arc<Mutex<Answer>>,
     memory: GuestMemory,
     /// Where the ring goes on.
+    format: Format,
+    /// What the front end keeps of requests in flight, and what that can hold when the ring starts.
+    inflight: Option<InflightMemory>,
+    holds: Holds,
     base: u32,
     addresses: RingAddresses,
     kick: Arc<EventFd>,
@@ -65,7 +73,12 @@ impl Session {
     /// # Panics
     /// The host refuses a descriptor.
     #[must_use]
-    pub fn new(guest: &SimGuest, doorbell: Arc<Doorbell>, trace: &Trace) -> (Self, BlkSession) {
+    pub fn new(
+        guest: &SimGuest,
+        format: Format,
+        doorbell: Arc<Doorbell>,
+        trace: &Trace,
+    ) -> (Self, BlkSession) {
         let fault_trace = trace.clone();
         let config = SessionConfig {
             num_queues: 1,
@@ -83,7 +96,10 @@ impl Session {
             steps: VecDeque::from([Step::Memory, Step::Cache(CacheMode::WriteBack), Step::Start]),
             answer: Arc::new(Mutex::new(Answer::Here)),
             memory: GuestMemory::default(),
-            base: 0,
+            format,
+            inflight: guest.inflight(),
+            holds: Holds::AnEarlierSession,
+            base: if format == Format::Split { 0 } else { FRESH_PACKED },
             addresses: RingAddresses { flags: 0, descriptors, used, available, log: 0 },
             kick: Arc::new(EventFd::new().expect("an event descriptor")),
             trace: trace.clone(),
@@ -153,11 +169,20 @@ impl Session {
             }
             Step::Start => {
                 let (base, events) = (self.base, EventMode::Flags);
-                let ring = Ring::new(Format::Split, self.areas(), ENTRIES, base, events);
-                let ring = ring.expect("a split ring goes on anywhere");
+                let ring = Ring::new(self.format, self.areas(), ENTRIES, base, events);
+                let mut ring = ring.expect("a ring goes on where it stopped");
+                let again = match &self.inflight {
+                    Some(memory) => {
+                        memory.take_over(0, &mut ring, self.holds).unwrap_or_else(|wrong| {
+                            self.trace.finding(wrong);
+                            Box::default()
+                        })
+                    }
+                    None => Box::default(),
+                };
+                self.holds = Holds::Nothing;
                 let kick = Some(Arc::clone(&self.kick));
-                let live =
-                    Box::new(LiveQueue::new(ring, Box::default(), Indirect::Allowed, kick, None));
+                let live = Box::new(LiveQueue::new(ring, again, Indirect::Allowed, kick, None));
                 let (trace, answered) = (self.trace.clone(), self.answered());
                 let reply = Box::new(move |result: Result<(), _>| {
                     if result.is_err() {
@@ -189,7 +214,7 @@ impl Session {
     }
 
     fn areas(&self) -> RingAreas {
-        RingAreas::resolve(&self.memory, Format::Split, ENTRIES, &self.addresses)
+        RingAreas::resolve(&self.memory, self.format, ENTRIES, &self.addresses)
             .expect("a well-placed ring")
     }
 }

@@ -7,6 +7,8 @@ use resilver_bdev::{IoKind, Limits};
 use resilver_reactor::Nanos;
 
 use super::disk::{DiskOptions, Faults, UnmapResult};
+use resilver_vhost::ring::Format;
+
 use super::guest::{GuestOptions, Transport};
 use super::rng::Rng;
 use super::sector::SECTOR;
@@ -168,7 +170,12 @@ fn guest(rng: &mut Rng, limits: &Limits) -> GuestOptions {
     let hot = rng.below(sectors);
     let weight = |rng: &mut Rng| rng.pick(&[0, 1, 1, 4]);
     GuestOptions {
-        transport: rng.pick(&[Transport::Port, Transport::Ring]),
+        transport: if rng.chance(500) {
+            Transport::Port
+        } else {
+            let format = rng.pick(&[Format::Split, Format::Packed]);
+            Transport::Ring { format, tracked: rng.chance(500) }
+        },
         depth: rng.pick(&[1, 4, 16, 32]),
         weights: [
             rng.pick(&[1, 4, 10]),

@@ -162,10 +162,10 @@ impl World {
         };
         let consumer: Box<dyn Consumer> = match seat.guest.transport() {
             Transport::Port => Box::new(seat.guest.clone()),
-            Transport::Ring => {
+            Transport::Ring { format, .. } => {
                 seat.guest.plug(&self.memory);
                 let doorbell = Arc::clone(&self.doorbell);
-                let (control, session) = Session::new(&seat.guest, doorbell, &self.trace);
+                let (control, session) = Session::new(&seat.guest, format, doorbell, &self.trace);
                 seat.session = Some(control);
                 Box::new(session)
             }

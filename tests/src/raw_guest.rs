@@ -153,6 +153,14 @@ impl RawGuest {
         let offered = self.number(&Message::GetProtocolFeatures);
         self.say(&Message::SetProtocolFeatures(offered), &[]);
         self.set_features(extra);
+        self.share();
+    }
+
+    /// Shares the guest's memory.
+    ///
+    /// # Panics
+    /// If it is refused.
+    pub fn share(&self) {
         self.tell(&Message::SetMemTable(vec![self.region()]), &[self.file.as_fd()]);
     }
 

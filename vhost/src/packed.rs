@@ -12,7 +12,8 @@
 //! driver that makes descriptors available which were not given back breaks its ring ([`RingFault::Overrun`]).
 //!
 //! **Notifications.** Each side has an event area that the other reads: enabled, disabled, or from a descriptor on
-//! (virtio 2.8.10). The fences are those of the split ring.
+//! (virtio 2.8.10). The fences are those of the split ring, and `ring/model.rs` runs
+//! them in every order too.
 
 use std::sync::atomic::Ordering;
 

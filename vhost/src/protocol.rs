@@ -192,6 +192,12 @@ pub mod device_state {
     pub const FAILED: u64 = 1;
 }
 
+/// Bits of the virtio status (virtio 2.1).
+pub mod device_status {
+    /// The driver is ready to use the device.
+    pub const DRIVER_OK: u8 = 4;
+}
+
 /// Flags of SET_CONFIG (vhost-user, "Virtio device config space").
 pub mod config_flags {
     /// A guest has written a writable field.

@@ -386,6 +386,9 @@ impl Ring {
     }
 }
 
+#[cfg(all(test, feature = "model"))]
+mod model;
+
 #[cfg(test)]
 mod tests {
     use super::*;

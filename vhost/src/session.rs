@@ -18,8 +18,8 @@ use crate::message::{
     ConfigPiece, FdPresence, InflightDescription, Message, RegionDescription, Reply, RingAddresses,
 };
 use crate::protocol::{
-    MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, device_state, features, protocol_features,
-    request,
+    MEMORY_SLOTS_MAX, RING_SIZE_MAX, config_flags, device_state, device_status, features,
+    protocol_features, request,
 };
 use crate::ring::{EventMode, Format};
 
@@ -280,6 +280,9 @@ pub struct Session {
     /// for as long as they live, and never hear of a reset's choice; so it begins as it will be and only its guest changes it.
     writeback: CacheMode,
     rings: Vec<Ring>,
+    /// A ring was started since the last reset, or the driver said that it is ready: there is a guest that could reset the
+    /// device.
+    driven: bool,
 }
 
 impl Session {
@@ -287,7 +290,15 @@ impl Session {
     #[must_use]
     pub fn new(device: BlkDevice, writeback: CacheMode) -> Self {
         let rings = (0..device.num_queues).map(|_| Ring::new(Enabled::No)).collect();
-        Self { device, features: 0, protocol_features: 0, status: 0, writeback, rings }
+        Self {
+            device,
+            features: 0,
+            protocol_features: 0,
+            status: 0,
+            writeback,
+            rings,
+            driven: false,
+        }
     }
 
     /// What the guest wants of the cache.
@@ -479,7 +490,11 @@ impl Session {
                 vec![self.transfer(*direction, *phase)?]
             }
             Message::CheckDeviceState => vec![Action::CheckState],
-            Message::ResetDevice => self.reset(),
+            Message::ResetDevice => {
+                let mut actions = self.reset();
+                actions.extend(self.guest_reset());
+                actions
+            }
             Message::SetStatus(status) => self.set_status(*status)?,
             Message::GetStatus => number(u64::from(self.status)),
         })
@@ -511,7 +526,10 @@ impl Session {
         *ring = changed;
         Ok(match step {
             Step::Nothing => Vec::new(),
-            Step::Start => vec![Action::Start(queue)],
+            Step::Start => {
+                self.driven = true;
+                vec![Action::Start(queue)]
+            }
             Step::Move => vec![Action::Move(queue)],
             Step::Stop => vec![Action::Stop(queue)],
         })
@@ -640,8 +658,24 @@ impl Session {
     fn set_status(&mut self, status: u64) -> Result<Vec<Action>, SessionError> {
         let status = u8::try_from(status).map_err(|_| out_of_range("the device status", status))?;
         let was = std::mem::replace(&mut self.status, status);
+        self.driven |= status & device_status::DRIVER_OK != 0;
         // Zero is a reset, but a device that was never set up has nothing to reset.
-        Ok(if status == 0 && was != 0 { self.reset() } else { Vec::new() })
+        if status != 0 || was == 0 {
+            return Ok(Vec::new());
+        }
+        let mut actions = self.reset();
+        if !self.has_protocol_feature(protocol_features::RESET_DEVICE) {
+            actions.extend(self.guest_reset());
+        }
+        Ok(actions)
+    }
+
+    /// What follows from a reset that is the guest's. QEMU (10.0) resets the device when it connects, before there is a guest, and
+    /// several times for one reset of the machine; and it sets the status to zero whenever it stops the device, to pause the
+    /// machine or to migrate it. So a reset counts once after the device was in use, and a front end that has RESET_DEVICE is
+    /// taken to mean a pause by a status of zero.
+    fn guest_reset(&mut self) -> Option<Action> {
+        std::mem::take(&mut self.driven).then_some(Action::GuestReset)
     }
 
     /// Stops all rings and forgets what was said about them. Memory, descriptors and features stay: the session goes on.
@@ -653,7 +687,7 @@ impl Session {
         };
         self.rings.fill(Ring::new(enabled));
         self.status = 0;
-        actions.extend([self.cache_action(), Action::GuestReset]);
+        actions.push(self.cache_action());
         actions
     }
 }

@@ -11,7 +11,7 @@
 //! **Notifications.** While the ring is polled the driver is told not to kick. [`SplitRing::arm`] asks for kicks and looks
 //! once more behind a sequentially consistent fence, so that a request made available meanwhile is not missed (virtio
 //! 2.7.10, 2.7.23). The same fence stands between the used index and the look at whether the driver wants an interrupt.
-//! `split/model.rs` runs both in every order; without either fence it finds a deadlock.
+//! `ring/model.rs` runs both in every order; without either fence it finds a deadlock.
 
 use std::sync::atomic::Ordering;
 
@@ -260,6 +260,3 @@ impl Descriptors for SplitChain<'_> {
         Some(descriptor)
     }
 }
-
-#[cfg(all(test, feature = "model"))]
-mod model;

@@ -69,9 +69,17 @@ pub(super) struct Setup {
     pub(super) logged: bool,
     /// Requests in flight are tracked.
     pub(super) tracked: bool,
+    pub(super) format: Format,
     pub(super) size: u16,
     pub(super) events: EventMode,
     pub(super) indirect: Indirect,
+}
+
+impl Setup {
+    /// Where a fresh ring goes on: a packed one is in its first lap, both ways.
+    pub(super) fn first_base(&self) -> u32 {
+        if self.format == Format::Packed { 0x8000_8000 } else { 0 }
+    }
 }
 
 /// An answer that control waits for before it gives the next command.
@@ -87,9 +95,11 @@ struct Link {
     fault: Inbox<(u16, RingFault)>,
     waiting: Option<Waiting>,
     /// Where the queues that run began.
-    started: [Option<u16>; QUEUES as usize],
-    /// Requests taken from queues that have been stopped, and how often that was.
+    started: [Option<u32>; QUEUES as usize],
+    /// Of queues that have been stopped: requests taken from split rings, packed rings that kept descriptors, and how many
+    /// there were.
     taken: u64,
+    kept: u64,
     stops: u64,
 }
 
@@ -168,7 +178,7 @@ fn session(doorbell: &Arc<Doorbell>) -> (BlkSession, Link) {
     };
     let (session, commands) = BlkSession::new(config, Arc::clone(doorbell));
     let (waiting, started) = (None, [None; QUEUES as usize]);
-    let link = Link { commands, stats, fault, waiting, started, taken: 0, stops: 0 };
+    let link = Link { commands, stats, fault, waiting, started, taken: 0, kept: 0, stops: 0 };
     (session, link)
 }
 
@@ -180,7 +190,7 @@ impl Bench {
         let mapping = Mapping::shared(neighbour.fd(), 0, FILE).expect("a mapping");
         table.insert(mapping).expect("an empty table has room");
         let inflight = setup.tracked.then(|| {
-            let made = InflightMemory::make(Format::Split, QUEUES, RING_MAX);
+            let made = InflightMemory::make(setup.format, QUEUES, RING_MAX);
             let (description, fd): (_, OwnedFd) = made.expect("memory for requests in flight");
             let memory = InflightMemory::map(&description, &fd).expect("a mapping of it");
             (memory, MemoryFile::of(fd))
@@ -210,12 +220,13 @@ impl Bench {
             sessions: 0,
             now: 0,
         };
-        bench.connect(first, [0; QUEUES as usize]);
+        let base = bench.setup.first_base();
+        bench.connect(first, [base; QUEUES as usize]);
         bench
     }
 
     /// A front end has come: the session moves in, with memory and rings that go on at these entries.
-    fn connect(&mut self, session: BlkSession, bases: [u16; QUEUES as usize]) {
+    fn connect(&mut self, session: BlkSession, bases: [u32; QUEUES as usize]) {
         self.sessions += 1;
         let (reply, added) = answer();
         let consumer: Box<dyn Consumer> = Box::new(session);
@@ -262,7 +273,7 @@ impl Bench {
     }
 
     /// The connection breaks, or we were killed, and the front end comes again.
-    pub(super) fn reconnect(&mut self, bases: [u16; QUEUES as usize]) {
+    pub(super) fn reconnect(&mut self, bases: [u32; QUEUES as usize]) {
         self.disconnect();
         let (session, link) = session(&self.doorbell);
         self.link = link;
@@ -334,8 +345,8 @@ impl Bench {
         let (used, available) = (begin + USED, begin + AVAILABLE);
         let flags = vring_flags::LOG;
         let addresses = RingAddresses { flags, descriptors: begin, used, available, log: used };
-        RingAreas::resolve(memory, Format::Split, self.setup.size, &addresses)
-            .expect("parts in the first region")
+        let Setup { format, size, .. } = self.setup;
+        RingAreas::resolve(memory, format, size, &addresses).expect("parts in the first region")
     }
 
     /// Changes the memory map: with or without its second region.
@@ -365,12 +376,14 @@ impl Bench {
         self.link.started[usize::from(queue)].is_some()
     }
 
-    /// Starts a queue, unless what the region of requests in flight says of it makes no sense.
-    pub(super) fn start(&mut self, queue: u16, base: u16) {
+    /// Starts a queue, unless its base, or what the region of requests in flight says of it, makes no sense.
+    pub(super) fn start(&mut self, queue: u16, base: u32) {
         let areas = self.areas(&self.memory, queue);
-        let (size, base, events) = (self.setup.size, u32::from(base), self.setup.events);
-        let ring = Ring::new(Format::Split, areas, size, base, events);
-        let mut ring = ring.expect("a split ring goes on anywhere");
+        let Setup { format, size, events, .. } = self.setup;
+        let Ok(mut ring) = Ring::new(format, areas, size, base, events) else {
+            assert!(format == Format::Packed, "a split ring goes on anywhere");
+            return;
+        };
         let mut again = Box::default();
         if let Some((memory, _)) = &self.inflight {
             match memory.take_over(queue, &mut ring, Holds::AnEarlierSession) {
@@ -380,7 +393,7 @@ impl Bench {
         }
         let (kick, call) = (EventFd::new(), EventFd::new());
         let (kick, call) = (kick.ok().map(Arc::new), call.ok().map(Arc::new));
-        self.link.started[usize::from(queue)] = Some(ring.base() as u16);
+        self.link.started[usize::from(queue)] = Some(ring.base());
         let live = Box::new(LiveQueue::new(ring, again, self.setup.indirect, kick, call));
         let enabled = Enabled::Yes;
         let begun = self.ask(|reply| Command::Start { queue, live, enabled, reply });
@@ -398,7 +411,16 @@ impl Bench {
         let (Some(live), Some(base)) = (live, base) else {
             panic!("queue {queue} was running");
         };
-        self.link.taken += u64::from((live.base() as u16).wrapping_sub(base));
+        match self.setup.format {
+            Format::Split => {
+                self.link.taken += u64::from((live.base() as u16).wrapping_sub(base as u16));
+            }
+            // Where it takes from is where it gives back to, once it has given back all that it took.
+            Format::Packed => {
+                let (taken, given) = (live.base() as u16, (live.base() >> 16) as u16);
+                self.link.kept += u64::from(base as u16 == (base >> 16) as u16 && taken != given);
+            }
+        }
         self.link.stops += 1;
     }
 
@@ -429,13 +451,16 @@ impl Bench {
                 self.settle();
             }
         }
-        let Link { taken, stops, stats, fault, .. } = &self.link;
-        // A ring breaks at a head that it cannot follow, and breaks again when it is started anew; control, which closes the
+        let Link { taken, kept, stops, stats, fault, .. } = &self.link;
+        // A ring breaks at a chain that it cannot follow, and breaks again when it is started anew; control, which closes the
         // connection then, is told once.
-        let (begun, ended) = (taken + stats.resubmitted.get(), stats.requests.get());
         let most = if fault.try_recv().is_ok() { *stops } else { 0 };
-        let broken = begun.checked_sub(ended);
-        assert!(broken.is_some_and(|broken| broken <= most), "{begun} begun, {ended} ended");
+        let (begun, ended) = (taken + stats.resubmitted.get(), stats.requests.get());
+        if self.setup.format == Format::Split {
+            let broken = begun.checked_sub(ended);
+            assert!(broken.is_some_and(|broken| broken <= most), "{begun} begun, {ended} ended");
+        }
+        assert!(*kept <= most, "{kept} rings have kept what they took");
         self.leave();
         check_canaries(&self.file, false);
         let neighbour = self.neighbour.get(0, FILE as usize);

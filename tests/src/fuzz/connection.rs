@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
@@ -24,6 +25,7 @@ use resilver_vhost::message::{
 use resilver_vhost::protocol::{
     BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, features, flags, vring_flags,
 };
+use resilver_vhost::ring::Format;
 use resilver_vhost::server::Role;
 use resilver_vhost::session::PROTOCOL_FEATURES;
 use resilver_vhost::{Controller, ControllerConfig};
@@ -34,10 +36,12 @@ use super::Input;
 use super::bench::{AVAILABLE, BASE, FIRST, LIMITS, QUEUES, USED, begin, in_file};
 use super::disk::{Conduct, FuzzedDisk};
 use super::messages::message;
-use super::ring::request;
+use super::ring::{Cursor, request};
 use crate::guest_memory::MemoryFile;
 use crate::raw_guest::send;
 
+/// Entries of a ring, unless a front end says otherwise.
+const SIZE: u16 = 16;
 /// Steps of one program.
 const STEPS: usize = 128;
 /// Front ends that are connected at a time: one more than are served.
@@ -77,14 +81,14 @@ struct World {
     inflight: MemoryFile,
     event: File,
     null: File,
-    socket: std::path::PathBuf,
+    socket: PathBuf,
     clients: Vec<Option<UnixStream>>,
-    offered: [u16; QUEUES as usize],
+    cursors: [Cursor; QUEUES as usize],
     shortened: bool,
 }
 
 impl World {
-    fn new(socket: std::path::PathBuf) -> Self {
+    fn new(socket: PathBuf, format: Format) -> Self {
         let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).expect("an event");
         Self {
             memory: Arc::new(super::bench::guest_memory()),
@@ -94,7 +98,7 @@ impl World {
             null: File::open("/dev/null").expect("/dev/null"),
             socket,
             clients: (0..CLIENTS).map(|_| None).collect(),
-            offered: [0; QUEUES as usize],
+            cursors: [Cursor::new(format, SIZE); QUEUES as usize],
             shortened: false,
         }
     }
@@ -167,7 +171,7 @@ impl World {
         let (used, available) = (begin + USED, begin + AVAILABLE);
         let flags = vring_flags::LOG;
         let addresses = RingAddresses { flags, descriptors: begin, used, available, log: used };
-        let base = u32::from(self.offered[usize::from(queue)]);
+        let base = self.cursors[usize::from(queue)].base();
         self.say(client, &Message::SetVringNum { index, num }, &[]);
         self.say(client, &Message::SetVringBase { index, base }, &[]);
         self.say(client, &Message::SetVringAddr { index, addresses }, &[]);
@@ -193,8 +197,11 @@ impl World {
                 self.send(client, &bytes, &kinds);
             }
             2 => {
-                let all = FEATURES | features::LOG_ALL;
-                let wanted = if input.flag() { all } else { FEATURES } & !input.u64();
+                let mut wanted = FEATURES | features::LOG_ALL;
+                if self.cursors[0].format == Format::Packed {
+                    wanted |= features::RING_PACKED;
+                }
+                let wanted = wanted & !input.u64();
                 self.say(client, &Message::SetProtocolFeatures(PROTOCOL_FEATURES), &[]);
                 self.say(client, &Message::SetFeatures(wanted), &[]);
             }
@@ -206,7 +213,7 @@ impl World {
             }
             5 => self.say(client, &Message::AddMemReg(Self::region(input.flag())), &[0]),
             6 => self.say(client, &Message::RemMemReg(Self::region(input.flag())), &[]),
-            7 | 8 => self.ring(client, queue, input.pick(&[16, 64, 1, 128, 0])),
+            7 | 8 => self.ring(client, queue, input.pick(&[u32::from(SIZE), 64, 1, 128, 0])),
             9 => self.say(client, &Message::GetVringBase { index }, &[]),
             10 => {
                 let fd = input.pick(&[FdPresence::Attached, FdPresence::Absent]);
@@ -238,13 +245,13 @@ impl World {
             }
             14 | 15 => {
                 let memory = Arc::clone(&self.memory);
-                let offered = &mut self.offered[usize::from(queue)];
+                let cursor = &mut self.cursors[usize::from(queue)];
                 let write = |at: u64, bytes: &[u8]| {
                     if let Some(at) = in_file(at, bytes.len()) {
                         memory.put(at, bytes);
                     }
                 };
-                request(input, queue, 16, offered, write);
+                request(input, queue, cursor, write);
                 let _kicked = rustix::io::write(&self.event, &1u64.to_ne_bytes());
             }
             16 => {
@@ -288,7 +295,8 @@ async fn run(rounds: usize) {
 
 async fn program(input: &mut Input<'_>) {
     let socket = DIRECTORY.with(|directory| directory.path().join("fuzz"));
-    let mut world = World::new(socket.clone());
+    let format = if input.flag() { Format::Packed } else { Format::Split };
+    let mut world = World::new(socket.clone(), format);
     let conduct = Arc::new(Mutex::new(Conduct::default()));
     let guest = [Arc::clone(&world.memory), Arc::new(MemoryFile::new(world.memory.size()))];
     let doorbell = Arc::new(Doorbell::new().expect("a doorbell"));

@@ -248,7 +248,7 @@ fn a_reset_stops_what_runs_and_forgets_the_rings() {
     );
     assert_eq!(session.ring(0), None);
     assert_eq!(session.running().count(), 0);
-    assert_eq!(session.handle(&Message::ResetDevice).unwrap(), [back, Action::GuestReset]);
+    assert_eq!(session.handle(&Message::ResetDevice).unwrap(), [back], "it is reset already");
     assert_eq!(session.handle(&Message::GetStatus).unwrap(), number(0));
 }
 
@@ -360,4 +360,47 @@ fn the_device_state_is_transferred_while_rings_are_stopped_and_refusals_are_alwa
     assert_eq!(refusal(request::CHECK_DEVICE_STATE, false), Some(Reply::U64(1)));
     assert_eq!(refusal(request::SET_VRING_NUM, false), None);
     assert_eq!(refusal(request::SET_VRING_NUM, true), Some(Reply::U64(1)));
+}
+
+/// How often the guest has reset its device while these messages were handled.
+fn guest_resets(session: &mut Session, messages: &[Message]) -> usize {
+    let mut count = 0;
+    for message in messages {
+        let actions = session.handle(message).unwrap();
+        count += actions.iter().filter(|action| **action == Action::GuestReset).count();
+    }
+    count
+}
+
+#[test]
+fn a_guest_has_reset_its_device_when_qemu_says_so_and_not_when_it_connects_or_pauses() {
+    let mut session = negotiated(0);
+    let protocol = protocol_features::STATUS | protocol_features::RESET_DEVICE;
+    session.handle(&Message::SetProtocolFeatures(protocol)).unwrap();
+    // As QEMU 10.0 sends it, but for what does not matter here.
+    let connects = [Message::ResetDevice, Message::ResetDevice, Message::SetStatus(8)];
+    let starts = [
+        Message::SetVringNum { index: 0, num: 128 },
+        Message::SetVringBase { index: 0, base: 0 },
+        Message::SetVringAddr { index: 0, addresses: ADDRESSES },
+        KICK,
+        Message::SetVringEnable { index: 0, enable: 1 },
+        Message::SetStatus(15),
+    ];
+    let stops = [
+        Message::SetVringEnable { index: 0, enable: 0 },
+        Message::GetVringBase { index: 0 },
+        Message::SetStatus(0),
+    ];
+    let resets = [Message::ResetDevice, Message::ResetDevice, Message::ResetDevice];
+    assert_eq!(guest_resets(&mut session, &connects), 0, "there is no guest yet");
+    assert_eq!(guest_resets(&mut session, &starts), 0);
+    assert_eq!(guest_resets(&mut session, &stops), 0, "paused");
+    assert_eq!(guest_resets(&mut session, &starts), 0, "goes on");
+    assert_eq!(guest_resets(&mut session, &stops), 0);
+    assert_eq!(guest_resets(&mut session, &resets), 1, "reset");
+    assert_eq!(guest_resets(&mut session, &starts), 0);
+    // A front end without RESET_DEVICE has nothing else to say it with.
+    session.handle(&Message::SetProtocolFeatures(protocol_features::STATUS)).unwrap();
+    assert_eq!(guest_resets(&mut session, &stops), 1);
 }

@@ -309,7 +309,7 @@ impl Told {
         (reply, None)
     }
 
-    /// A ring that begins with the question for the serial is asked nothing else, and is none for a test.
+    /// A connection that asks for the serial asks nothing else, and is none for a test.
     fn answer_identity(&mut self, face: &Face, index: u32) {
         let Some((region, mapping)) = self.memory.clone() else { return };
         let told = self.ring(index);
@@ -318,6 +318,7 @@ impl Told {
             && request.kind == blk_type::GET_ID
         {
             told.enabled = false;
+            self.connections -= 1;
             ring.write(request.data[0].0, &face.serial);
             ring.complete(&request, 0);
         }

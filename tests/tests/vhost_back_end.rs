@@ -82,17 +82,17 @@ fn malloc() -> Arc<dyn Bdev> {
 }
 
 /// All combinations of what a driver may negotiate about its ring.
-fn ring_features() -> [u64; 4] {
+fn ring_features() -> [u64; 6] {
     let (index, indirect) =
         (ConnectionConfig::WITHOUT_EVENT_INDEX, ConnectionConfig::WITHOUT_INDIRECT);
-    [u64::MAX, index, indirect, index & indirect]
+    let split = ConnectionConfig::WITHOUT_PACKED;
+    [u64::MAX, index, split, split & index, indirect, index & indirect]
 }
 
 #[test]
 fn what_is_written_is_read_back_whatever_the_ring_and_the_reactors_idling() {
-    for (accept, idle) in
-        ring_features().into_iter().zip([Idle::Spin, Idle::Adaptive, Idle::Spin, Idle::Adaptive])
-    {
+    let idling = [Idle::Spin, Idle::Adaptive].into_iter().cycle();
+    for (accept, idle) in ring_features().into_iter().zip(idling) {
         let served =
             Served::with(&*malloc(), ReactorConfig { idle, ..ReactorConfig::default() }, |_| ());
         let config = ConnectionConfig { queues: 2, accept, ..ConnectionConfig::default() };
@@ -117,7 +117,7 @@ fn what_is_written_is_read_back_whatever_the_ring_and_the_reactors_idling() {
 
 #[test]
 fn a_sleeping_reactor_is_woken_by_a_kick_and_a_sleeping_guest_by_an_interrupt() {
-    for accept in [u64::MAX, ConnectionConfig::WITHOUT_EVENT_INDEX] {
+    for accept in ring_features() {
         let served = Served::new(&*malloc());
         let config = ConnectionConfig { accept, ..ConnectionConfig::default() };
         let mut guest = Guest::connect(&served, config);
@@ -242,14 +242,20 @@ fn a_front_end_reconnects_and_finds_its_disk_as_it_left_it() {
 
 #[test]
 fn a_stopped_ring_says_where_it_stands() {
-    let served = Served::new(&*malloc());
-    let mut guest = Guest::connect(&served, ConnectionConfig::default());
-    for _ in 0..5 {
-        guest.run(0, Request::Flush, &[]);
+    // A packed ring stands there both ways, in its first lap.
+    for (accept, stands) in [(ConnectionConfig::WITHOUT_PACKED, 5), (u64::MAX, 0x8005_8005)] {
+        let served = Served::new(&*malloc());
+        let config = ConnectionConfig { accept, ..ConnectionConfig::default() };
+        let mut guest = Guest::connect(&served, config);
+        for _ in 0..5 {
+            guest.run(0, Request::Flush, &[]);
+        }
+        let info = served.ask(|controller| controller.info()).sessions.remove(0);
+        assert_eq!((info.queues.as_slice(), info.memory_regions), ([0].as_slice(), 1));
+        assert_eq!(guest.connection.stop(&guest.queues[0]).unwrap(), stands);
+        guest.connection.resume(&guest.queues[0], stands).unwrap();
+        assert_eq!(guest.run(0, Request::Flush, &[]).result, Ok(()));
     }
-    let info = served.ask(|controller| controller.info()).sessions.remove(0);
-    assert_eq!((info.queues.as_slice(), info.memory_regions), ([0].as_slice(), 1));
-    assert_eq!(guest.connection.stop(&guest.queues[0]).unwrap(), 5);
 }
 
 #[test]
@@ -349,8 +355,9 @@ fn a_message_that_is_none_closes_that_connection_and_nothing_else() {
 #[test]
 fn a_guest_that_breaks_its_ring_loses_its_connection_and_can_come_back() {
     let served = Served::new(&*malloc());
-    let guest = Guest::connect(&served, ConnectionConfig::default());
-    // The rings lie behind the data; one of these bytes is the available index.
+    let accept = ConnectionConfig::WITHOUT_PACKED;
+    let guest = Guest::connect(&served, ConnectionConfig { accept, ..Default::default() });
+    // The rings lie behind the data; one of these bytes is the available index of a split ring.
     let (begin, end) = (guest.connection.memory().data_bytes() as u64, 1u64 << 40);
     let length = (guest.connection.memory().mapping().len() as u64).min(end) - begin;
     guest.fill(begin, &vec![0xff; usize::try_from(length).unwrap()]);

@@ -17,6 +17,7 @@
 
 use std::sync::atomic::Ordering;
 
+use resilver_sys::Area;
 use resilver_sys::area::fence;
 
 use crate::dirty_log::DirtyLog;
@@ -87,6 +88,51 @@ impl Position {
 
 /// Both flags that say whose a descriptor is.
 pub(crate) const OWNER: u16 = descriptor_flags::AVAIL | descriptor_flags::USED;
+
+/// An event area: one side says there what it wants to hear, and the other reads it (virtio 2.8.14).
+pub(crate) struct EventArea<'a>(pub(crate) &'a Area);
+
+impl EventArea<'_> {
+    /// Whether its writer wants to hear of a batch of `entries` descriptors that ends at `after` in a ring of `size`.
+    #[inline]
+    pub(crate) fn wants(
+        &self,
+        events: EventMode,
+        after: Position,
+        entries: u16,
+        size: u16,
+    ) -> bool {
+        match u16::from_le(self.0.load_u16(EVENT_FLAGS_AT, Ordering::Acquire)) & EVENT_MASK {
+            EVENT_DISABLE => false,
+            EVENT_DESCRIPTOR if events == EventMode::Index => {
+                let event =
+                    Position::from_word(u16::from_le(self.0.load_u16(0, Ordering::Relaxed)));
+                // In the arithmetic of this lap: an event of another lap lies a ring's length before.
+                let lap = if event.wrap == after.wrap { 0 } else { size };
+                let new = after.index;
+                crosses(event.index.wrapping_sub(lap), new, new.wrapping_sub(entries))
+            }
+            _ => true,
+        }
+    }
+
+    /// Asks to hear of what comes at `next`.
+    pub(crate) fn ask(&self, events: EventMode, next: Position) {
+        let flags = match events {
+            EventMode::Flags => EVENT_ENABLE,
+            EventMode::Index => {
+                self.0.store_u16(0, next.word().to_le(), Ordering::Relaxed);
+                EVENT_DESCRIPTOR
+            }
+        };
+        self.0.store_u16(EVENT_FLAGS_AT, flags.to_le(), Ordering::Release);
+    }
+
+    /// Asks to hear of nothing.
+    pub(crate) fn ask_nothing(&self) {
+        self.0.store_u16(EVENT_FLAGS_AT, EVENT_DISABLE.to_le(), Ordering::Release);
+    }
+}
 
 /// A chain in the batch.
 #[derive(Debug, Clone, Copy, Default)]
@@ -293,48 +339,22 @@ impl PackedRing {
         let entries = std::mem::take(&mut self.batched_entries);
         self.batched = 0;
         fence(Ordering::SeqCst);
-        if self.wants_interrupt(entries) { Notify::Yes } else { Notify::No }
-    }
-
-    /// Whether the driver wants to hear of a batch of `entries` descriptors that ends where the ring stands.
-    fn wants_interrupt(&self, entries: u16) -> bool {
-        let area = &self.areas.driver;
-        match u16::from_le(area.load_u16(EVENT_FLAGS_AT, Ordering::Acquire)) & EVENT_MASK {
-            EVENT_DISABLE => false,
-            EVENT_DESCRIPTOR if self.events == EventMode::Index => {
-                let event = Position::from_word(u16::from_le(area.load_u16(0, Ordering::Relaxed)));
-                // In the arithmetic of this lap: an event of another lap lies a ring's length before.
-                let lap = if event.wrap == self.next_used.wrap { 0 } else { self.size };
-                let new = self.next_used.index;
-                crosses(event.index.wrapping_sub(lap), new, new.wrapping_sub(entries))
-            }
-            _ => true,
-        }
+        let wants = EventArea(&self.areas.driver).wants(self.events, after, entries, self.size);
+        if wants { Notify::Yes } else { Notify::No }
     }
 
     /// Asks for a kick at the next request; false if there is one already.
     #[must_use]
     pub fn arm(&mut self, log: Option<&DirtyLog>) -> bool {
-        let flags = match self.events {
-            EventMode::Flags => EVENT_ENABLE,
-            EventMode::Index => {
-                let event = self.next_available.word();
-                self.areas.device.store_u16(0, event.to_le(), Ordering::Relaxed);
-                EVENT_DESCRIPTOR
-            }
-        };
-        self.want_kicks(flags, log);
+        EventArea(&self.areas.device).ask(self.events, self.next_available);
+        self.areas.log_device(log);
         fence(Ordering::SeqCst);
         !self.has_next()
     }
 
     /// Asks for no kicks.
     pub fn disarm(&mut self, log: Option<&DirtyLog>) {
-        self.want_kicks(EVENT_DISABLE, log);
-    }
-
-    fn want_kicks(&self, flags: u16, log: Option<&DirtyLog>) {
-        self.areas.device.store_u16(EVENT_FLAGS_AT, flags.to_le(), Ordering::Release);
+        EventArea(&self.areas.device).ask_nothing();
         self.areas.log_device(log);
     }
 }

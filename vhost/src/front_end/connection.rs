@@ -12,13 +12,14 @@ use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
 
 use super::back_channel::BackChannel;
-use super::identity::{Identity, Serial};
+use super::identity::{self, Serial};
 use super::inflight::Inflight;
 use super::link::{self, Link, PROTOCOL};
 use super::memory::SharedMemory;
 use super::queue::{self, DriverQueue};
 use super::ring::RingHandle;
 use crate::protocol::{RING_SIZE_MAX, features, protocol_features};
+use crate::ring::Format;
 
 /// How a front end connects.
 #[derive(Debug, Clone)]
@@ -62,7 +63,9 @@ impl Default for ConnectionConfig {
 impl ConnectionConfig {
     /// [`ConnectionConfig::accept`] without the event index.
     pub const WITHOUT_EVENT_INDEX: u64 = !features::RING_EVENT_IDX;
-    /// [`ConnectionConfig::accept`] without indirect descriptors.
+    /// [`ConnectionConfig::accept`] without packed rings.
+    pub const WITHOUT_PACKED: u64 = !features::RING_PACKED;
+    /// [`ConnectionConfig::accept`] without indirect descriptors, and so without packed rings.
     pub const WITHOUT_INDIRECT: u64 = !features::RING_INDIRECT_DESC;
 
     fn protocol(&self) -> u64 {
@@ -173,6 +176,8 @@ pub(super) struct Negotiated {
     pub(super) indirect: bool,
     /// The event index.
     pub(super) event_index: bool,
+    /// How rings are laid out.
+    pub(super) format: Format,
 }
 
 impl Negotiated {
@@ -183,6 +188,10 @@ impl Negotiated {
             protocol,
             indirect: features & features::RING_INDIRECT_DESC != 0,
             event_index: features & features::RING_EVENT_IDX != 0,
+            format: match features & features::RING_PACKED {
+                0 => Format::Split,
+                _ => Format::Packed,
+            },
         }
     }
 }
@@ -222,7 +231,6 @@ pub struct Connection {
     memory: SharedMemory,
     inflight: Option<Inflight>,
     back_channel: Option<BackChannel>,
-    identity: Option<Identity>,
     serial: Option<Serial>,
     device: BlkConfig,
 }
@@ -251,6 +259,7 @@ impl Connection {
         mut config: ConnectionConfig,
         fit: impl FnOnce(&BlkConfig, &mut ConnectionConfig),
     ) -> Result<(Self, Vec<DriverQueue>), FrontEndError> {
+        let serial = identify(&config, path, config.deadline)?;
         let mut link = Link::open(path, config.deadline, config.deadline)?;
         let negotiated = link.negotiate(config.accept, config.protocol())?;
         let device = link.read_config(&negotiated)?;
@@ -258,10 +267,7 @@ impl Connection {
         config.check(&device)?;
         let ring_bytes = queue::bytes_needed(config.queue_size, config.segments, &negotiated)
             * usize::from(config.queues);
-        let identity_bytes = if config.identify { Identity::bytes_needed(&negotiated) } else { 0 };
-        let mut memory = SharedMemory::new(config.data_bytes, ring_bytes + identity_bytes)?;
-        let identity =
-            config.identify.then(|| Identity::new(&negotiated, &mut memory)).transpose()?;
+        let mut memory = SharedMemory::new(config.data_bytes, ring_bytes)?;
         let queues = (0..config.queues)
             .map(|index| {
                 DriverQueue::new(
@@ -283,8 +289,7 @@ impl Connection {
             memory,
             inflight: None,
             back_channel: None,
-            identity,
-            serial: None,
+            serial,
             device,
         };
         connection.share()?;
@@ -321,6 +326,7 @@ impl Connection {
     pub fn reopen(&mut self, patience: Duration) -> Result<(), FrontEndError> {
         // The old end goes first: a back end that serves one front end at a time waits for that.
         self.hang_up();
+        self.serial = identify(&self.config, &self.path, patience)?;
         let mut link = Link::open(&self.path, patience, self.config.deadline)?;
         let negotiated = link.negotiate(self.negotiated.features, self.negotiated.protocol)?;
         if negotiated != self.negotiated {
@@ -341,9 +347,6 @@ impl Connection {
             self.back_channel = Some(channel);
         }
         link.share(&self.negotiated, &self.memory)?;
-        if let Some(identity) = &mut self.identity {
-            self.serial = identity.ask(&mut link, &self.negotiated)?;
-        }
         if has(protocol_features::INFLIGHT_SHMFD) && self.inflight.is_none() {
             self.inflight = link.make_inflight(self.config.queues, self.config.queue_size)?;
         }
@@ -431,11 +434,12 @@ impl Connection {
         link::is_closed(&self.socket)
     }
 
-    /// Stops a ring: the back end completes what it has taken and answers with the next available index.
+    /// Stops a ring: the back end completes what it has taken and answers with where the ring stands (vhost-user, "Vring descriptor
+    /// index/indices").
     ///
     /// # Errors
     /// The connection is lost, or the back end does not stop in time.
-    pub fn stop(&mut self, queue: &DriverQueue) -> Result<u16, FrontEndError> {
+    pub fn stop(&mut self, queue: &DriverQueue) -> Result<u32, FrontEndError> {
         self.link()?.stop(queue.index())
     }
 
@@ -443,15 +447,15 @@ impl Connection {
     ///
     /// # Errors
     /// The connection is lost, or the back end refuses.
-    pub fn resume(&mut self, queue: &DriverQueue, base: u16) -> Result<(), FrontEndError> {
+    pub fn resume(&mut self, queue: &DriverQueue, base: u32) -> Result<(), FrontEndError> {
         let negotiated = self.negotiated;
         self.link()?.start(&negotiated, queue.handle(), base)
     }
 
-    /// Whether both sides know a virtio feature.
+    /// How the rings are laid out.
     #[must_use]
-    pub fn has_feature(&self, feature: u64) -> bool {
-        self.negotiated.features & feature != 0
+    pub fn format(&self) -> Format {
+        self.negotiated.format
     }
 
     fn link(&self) -> Result<Link, FrontEndError> {
@@ -461,6 +465,15 @@ impl Connection {
             .map_err(|source| FrontEndError::Os { what: "duplicate the socket", source })?;
         Ok(Link { socket, deadline: self.config.deadline })
     }
+}
+
+/// The serial of the disk at a path, if that is wanted.
+fn identify(
+    config: &ConnectionConfig,
+    path: &Path,
+    patience: Duration,
+) -> Result<Option<Serial>, FrontEndError> {
+    if config.identify { identity::ask(path, patience, config.deadline) } else { Ok(None) }
 }
 
 impl AsFd for Connection {

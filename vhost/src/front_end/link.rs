@@ -29,6 +29,7 @@ const KNOWN: u64 = features::VERSION_1
     | features::PROTOCOL_FEATURES
     | features::RING_EVENT_IDX
     | features::RING_INDIRECT_DESC
+    | features::RING_PACKED
     | features::SIZE_MAX
     | features::SEG_MAX
     | features::RO
@@ -94,7 +95,10 @@ impl Link {
             return Err(FrontEndError::Missing(name));
         }
         let needed = NEEDED.iter().fold(0, |bits, (bit, _)| bits | bit);
-        let features = offered & KNOWN & (accept | needed);
+        let mut features = offered & KNOWN & (accept | needed);
+        if features & features::RING_INDIRECT_DESC == 0 {
+            features &= !features::RING_PACKED;
+        }
         let protocol = self.query_u64(&Message::GetProtocolFeatures)? & accept_protocol;
         if protocol & protocol_features::CONFIG == 0 {
             return Err(FrontEndError::Missing("VHOST_USER_PROTOCOL_F_CONFIG"));
@@ -190,13 +194,13 @@ impl Link {
         &mut self,
         negotiated: &Negotiated,
         ring: &RingHandle,
-        base: u16,
+        base: u32,
     ) -> Result<(), FrontEndError> {
         let mut tell =
             |message: Message, fds: &[BorrowedFd<'_>]| self.tell(negotiated, &message, fds);
         let (index, fd) = (u32::from(ring.index()), FdPresence::Attached);
         tell(Message::SetVringNum { index, num: u32::from(ring.size()) }, &[])?;
-        tell(Message::SetVringBase { index, base: u32::from(base) }, &[])?;
+        tell(Message::SetVringBase { index, base }, &[])?;
         tell(Message::SetVringAddr { index, addresses: ring.addresses() }, &[])?;
         tell(Message::SetVringCall { index, fd }, &[ring.call_fd()])?;
         tell(Message::SetVringKick { index, fd }, &[ring.kick_fd()])?;
@@ -216,11 +220,10 @@ impl Link {
     }
 
     /// Stops a ring; says how far the back end has taken it.
-    pub(super) fn stop(&mut self, ring: u16) -> Result<u16, FrontEndError> {
+    pub(super) fn stop(&mut self, ring: u16) -> Result<u32, FrontEndError> {
         let message = Message::GetVringBase { index: u32::from(ring) };
         match self.query(&message)? {
-            Reply::Vring { base, .. } => u16::try_from(base)
-                .map_err(|_| malformed(&message, "an index has no more than 16 bits")),
+            Reply::Vring { base, .. } => Ok(base),
             _ => Err(malformed(&message, "it is not a ring's state")),
         }
     }

@@ -50,13 +50,6 @@ impl Carved {
         GUEST_BASE + self.offset
     }
 
-    /// It as a buffer of a request.
-    pub(super) fn buffer(&self) -> DataBuffer {
-        // A carved piece is no longer than the ring that needs it.
-        let length = u32::try_from(self.area.len()).unwrap_or(u32::MAX);
-        DataBuffer { offset: self.offset, length }
-    }
-
     /// The address that SET_VRING_ADDR uses.
     pub(super) fn user_address(&self) -> u64 {
         USER_BASE + self.offset

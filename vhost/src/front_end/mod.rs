@@ -27,8 +27,10 @@ mod identity;
 mod inflight;
 mod link;
 mod memory;
+mod packed;
 mod queue;
 mod ring;
+mod split;
 
 pub use connection::{BlkConfig, Connection, ConnectionConfig, FrontEndError};
 pub use memory::{DataBuffer, SharedMemory};

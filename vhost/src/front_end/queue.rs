@@ -1,20 +1,21 @@
-//! The driver side of one split virtqueue that carries virtio-blk requests (virtio 1.2 §2.7 and §5.2.6).
+//! The driver side of one virtqueue that carries virtio-blk requests (virtio 1.2 §2.7, §2.8 and §5.2.6). The ring itself is
+//! [`super::split`]'s or [`super::packed`]'s.
 //!
 //! A request occupies one slot, named by the head of its descriptor chain. With indirect descriptors every chain is one
 //! entry of the table; without them it takes as many entries as it has parts. The links between entries are kept on our
 //! side too, so that freeing a chain never reads memory that the device could have written.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
 use super::memory::{Carved, DataBuffer, SharedMemory};
+use super::packed::PackedSide;
 use super::ring::RingHandle;
+use super::split::SplitSide;
 use super::{FrontEndError, connection::Negotiated};
-use crate::message::RingAddresses;
 use crate::protocol::{SECTOR, blk_status, blk_type, descriptor_flags};
+use crate::ring::{DESCRIPTOR_BYTES as DESCRIPTOR, EventMode, Format};
 
-/// Bytes of a descriptor.
-const DESCRIPTOR: usize = 16;
 /// Bytes kept for the header, the range and the status of one request.
 const HEADER_STRIDE: usize = 64;
 /// Where in them the range of a discard or write-zeroes request lies.
@@ -25,9 +26,6 @@ const STATUS_AT: usize = 32;
 const NO_STATUS: u8 = 0xff;
 /// Parts of a request that are not data: header and status.
 const ENVELOPE: usize = 2;
-
-/// Ring flag: the other side wants no notification (§2.7.6, §2.7.8).
-const NO_NOTIFICATION: u16 = 1;
 
 /// What is asked of the disk. Offsets and lengths are bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +133,10 @@ struct InFlight {
     tag: u64,
     /// Counts submissions: the order in which a new back end gets them.
     sequence: u64,
+    /// Entries of the ring that it takes.
     descriptors: u16,
+    /// Bytes of its indirect table, where it has one.
+    table: u32,
 }
 
 /// Our side of one descriptor.
@@ -147,25 +148,20 @@ struct Entry {
     request: Option<InFlight>,
 }
 
-/// How the two sides say when they want to be notified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Notify {
-    /// By a flag.
-    Flag,
-    /// By the index they wait for (VIRTIO_RING_F_EVENT_IDX).
-    EventIndex,
+/// The ring of a queue.
+#[derive(Debug)]
+enum Side {
+    Split(SplitSide),
+    Packed(PackedSide),
 }
 
-/// One split ring, driven by polling.
+/// One ring, driven by polling.
 #[derive(Debug)]
 pub struct DriverQueue {
     handle: RingHandle,
+    ring: Side,
     size: u16,
     segments: usize,
-    notify: Notify,
-    descriptors: Carved,
-    available: Carved,
-    used: Carved,
     headers: Carved,
     /// Indirect tables, one to a slot, where they were negotiated.
     tables: Option<Carved>,
@@ -178,25 +174,22 @@ pub struct DriverQueue {
     order: Vec<u16>,
     in_flight: u16,
     sequence: u64,
-    /// The available index: with what is not published yet, and as the device knows it.
-    next_available: u16,
-    published: u16,
-    /// The used index: as far as taken, and as last seen.
-    next_used: u16,
-    seen_used: u16,
 }
 
 /// Bytes of shared memory that a queue takes, alignment included.
 pub(super) fn bytes_needed(size: u16, segments: u16, negotiated: &Negotiated) -> usize {
     let entries = usize::from(size);
-    let rings = entries * DESCRIPTOR + (6 + 2 * entries) + (6 + 8 * entries);
-    let tables = if negotiated.indirect { table_stride(segments) * entries } else { 0 };
-    rings + entries * HEADER_STRIDE + tables + 5 * HEADER_STRIDE
+    let ring = match negotiated.format {
+        Format::Split => SplitSide::bytes_needed(size),
+        Format::Packed => PackedSide::bytes_needed(size),
+    };
+    let tables = if negotiated.indirect { table_bytes(usize::from(segments)) * entries } else { 0 };
+    ring + entries * HEADER_STRIDE + tables + 2 * HEADER_STRIDE
 }
 
 /// Bytes of an indirect table for requests of so many buffers.
-fn table_stride(segments: u16) -> usize {
-    (usize::from(segments) + ENVELOPE) * DESCRIPTOR
+fn table_bytes(segments: usize) -> usize {
+    (segments + ENVELOPE) * DESCRIPTOR
 }
 
 impl DriverQueue {
@@ -210,28 +203,28 @@ impl DriverQueue {
     ) -> Result<Self, FrontEndError> {
         let entries = usize::from(size);
         let tables = if negotiated.indirect {
-            Some(memory.carve(table_stride(segments) * entries, DESCRIPTOR)?)
+            Some(memory.carve(table_bytes(usize::from(segments)) * entries, DESCRIPTOR)?)
         } else {
             None
         };
-        let descriptors = memory.carve(entries * DESCRIPTOR, HEADER_STRIDE)?;
-        let available = memory.carve(6 + 2 * entries, HEADER_STRIDE)?;
-        let used = memory.carve(6 + 8 * entries, HEADER_STRIDE)?;
-        let addresses = RingAddresses {
-            flags: 0,
-            descriptors: descriptors.user_address(),
-            used: used.user_address(),
-            available: available.user_address(),
-            log: 0,
+        let events = if negotiated.event_index { EventMode::Index } else { EventMode::Flags };
+        let (ring, addresses, base) = match negotiated.format {
+            Format::Split => {
+                let side = SplitSide::new(size, events, memory)?;
+                let (addresses, base) = (side.addresses(), side.base());
+                (Side::Split(side), addresses, base)
+            }
+            Format::Packed => {
+                let side = PackedSide::new(size, events, memory)?;
+                let (addresses, base) = (side.addresses(), side.base());
+                (Side::Packed(side), addresses, base)
+            }
         };
         let mut queue = Self {
-            handle: RingHandle::new(index, size, addresses, used.area.clone())?,
+            handle: RingHandle::new(index, size, addresses, base)?,
+            ring,
             size,
             segments: usize::from(segments),
-            notify: if negotiated.event_index { Notify::EventIndex } else { Notify::Flag },
-            descriptors,
-            available,
-            used,
             headers: memory.carve(entries * HEADER_STRIDE, HEADER_STRIDE)?,
             tables,
             data_address: memory.data_address(),
@@ -241,18 +234,9 @@ impl DriverQueue {
             order: Vec::with_capacity(entries),
             in_flight: 0,
             sequence: 0,
-            next_available: 0,
-            published: 0,
-            next_used: 0,
-            seen_used: 0,
         };
         queue.disarm();
         Ok(queue)
-    }
-
-    /// Lets requests name all of the memory, and not the caller's part alone.
-    pub(super) fn reach(&mut self, memory: &SharedMemory) {
-        self.data_bytes = memory.mapping().len() as u64;
     }
 
     /// What the control side needs of the ring, wherever the queue goes.
@@ -317,38 +301,28 @@ impl DriverQueue {
             return Err(SubmitError::Full);
         };
         self.write_header(head, &encoded);
-        match self.tables.clone() {
-            Some(tables) => self.chain_indirect(head, &tables, &encoded, data),
-            None => self.chain_direct(head, &encoded, data),
-        }
+        let table = match self.tables.clone() {
+            Some(tables) => self.write_table(head, &tables, &encoded, data),
+            None => {
+                self.chain_direct(head, &encoded, data);
+                0
+            }
+        };
         self.sequence += 1;
         #[allow(clippy::cast_possible_truncation)] // at most the free list's length, a u16
         let descriptors = needed as u16;
-        let request = InFlight { tag, sequence: self.sequence, descriptors };
+        let request = InFlight { tag, sequence: self.sequence, descriptors, table };
         self.entries[usize::from(head)].request = Some(request);
         self.in_flight += 1;
-        self.offer(head);
+        self.offer(head, table);
         Ok(())
     }
 
     /// Shows the device what was submitted, and kicks it if it asked for that.
     pub fn publish(&mut self) {
-        let old = self.published;
-        if old == self.next_available {
-            return;
-        }
-        self.published = self.next_available;
-        self.available.area.store_u16(2, self.published, Ordering::Release);
-        // The store of the index must be seen before the wish for notifications is read, or both sides could sleep.
-        fence(Ordering::SeqCst);
-        let wanted = match self.notify {
-            Notify::Flag => self.used.area.load_u16(0, Ordering::Relaxed) & NO_NOTIFICATION == 0,
-            Notify::EventIndex => {
-                let event =
-                    self.used.area.load_u16(4 + 8 * usize::from(self.size), Ordering::Relaxed);
-                self.published.wrapping_sub(event).wrapping_sub(1)
-                    < self.published.wrapping_sub(old)
-            }
+        let wanted = match &mut self.ring {
+            Side::Split(ring) => ring.publish(),
+            Side::Packed(ring) => ring.publish(),
         };
         if wanted {
             self.handle.kick();
@@ -358,7 +332,10 @@ impl DriverQueue {
     /// Whether requests were submitted that the device has not been shown.
     #[must_use]
     pub fn has_unpublished(&self) -> bool {
-        self.published != self.next_available
+        match &self.ring {
+            Side::Split(ring) => ring.has_unpublished(),
+            Side::Packed(ring) => ring.has_unpublished(),
+        }
     }
 
     /// Takes the next request that has ended, if there is one.
@@ -366,26 +343,17 @@ impl DriverQueue {
     /// # Errors
     /// The device lies about its ring.
     pub fn pop(&mut self) -> Result<Option<Finished>, RingError> {
-        if self.next_used == self.seen_used {
-            self.seen_used = self.used.area.load_u16(2, Ordering::Acquire);
-            let claimed = self.seen_used.wrapping_sub(self.next_used);
-            if claimed == 0 {
-                return Ok(None);
-            }
-            if claimed > self.in_flight {
-                return Err(RingError::UsedIndex(claimed));
-            }
-        }
-        let at = 4 + 8 * usize::from(self.next_used % self.size);
-        let id = self.used.area.load_u32(at, Ordering::Relaxed);
-        let written = self.used.area.load_u32(at + 4, Ordering::Relaxed);
+        let used = match &mut self.ring {
+            Side::Split(ring) => ring.pop(self.in_flight)?,
+            Side::Packed(ring) => ring.pop(),
+        };
+        let Some((id, written)) = used else { return Ok(None) };
         let head = u16::try_from(id).ok().filter(|head| *head < self.size);
         let Some((head, request)) =
             head.and_then(|head| Some((head, self.entries[usize::from(head)].request.take()?)))
         else {
             return Err(RingError::NotInFlight(id));
         };
-        self.next_used = self.next_used.wrapping_add(1);
         self.in_flight -= 1;
         self.release(head, request.descriptors);
         let status = usize::from(head) * HEADER_STRIDE + STATUS_AT;
@@ -403,20 +371,17 @@ impl DriverQueue {
     /// then do not sleep.
     pub fn arm(&mut self) -> bool {
         self.handle.drain_call();
-        match self.notify {
-            Notify::Flag => self.available.area.store_u16(0, 0, Ordering::Relaxed),
-            Notify::EventIndex => self.set_used_event(self.next_used),
+        match &mut self.ring {
+            Side::Split(ring) => ring.arm(),
+            Side::Packed(ring) => ring.arm(),
         }
-        fence(Ordering::SeqCst);
-        self.used.area.load_u16(2, Ordering::Acquire) == self.next_used
     }
 
     /// Tells the device that we poll.
     pub fn disarm(&mut self) {
-        match self.notify {
-            Notify::Flag => self.available.area.store_u16(0, NO_NOTIFICATION, Ordering::Relaxed),
-            // An index just passed: it comes round again after 65536 completions, which costs one idle interrupt.
-            Notify::EventIndex => self.set_used_event(self.next_used.wrapping_sub(1)),
+        match &mut self.ring {
+            Side::Split(ring) => ring.disarm(),
+            Side::Packed(ring) => ring.disarm(),
         }
     }
 
@@ -434,18 +399,22 @@ impl DriverQueue {
         self.order.clear();
         self.order.extend((0..self.size).filter(|head| sequence(head).is_some()));
         self.order.sort_unstable_by_key(sequence);
-        for at in 0..self.used.area.len() / 2 {
-            self.used.area.store_u16(2 * at, 0, Ordering::Relaxed);
+        match &mut self.ring {
+            Side::Split(ring) => ring.reset(),
+            Side::Packed(ring) => ring.reset(),
         }
-        (self.next_available, self.next_used, self.seen_used) = (0, 0, 0);
         for at in 0..self.order.len() {
             let head = self.order[at];
             let status = usize::from(head) * HEADER_STRIDE + STATUS_AT;
             self.headers.area.store_u8(status, NO_STATUS, Ordering::Relaxed);
-            self.offer(head);
+            let table = self.entries[usize::from(head)].request.map_or(0, |it| it.table);
+            self.offer(head, table);
         }
-        self.published = self.next_available;
-        self.available.area.store_u16(2, self.published, Ordering::Release);
+        // Nobody serves it: whoever begins to is kicked then.
+        let _wants_kick = match &mut self.ring {
+            Side::Split(ring) => ring.publish(),
+            Side::Packed(ring) => ring.publish(),
+        };
         self.disarm();
     }
 
@@ -460,15 +429,16 @@ impl DriverQueue {
         self.restart();
     }
 
-    fn set_used_event(&self, index: u16) {
-        self.available.area.store_u16(4 + 2 * usize::from(self.size), index, Ordering::Relaxed);
-    }
-
-    /// Puts a head in the available ring, unpublished.
-    fn offer(&mut self, head: u16) {
-        let at = 4 + 2 * usize::from(self.next_available % self.size);
-        self.available.area.store_u16(at, head, Ordering::Relaxed);
-        self.next_available = self.next_available.wrapping_add(1);
+    /// Puts a request into the ring, unpublished: its chain, or its table of so many bytes.
+    fn offer(&mut self, head: u16, table: u32) {
+        match &mut self.ring {
+            Side::Split(ring) => ring.offer(head),
+            Side::Packed(ring) => {
+                let tables = self.tables.as_ref().map_or(0, Carved::guest_address);
+                let address = tables + (usize::from(head) * table_bytes(self.segments)) as u64;
+                ring.offer(head, address, table);
+            }
+        }
     }
 
     /// Gives the entries of a chain back.
@@ -516,49 +486,71 @@ impl DriverQueue {
             let after = if parts.peek().is_some() { self.free.pop() } else { None };
             let next = after.unwrap_or(0);
             let flags = flags | if after.is_some() { descriptor_flags::NEXT } else { 0 };
-            let at = usize::from(entry) * DESCRIPTOR;
-            write_descriptor(&self.descriptors, at, address, length, flags, next);
+            let descriptor = Descriptor { address, length, flags, next };
+            if let Side::Split(ring) = &self.ring {
+                descriptor.write(Format::Split, &ring.descriptors, usize::from(entry) * DESCRIPTOR);
+            }
             self.entries[usize::from(entry)].next = next;
             entry = next;
         }
     }
 
-    fn chain_indirect(
+    /// Writes the table of a request; how many bytes it has.
+    fn write_table(
         &mut self,
         head: u16,
         tables: &Carved,
         encoded: &Encoded,
         data: &[DataBuffer],
-    ) {
+    ) -> u32 {
         self.free.pop();
-        let stride = (self.segments + ENVELOPE) * DESCRIPTOR;
-        let table = usize::from(head) * stride;
+        let table = usize::from(head) * table_bytes(self.segments);
+        let format = match &self.ring {
+            Side::Split(_) => Format::Split,
+            Side::Packed(_) => Format::Packed,
+        };
         let mut parts = self.parts(head, encoded, data).zip(1u16..).peekable();
         let mut at = table;
-        while let Some(((address, length, flags), next)) = parts.next() {
-            let flags = flags | if parts.peek().is_some() { descriptor_flags::NEXT } else { 0 };
-            write_descriptor(tables, at, address, length, flags, next);
+        while let Some(((address, length, flags), number)) = parts.next() {
+            // In a packed ring's table one follows the other (2.8.7).
+            let (flags, next) = match (format, parts.peek()) {
+                (Format::Split, Some(_)) => (flags | descriptor_flags::NEXT, number),
+                (Format::Split, None) | (Format::Packed, _) => (flags, 0),
+            };
+            Descriptor { address, length, flags, next }.write(format, tables, at);
             at += DESCRIPTOR;
         }
         #[allow(clippy::cast_possible_truncation)] // at most (65535 + 2) * 16
         let length = (at - table) as u32;
-        let address = tables.guest_address() + table as u64;
-        write_descriptor(
-            &self.descriptors,
-            usize::from(head) * DESCRIPTOR,
-            address,
-            length,
-            descriptor_flags::INDIRECT,
-            0,
-        );
+        if let Side::Split(ring) = &self.ring {
+            let address = tables.guest_address() + table as u64;
+            let whole = Descriptor { address, length, flags: descriptor_flags::INDIRECT, next: 0 };
+            whole.write(Format::Split, &ring.descriptors, usize::from(head) * DESCRIPTOR);
+        }
+        length
     }
 }
 
-fn write_descriptor(to: &Carved, at: usize, address: u64, length: u32, flags: u16, next: u16) {
-    to.area.store_u64(at, address, Ordering::Relaxed);
-    to.area.store_u32(at + 8, length, Ordering::Relaxed);
-    to.area.store_u16(at + 12, flags, Ordering::Relaxed);
-    to.area.store_u16(at + 14, next, Ordering::Relaxed);
+/// A descriptor to be written.
+struct Descriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    /// The one after it, in a split ring.
+    next: u16,
+}
+
+impl Descriptor {
+    fn write(&self, format: Format, to: &Carved, at: usize) {
+        let (low, high) = match format {
+            Format::Split => (self.flags, self.next),
+            Format::Packed => (0, self.flags),
+        };
+        to.area.store_u64(at, self.address, Ordering::Relaxed);
+        to.area.store_u32(at + 8, self.length, Ordering::Relaxed);
+        to.area.store_u16(at + 12, low, Ordering::Relaxed);
+        to.area.store_u16(at + 14, high, Ordering::Relaxed);
+    }
 }
 
 impl Request {
@@ -608,26 +600,35 @@ mod tests {
     }
 
     impl DriverQueue {
+        pub(in crate::front_end) fn packed(&self) -> &PackedSide {
+            match &self.ring {
+                Side::Packed(ring) => ring,
+                Side::Split(_) => panic!("a split ring"),
+            }
+        }
+
+        fn split(&self) -> &SplitSide {
+            match &self.ring {
+                Side::Split(ring) => ring,
+                Side::Packed(_) => panic!("a packed ring"),
+            }
+        }
+
         /// Completes a head as a device does.
         fn complete(&mut self, used: u16, id: u32, status: Option<u8>) {
             let at = 4 + 8 * usize::from(used % SIZE);
-            self.used.area.store_u32(at, id, Ordering::Relaxed);
-            self.used.area.store_u32(at + 4, 513, Ordering::Relaxed);
+            self.split().used.area.store_u32(at, id, Ordering::Relaxed);
+            self.split().used.area.store_u32(at + 4, 513, Ordering::Relaxed);
             if let Some(status) = status {
                 let at = id as usize * HEADER_STRIDE + STATUS_AT;
                 self.headers.area.store_u8(at, status, Ordering::Relaxed);
             }
-            self.used.area.store_u16(2, used.wrapping_add(1), Ordering::Release);
+            self.split().used.area.store_u16(2, used.wrapping_add(1), Ordering::Release);
         }
 
         fn offered(&self, index: u16) -> u32 {
             let at = 4 + 2 * usize::from(index % SIZE);
-            u32::from(self.available.area.load_u16(at, Ordering::Relaxed))
-        }
-
-        fn was_kicked(&self) -> bool {
-            let mut count = [0; 8];
-            rustix::io::read(self.handle.kick_fd(), &mut count).is_ok()
+            u32::from(self.split().available.area.load_u16(at, Ordering::Relaxed))
         }
     }
 
@@ -681,22 +682,22 @@ mod tests {
     #[test]
     fn a_device_is_kicked_when_it_asks_for_that_and_only_then() {
         let mut by_flag = queue(0);
-        for (tag, (flag, kicked)) in (0..).zip([(0, true), (NO_NOTIFICATION, false)]) {
-            by_flag.used.area.store_u16(0, flag, Ordering::Relaxed);
+        for (tag, (flag, kicked)) in (0..).zip([(0, true), (1, false)]) {
+            by_flag.split().used.area.store_u16(0, flag, Ordering::Relaxed);
             by_flag.submit(READ, &[BUFFER], tag).unwrap();
             by_flag.publish();
-            assert_eq!(by_flag.was_kicked(), kicked);
+            assert_eq!(by_flag.handle().was_kicked(), kicked);
         }
         by_flag.publish();
-        assert!(!by_flag.was_kicked());
+        assert!(!by_flag.handle().was_kicked());
 
         let mut by_index = queue(features::RING_EVENT_IDX);
         // The device waits for the index after the first.
-        by_index.used.area.store_u16(4 + 8 * usize::from(SIZE), 1, Ordering::Relaxed);
+        by_index.split().used.area.store_u16(4 + 8 * usize::from(SIZE), 1, Ordering::Relaxed);
         for (tag, kicked) in [false, true].into_iter().enumerate() {
             by_index.submit(READ, &[BUFFER], tag as u64).unwrap();
             by_index.publish();
-            assert_eq!(by_index.was_kicked(), kicked);
+            assert_eq!(by_index.handle().was_kicked(), kicked);
         }
     }
 
@@ -716,7 +717,7 @@ mod tests {
         assert_eq!(queue.offered(4), heads[1]);
 
         queue.restart();
-        assert_eq!(queue.published, 4);
+        assert_eq!(queue.split().published, 4);
         let offered: Vec<u32> = (0..4).map(|index| queue.offered(index)).collect();
         assert_eq!(offered, [heads[0], heads[2], heads[3], heads[1]]);
         for (used, head) in (0..).zip(&offered) {

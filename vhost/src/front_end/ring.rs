@@ -5,12 +5,21 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use resilver_sys::{Area, EventFd};
 
 use super::FrontEndError;
 use crate::message::RingAddresses;
+
+/// How it is told where a ring stands.
+#[derive(Debug, Clone)]
+pub(super) enum Base {
+    /// By the used index of a split ring, at its place in this used ring.
+    UsedIndex(Area),
+    /// By the position in a packed ring, which its driver tells.
+    Position(Arc<AtomicU32>),
+}
 
 /// A ring as it is described to a back end; cheap to clone.
 #[derive(Debug, Clone)]
@@ -18,25 +27,25 @@ pub struct RingHandle {
     index: u16,
     size: u16,
     addresses: RingAddresses,
-    used: Area,
+    base: Base,
     kick: Arc<EventFd>,
     call: Arc<EventFd>,
 }
 
 impl RingHandle {
-    /// Ring number `index`, whose used ring is `used`.
+    /// Ring number `index`.
     pub(super) fn new(
         index: u16,
         size: u16,
         addresses: RingAddresses,
-        used: Area,
+        base: Base,
     ) -> Result<Self, FrontEndError> {
         let event = || {
             let made = EventFd::new();
             made.map(Arc::new)
                 .map_err(|source| FrontEndError::Os { what: "make an eventfd", source })
         };
-        Ok(Self { index, size, addresses, used, kick: event()?, call: event()? })
+        Ok(Self { index, size, addresses, base, kick: event()?, call: event()? })
     }
 
     /// The ring's number.
@@ -55,11 +64,15 @@ impl RingHandle {
         self.addresses
     }
 
-    /// Where a back end that begins with the ring goes on: at its used index. Of a fresh ring or a restarted one that is 0; of
-    /// one whose back end recovers what was in flight it is what is completed for sure, as QEMU says it too after a back end
-    /// has died (`virtio_queue_restore_last_avail_idx`). Nobody may be serving the ring.
-    pub(super) fn base(&self) -> u16 {
-        self.used.load_u16(2, Ordering::Acquire)
+    /// Where a back end that begins with the ring goes on (vhost-user, "Vring descriptor index/indices"): behind what is
+    /// completed. Of a fresh ring or a restarted one that is its beginning; of one whose back end recovers what was in flight it
+    /// is what QEMU says too after a back end has died (`virtio_queue_restore_last_avail_idx`). Nobody may be serving the
+    /// ring.
+    pub(super) fn base(&self) -> u32 {
+        match &self.base {
+            Base::UsedIndex(used) => u32::from(used.load_u16(2, Ordering::Acquire)),
+            Base::Position(position) => position.load(Ordering::Acquire),
+        }
     }
 
     /// Wakes the device.
@@ -85,5 +98,13 @@ impl RingHandle {
     /// Takes the interrupts that have come.
     pub(super) fn drain_call(&self) {
         self.call.drain();
+    }
+}
+
+#[cfg(test)]
+impl RingHandle {
+    /// Whether the device was kicked since this was asked last.
+    pub(super) fn was_kicked(&self) -> bool {
+        self.kick.drain()
     }
 }

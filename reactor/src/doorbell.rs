@@ -75,6 +75,12 @@ mod real {
             }
         }
 
+        /// Whether the sleeper sleeps, or is about to.
+        #[must_use]
+        pub fn is_asleep(&self) -> bool {
+            self.flag.is_up()
+        }
+
         /// Raises the flag and adds the event to what ends the sleep. Look for messages once more after this.
         pub fn about_to_sleep(&self, set: &mut WaitSet) {
             self.flag.raise();

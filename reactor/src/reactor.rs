@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::{fmt, io, thread};
 
-use resilver_sys::{RegionTable, WaitSet};
+use resilver_sys::{Nudge, RegionTable, WaitSet};
 
 use crate::doorbell::Doorbell;
 use crate::mailbox::{MailboxFull, Receiver, Sender, mailbox};
@@ -102,6 +102,7 @@ pub struct ReactorHandle {
     doorbell: Arc<Doorbell>,
     stats: Arc<ReactorStats>,
     next_id: Arc<AtomicU64>,
+    nudge: Nudge,
     core: usize,
 }
 
@@ -153,6 +154,17 @@ impl ReactorHandle {
         self.core
     }
 
+    /// Nudges it out of a system call that does not return, if it has made no turn since there were `before` of them and does not
+    /// sleep. Answers how many turns there are now: what to say next time. See [`Nudge`].
+    #[must_use]
+    pub fn nudge_if_stuck(&self, before: u64) -> u64 {
+        let turns = self.stats.turns.get();
+        if turns == before && !self.doorbell.is_asleep() {
+            self.nudge.nudge();
+        }
+        turns
+    }
+
     fn send(&self, message: Message) -> Result<(), ReactorError> {
         self.sender
             .send(message)
@@ -177,25 +189,21 @@ impl Reactor {
         let (sender, receiver) = mailbox(MAILBOX_CAPACITY, Arc::clone(&doorbell));
         let stats = Arc::new(ReactorStats::default());
         let core = config.core.unwrap_or(number);
-        let handle = ReactorHandle {
-            sender,
-            doorbell: Arc::clone(&doorbell),
-            stats: Arc::clone(&stats),
-            next_id: Arc::new(AtomicU64::new(1)),
-            core,
-        };
+        let (bell, counters) = (Arc::clone(&doorbell), Arc::clone(&stats));
         let (pinned_sender, pinned) = crossbeam::channel::bounded(1);
         let thread = thread::Builder::new().name(format!("reactor-{core}")).spawn(move || {
             let fits = config.core.is_none_or(pin);
-            let _ = pinned_sender.send(fits);
-            if fits {
-                Loop::new(config, receiver, doorbell, stats).run();
+            let nudge = Nudge::current();
+            let starts = fits && nudge.is_ok();
+            let _ = pinned_sender.send(fits.then_some(nudge));
+            if starts {
+                Loop::new(config, receiver, bell, counters).run();
             }
         })?;
-        match pinned.recv() {
-            Ok(true) => Ok(Self { handle, thread: Some(thread) }),
-            Ok(false) | Err(_) => Err(ReactorError::Pin { core }),
-        }
+        let nudge = pinned.recv().ok().flatten().ok_or(ReactorError::Pin { core })??;
+        let next_id = Arc::new(AtomicU64::new(1));
+        let handle = ReactorHandle { sender, doorbell, stats, next_id, nudge, core };
+        Ok(Self { handle, thread: Some(thread) })
     }
 
     /// Control's side of it.

@@ -1,9 +1,13 @@
 //! The reactors of a target, and which of them a disk is put on.
 
+use std::rc::Weak;
+use std::time::Duration;
+
 use resilver_reactor::{Idle, Reactor, ReactorConfig, ReactorError, ReactorHandle};
 use serde_json::json;
 
 use crate::error::RpcError;
+use crate::target::Target;
 
 /// Cores by number: bit `n` stands for core `n`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,6 +141,22 @@ impl Reactors {
             }
             error
         })
+    }
+}
+
+/// How often is looked whether a reactor makes progress.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// Gets reactors out of system calls that a front end makes wait, for as long as there is a target.
+pub(crate) async fn watch(target: Weak<Target>) {
+    let mut turns = Vec::new();
+    loop {
+        tokio::time::sleep(WATCH).await;
+        let Some(target) = target.upgrade() else { return };
+        turns.resize(target.reactors.handles().count(), 0);
+        for (handle, turns) in target.reactors.handles().zip(&mut turns) {
+            *turns = handle.nudge_if_stuck(*turns);
+        }
     }
 }
 

@@ -166,6 +166,7 @@ async fn serve(
         .map_err(io_error("listen on", config.rpc_socket.display()))?;
     let _socket = SocketFile(config.rpc_socket);
     let target = Target::new(TargetConfig { vhost_dir: config.vhost_dir, uring, reactors, state });
+    tokio::task::spawn_local(crate::reactors::watch(Rc::downgrade(&target)));
     let mut ready = Ready { metrics: None, config: Ok(0) };
     if let Some(address) = config.metrics {
         let serving = metrics_http::serve(address, Rc::clone(&target)).await;

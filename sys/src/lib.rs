@@ -17,6 +17,7 @@ pub mod area;
 pub mod file;
 pub mod foreign;
 pub mod mapping;
+pub mod nudge;
 pub mod region;
 pub mod sigbus;
 pub mod uring;
@@ -24,6 +25,7 @@ pub mod wait;
 
 pub use area::Area;
 pub use mapping::{Mapping, MappingError};
+pub use nudge::Nudge;
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
 pub use uring::{Ring, RingMode, SubmissionThread};
 pub use wait::{EventFd, WaitSet};

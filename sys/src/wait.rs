@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::EventfdFlags;
 
@@ -23,6 +24,8 @@ enum Writing {
 pub struct EventFd {
     fd: OwnedFd,
     writing: Writing,
+    /// A write had to be interrupted: it is not written any more.
+    stuck: AtomicBool,
 }
 
 impl EventFd {
@@ -32,7 +35,8 @@ impl EventFd {
     /// The process is out of descriptors.
     pub fn new() -> io::Result<Self> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        Ok(Self { fd: rustix::event::eventfd(0, flags)?, writing: Writing::Immediate })
+        let fd = rustix::event::eventfd(0, flags)?;
+        Ok(Self { fd, writing: Writing::Immediate, stuck: AtomicBool::new(false) })
     }
 
     /// Takes a descriptor that a peer sent. Nothing is assumed of it: a write or read that fails or would block is nothing.
@@ -41,18 +45,30 @@ impl EventFd {
     pub fn from_fd(fd: OwnedFd) -> Self {
         let immediate = rustix::fs::fcntl_getfl(&fd)
             .is_ok_and(|flags| flags.contains(rustix::fs::OFlags::NONBLOCK));
-        Self { fd, writing: if immediate { Writing::Immediate } else { Writing::MayWait } }
+        let writing = if immediate { Writing::Immediate } else { Writing::MayWait };
+        Self { fd, writing, stuck: AtomicBool::new(false) }
     }
 
     /// Adds one, waking whoever waits. A full counter is as good as a signal, so errors are dropped.
     ///
-    /// One system call, two for a peer's blocking descriptor. Such a peer could still stop its caller by filling the counter
-    /// between the two: it is the virtual machine monitor itself, never its guest, that could do so.
+    /// One system call, two for a peer's blocking descriptor. A peer that fills the counter between the two, or takes the
+    /// non-blocking flag away, stops its caller until that is nudged ([`crate::Nudge`]), once: from then on nothing is written.
     #[inline]
     pub fn signal(&self) {
-        if self.writing == Writing::Immediate || self.has_room() {
-            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        if self.is_stuck() || (self.writing == Writing::MayWait && !self.has_room()) {
+            return;
         }
+        let written = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        if written == Err(rustix::io::Errno::INTR) {
+            self.stuck.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether its peer has made a writer wait.
+    #[inline]
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Relaxed)
     }
 
     fn has_room(&self) -> bool {
@@ -157,5 +173,30 @@ mod tests {
         assert!(event.drain());
         let flags = rustix::fs::fcntl_getfl(&peer).unwrap();
         assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn a_writer_that_a_peer_has_stopped_is_nudged_out_and_stopped_only_once() {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let fd = rustix::event::eventfd(0, flags).unwrap();
+        let peer = fd.try_clone().unwrap();
+        let event = EventFd::from_fd(fd);
+        rustix::io::write(&peer, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        rustix::fs::fcntl_setfl(&peer, rustix::fs::OFlags::RDWR).unwrap();
+        let (sender, started) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            sender.send(crate::Nudge::current().unwrap()).unwrap();
+            event.signal();
+            event.signal();
+            event.is_stuck()
+        });
+        let nudge = started.recv().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!writer.is_finished(), "it waits");
+        while !writer.is_finished() {
+            nudge.nudge();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(writer.join().unwrap());
     }
 }

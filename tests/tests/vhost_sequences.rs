@@ -14,7 +14,7 @@ use resilver_bdev::malloc::Malloc;
 use resilver_bdev::{Bdev, IoKind, Limits};
 use resilver_tests::raw_guest::{DATA, MEMORY, RawGuest, memory_file};
 use resilver_tests::served::{PATIENCE, Served, wait_until};
-use resilver_vhost::message::{Header, Message, Reply};
+use resilver_vhost::message::{FdPresence, Header, Message, Reply};
 use resilver_vhost::protocol::backend_request::CONFIG_CHANGE_MSG;
 use resilver_vhost::protocol::blk_type;
 
@@ -150,4 +150,36 @@ fn reset_owner_means_nothing() {
     guest.start(0, false);
     guest.tell(&Message::ResetOwner, &[]);
     assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
+}
+
+#[test]
+fn a_front_end_whose_descriptor_for_interrupts_blocks_stops_nobody_else() {
+    let served = Served::new(&*malloc());
+    let mut guest = connect(&served);
+    let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+    let call = rustix::event::eventfd(0, flags).unwrap();
+    guest.tell(&Message::SetVringCall { index: 0, fd: FdPresence::Attached }, &[call.as_fd()]);
+    guest.start(0, false);
+    assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    // A full counter, and the flag taken away that both sides share.
+    rustix::io::read(&call, &mut [0; 8]).unwrap();
+    rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    rustix::fs::fcntl_setfl(&call, rustix::fs::OFlags::RDWR).unwrap();
+    guest.offer(blk_type::IN, 0, DATA, BLOCK);
+    let (stats, mut turns) = (served.reactor().stats(), 0);
+    wait_until("the reactor is stuck", || {
+        let before = std::mem::replace(&mut turns, stats.turns.get());
+        std::thread::sleep(Duration::from_millis(100));
+        before == stats.turns.get() && !served.reactor().doorbell().is_asleep()
+    });
+    wait_until("the reactor is nudged out", || {
+        turns = served.reactor().nudge_if_stuck(turns);
+        std::thread::sleep(Duration::from_millis(10));
+        turns < stats.turns.get()
+    });
+    assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0, "it is not stopped again");
+    assert!(guest.is_closed(), "and the front end loses its connection");
+    let mut other = connect(&served);
+    other.start(0, false);
+    assert_eq!(other.run(blk_type::IN, 0, DATA, BLOCK), 0);
 }

@@ -79,6 +79,9 @@ pub(crate) enum ConnectionError {
     /// The file behind guest memory, or behind its dirty log, was shortened after it was shared.
     #[error("the front end has shortened the file behind its guest's memory or dirty log")]
     MemoryShrunk,
+    /// Interrupting its guest made us wait.
+    #[error("the front end's descriptor for interrupts of ring {0} made its writer wait")]
+    Stuck(u16),
     /// The data side is not there any more.
     #[error("the disk is being closed")]
     DiskGone,
@@ -158,13 +161,21 @@ impl Connection {
             match tokio::time::timeout(LOOK_AT_MEMORY, &mut receive).await {
                 Ok(received) => return Ok(received?),
                 Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
-                Err(_) => {}
+                Err(_) => {
+                    self.stuck().map_or(Ok(()), |queue| Err(ConnectionError::Stuck(queue)))?
+                }
             }
         }
     }
 
     fn has_shrunk(&self) -> bool {
         self.memory.has_shrunk() || self.log.as_ref().is_some_and(DirtyLog::has_shrunk)
+    }
+
+    /// A ring whose interrupts nobody can be told of without waiting.
+    fn stuck(&self) -> Option<u16> {
+        let stuck = |event: &Option<Arc<EventFd>>| event.as_ref().is_some_and(|it| it.is_stuck());
+        (0..).zip(&self.calls).find(|(_, call)| stuck(call)).map(|(queue, _)| queue)
     }
 
     async fn take(&mut self, received: Received) -> Result<(), ConnectionError> {
@@ -476,6 +487,7 @@ impl ConnectionError {
             | Self::Decode(_)
             | Self::WentAway
             | Self::MemoryShrunk
+            | Self::Stuck(_)
             | Self::DiskGone => false,
         }
     }

@@ -184,8 +184,9 @@ impl Poller for Sealer {
     fn disarm(&mut self, _cx: &Context<'_>) {}
 }
 
-/// Serves a disk over vhost-user to a guest that polls, and seals its reactor under the guest's load.
-fn hammer_served(bdev: &dyn Bdev, allowed: &[i64]) {
+/// Serves a disk over vhost-user to a guest that polls, and seals its reactor under the guest's load. Its requests in flight
+/// may be tracked.
+fn hammer_served(bdev: &dyn Bdev, allowed: &[i64], inflight: bool) {
     let spin = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
     let served = Served::with(bdev, spin, |_| ());
     let (order, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -196,10 +197,12 @@ fn hammer_served(bdev: &dyn Bdev, allowed: &[i64]) {
     let accept = ConnectionConfig::WITHOUT_EVENT_INDEX;
     let config = ConnectionConfig {
         accept,
+        inflight,
         data_bytes: (DEPTH * LENGTH) as usize,
         ..ConnectionConfig::default()
     };
-    let (_connection, mut queues) = Connection::connect(&served.socket(), config).unwrap();
+    let (connection, mut queues) = Connection::connect(&served.socket(), config).unwrap();
+    assert_eq!(connection.records_inflight(), inflight);
     let queue = &mut queues[0];
     queue.disarm();
     let mut free: Vec<u32> = (0..DEPTH).collect();
@@ -428,12 +431,15 @@ fn child(case: &str) {
             let disk = file(true, RingMode::SubmissionThread(thread));
             hammer(&disk, &[IO_URING_ENTER], Sin::None);
         }
-        "null, served" => hammer_served(&null(), &[]),
+        "null, served" => hammer_served(&null(), &[], false),
         "malloc, served" => {
-            hammer_served(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[]);
+            hammer_served(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], false);
+        }
+        "malloc, served, requests in flight tracked" => {
+            hammer_served(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], true);
         }
         "uring, served" => {
-            hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER]);
+            hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER], false);
         }
         "mirror copying, background" => over_malloc(Life::Copying(CopyMode::Background)),
         "mirror copying, write-blocking" => over_malloc(Life::Copying(CopyMode::WriteBlocking)),
@@ -497,7 +503,8 @@ fn a_file_costs_only_the_enter_and_allocates_nothing() {
 
 #[test]
 fn serving_a_guest_that_polls_costs_nothing_beyond_its_disk() {
-    for case in ["null, served", "malloc, served", "uring, served"] {
+    let tracked = "malloc, served, requests in flight tracked";
+    for case in ["null, served", "malloc, served", tracked, "uring, served"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

@@ -43,9 +43,10 @@ pub(super) const QUEUES: u16 = 2;
 const QUEUE_SPAN: u64 = 4 * PAGE;
 /// Entries of the longest ring.
 const RING_MAX: u16 = 64;
-/// A queue's parts, from where it begins.
+/// A queue's parts, from where it begins. What the device writes of a split ring is on a page of its own, so that a mark of one
+/// part is not taken for one of another.
 pub(super) const AVAILABLE: u64 = 0x400;
-pub(super) const USED: u64 = 0x800;
+pub(super) const USED: u64 = 0x3800;
 /// Turns that anything may take that a working disk has been given: far more than there are requests.
 const PATIENCE: usize = 2000;
 

@@ -222,15 +222,25 @@ fn a_guest_sees_that_its_disks_export_has_grown() {
 #[test]
 fn a_disk_of_another_target_of_ours_survives_that_targets_death() {
     let _alone = alone();
+    for packed in [false, true] {
+        survives_its_targets_death(packed);
+    }
+}
+
+fn survives_its_targets_death(packed: bool) {
     let (mut server, mut other) = (Server::start(), Server::start());
     let file = other.path("disk.raw");
     fill_file(&file);
-    other.serve_file("disk", &file, "export");
+    other.call("bdev_uring_create", json!({ "name": "disk", "filename": file }));
+    let export = json!({ "ctrlr": "export", "dev_name": "disk", "packed_ring": packed });
+    other.call("vhost_create_blk_controller", export);
     let config = other.call("save_config", json!({}));
     std::fs::write(other.path("config.json"), config.to_string()).unwrap();
     let socket = other.controller("export");
     server.call("bdev_virtio_create", json!({ "name": "remote", "socket": socket }));
     server.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "remote" }));
+    let told = state_of(&mut server, "remote");
+    assert_eq!((&told["packed_ring"], &told["inflight_recorded"]), (&json!(packed), &json!(true)));
     let guest = start_guest(&server);
     for round in 1..=3 {
         guest.run_for(500);

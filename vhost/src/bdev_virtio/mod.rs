@@ -48,6 +48,7 @@ use shared::Shared;
 
 use crate::front_end::{Connection, ConnectionConfig, DriverQueue};
 use crate::protocol::QUEUES_MAX;
+use crate::ring::Format;
 
 /// Rings that are set up where no number is given, if the export has as many.
 const QUEUES: u16 = 4;
@@ -77,6 +78,7 @@ pub struct Virtio {
     status: StatusCell,
     records_inflight: bool,
     serial: Option<String>,
+    format: Format,
     export: FileIdentity,
     /// Blocks of the disk: the export may have grown further.
     num_blocks: AtomicU64,
@@ -123,6 +125,7 @@ impl Virtio {
         let (connection, queues) = opened.map_err(|error| refused(error.to_string()))?;
         let device = device.map_err(refused)?;
         let (records_inflight, serial) = (connection.records_inflight(), connection.serial());
+        let format = connection.format();
         let seats = seats(&connection, queues);
         let kept = seats.iter().map(|seat| (seat.queue.handle().clone(), Arc::clone(&seat.state)));
         let kept = kept.collect();
@@ -144,6 +147,7 @@ impl Virtio {
             status,
             records_inflight,
             serial,
+            format,
             stats: Arc::default(),
         })
     }
@@ -276,6 +280,7 @@ impl Bdev for Virtio {
             ("reconnects", Detail::Number(status.reconnects)),
             ("num_queues", number(rings)),
             ("free_queues", number(free)),
+            ("packed_ring", Detail::Flag(self.format == Format::Packed)),
             ("inflight_recorded", Detail::Flag(self.records_inflight)),
             ("flush", Detail::Flag(self.device.flush)),
             ("unmap", Detail::Flag(self.device.discard_max > 0)),

@@ -7,8 +7,8 @@
 //!
 //! | module | ring |
 //! | --- | --- |
-//! | [`split`] | entries by descriptor index; what was taken is read again from the descriptor table |
-//! | [`packed`] | entries in a free list, with copies of the descriptors, which used ones overwrite in the ring |
+//! | `split` | entries by descriptor index; what was taken is read again from the descriptor table |
+//! | `packed` | entries in a free list, with copies of the descriptors, which used ones overwrite in the ring |
 //!
 //! **Trust.** The front end can write the region. Every index read from it is checked, every walk is bounded by the number of
 //! entries, and what it says of descriptors is as much an allegation as the descriptors are. One that makes no sense is

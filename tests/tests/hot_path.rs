@@ -33,6 +33,7 @@ use resilver_sys::{BufferSlice, Mapping, RegionId, RingMode, SubmissionThread, W
 use resilver_tests::served::Served;
 use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
 use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, Request};
+use resilver_vhost::ring::Format;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 #[global_allocator]
@@ -184,9 +185,24 @@ impl Poller for Sealer {
     fn disarm(&mut self, _cx: &Context<'_>) {}
 }
 
-/// Serves a disk over vhost-user to a guest that polls, and seals its reactor under the guest's load. Its requests in flight
-/// may be tracked.
-fn hammer_served(bdev: &dyn Bdev, allowed: &[i64], inflight: bool) {
+/// A served guest's ring: its format, and whether requests in flight are tracked.
+#[derive(Debug, Clone, Copy)]
+struct ServedRing {
+    format: Format,
+    tracked: bool,
+}
+
+const SPLIT: ServedRing = ServedRing { format: Format::Split, tracked: false };
+const PACKED: ServedRing = ServedRing { format: Format::Packed, tracked: false };
+
+impl ServedRing {
+    fn tracked(self) -> Self {
+        Self { tracked: true, ..self }
+    }
+}
+
+/// Serves a disk over vhost-user to a guest that polls, and seals its reactor under the guest's load.
+fn hammer_served(bdev: &dyn Bdev, allowed: &[i64], ring: ServedRing) {
     let spin = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
     let served = Served::with(bdev, spin, |_| ());
     let (order, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
@@ -194,15 +210,18 @@ fn hammer_served(bdev: &dyn Bdev, allowed: &[i64], inflight: bool) {
         Sealer { filter: filter(allowed), order: Arc::clone(&order), done: Arc::clone(&done) };
     served.reactor().add(Box::new(sealer)).unwrap();
     // With event indexes a polling guest is interrupted once in 65536 requests: the index comes round.
-    let accept = ConnectionConfig::WITHOUT_EVENT_INDEX;
+    let format = match ring.format {
+        Format::Split => ConnectionConfig::WITHOUT_PACKED,
+        Format::Packed => u64::MAX,
+    };
     let config = ConnectionConfig {
-        accept,
-        inflight,
+        accept: ConnectionConfig::WITHOUT_EVENT_INDEX & format,
+        inflight: ring.tracked,
         data_bytes: (DEPTH * LENGTH) as usize,
         ..ConnectionConfig::default()
     };
     let (connection, mut queues) = Connection::connect(&served.socket(), config).unwrap();
-    assert_eq!(connection.records_inflight(), inflight);
+    assert_eq!(connection.records_inflight(), ring.tracked);
     let queue = &mut queues[0];
     queue.disarm();
     let mut free: Vec<u32> = (0..DEPTH).collect();
@@ -398,9 +417,10 @@ fn file(direct: bool, mode: RingMode) -> Uring {
 /// The cases, by the name that the parent gives its child.
 fn child(case: &str) {
     let null = || Null::new("disk", 512, memory_blocks()).unwrap();
+    let malloc = || Malloc::new("disk", 512, memory_blocks()).unwrap();
     match case {
         "null" => hammer(&null(), &[], Sin::None),
-        "malloc" => hammer(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], Sin::None),
+        "malloc" => hammer(&malloc(), &[], Sin::None),
         "passthru" => hammer(&Passthru::new("layer", Arc::new(null())), &[], Sin::None),
         // Every request is a part of a block.
         "sectors" => {
@@ -413,7 +433,7 @@ fn child(case: &str) {
         "error" => hammer(&ErrorBdev::new("layer", Arc::new(null())), &[], Sin::None),
         // The export is polled on a reactor of its own, and so wants no kick.
         "virtio" => {
-            let disk = Malloc::new("disk", 512, memory_blocks()).unwrap();
+            let disk = malloc();
             let spin = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
             let served = Served::with(&disk, spin, |_| ());
             let config = VirtioConfig {
@@ -431,16 +451,12 @@ fn child(case: &str) {
             let disk = file(true, RingMode::SubmissionThread(thread));
             hammer(&disk, &[IO_URING_ENTER], Sin::None);
         }
-        "null, served" => hammer_served(&null(), &[], false),
-        "malloc, served" => {
-            hammer_served(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], false);
-        }
-        "malloc, served, requests in flight tracked" => {
-            hammer_served(&Malloc::new("disk", 512, memory_blocks()).unwrap(), &[], true);
-        }
-        "uring, served" => {
-            hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER], false);
-        }
+        "null, served" => hammer_served(&null(), &[], SPLIT),
+        "malloc, split" => hammer_served(&malloc(), &[], SPLIT),
+        "malloc, packed" => hammer_served(&malloc(), &[], PACKED),
+        "malloc, split, tracked" => hammer_served(&malloc(), &[], SPLIT.tracked()),
+        "malloc, packed, tracked" => hammer_served(&malloc(), &[], PACKED.tracked()),
+        "uring, served" => hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER], SPLIT),
         "mirror copying, background" => over_malloc(Life::Copying(CopyMode::Background)),
         "mirror copying, write-blocking" => over_malloc(Life::Copying(CopyMode::WriteBlocking)),
         "mirror in sync" => over_malloc(Life::InSync),
@@ -503,8 +519,14 @@ fn a_file_costs_only_the_enter_and_allocates_nothing() {
 
 #[test]
 fn serving_a_guest_that_polls_costs_nothing_beyond_its_disk() {
-    let tracked = "malloc, served, requests in flight tracked";
-    for case in ["null, served", "malloc, served", tracked, "uring, served"] {
+    for case in [
+        "null, served",
+        "malloc, split",
+        "malloc, packed",
+        "malloc, split, tracked",
+        "malloc, packed, tracked",
+        "uring, served",
+    ] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

@@ -37,8 +37,9 @@ struct Load {
 }
 
 impl Load {
-    fn connect(server: &Server) -> Self {
+    fn connect(server: &Server, accept: u64) -> Self {
         let config = ConnectionConfig {
+            accept,
             inflight: true,
             data_bytes: DEPTH * BLOCK,
             queue_size: 128,
@@ -123,7 +124,10 @@ fn served(delay_us: u64) -> Server {
         "avg_write_latency": delay_us, "p99_write_latency": delay_us,
     });
     server.call("bdev_delay_create", delay);
-    server.call("vhost_create_blk_controller", json!({ "ctrlr": "vm", "dev_name": "disk" }));
+    server.call(
+        "vhost_create_blk_controller",
+        json!({ "ctrlr": "vm", "dev_name": "disk", "packed_ring": true }),
+    );
     let config = server.call("save_config", json!({}));
     std::fs::write(server.path("config.json"), config.to_string()).unwrap();
     server
@@ -149,10 +153,17 @@ fn assert_disk(server: Server, load: &Load) {
     }
 }
 
+/// A front end with split rings, and one with packed ones.
+const FORMATS: [u64; 2] = [ConnectionConfig::WITHOUT_PACKED, u64::MAX];
+
 #[test]
 fn killed_under_load_again_and_again_it_loses_and_repeats_nothing() {
+    FORMATS.into_iter().for_each(killed_under_load);
+}
+
+fn killed_under_load(accept: u64) {
     let mut server = served(200);
-    let mut load = Load::connect(&server);
+    let mut load = Load::connect(&server, accept);
     for round in 1..=8 {
         // Not at a round number of anything.
         let target = load.ended + 400 + load.rng.below(300);
@@ -167,8 +178,12 @@ fn killed_under_load_again_and_again_it_loses_and_repeats_nothing() {
 
 #[test]
 fn killed_before_anything_has_ended_its_successor_executes_all_of_it() {
+    FORMATS.into_iter().for_each(killed_before_the_first_end);
+}
+
+fn killed_before_the_first_end(accept: u64) {
     let mut server = served(1_000_000);
-    let mut load = Load::connect(&server);
+    let mut load = Load::connect(&server, accept);
     load.submit();
     assert_eq!(load.in_flight(), DEPTH);
     // Long enough to be taken from the ring, and far from their ends.

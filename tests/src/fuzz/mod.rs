@@ -3,7 +3,7 @@
 //!
 //! The functions are ordinary safe code in the workspace and know no fuzzer. libFuzzer drives them for hours
 //! (`scripts/fuzz`), `tests/tests/fuzz_smoke.rs` replays the corpus and some mutations of it on every CI run. A target
-//! reads its bytes as a program ([`Input`]): an opcode, its operands, the next opcode; so a mutation changes one step and
+//! reads its bytes as a program (`Input`): an opcode, its operands, the next opcode; so a mutation changes one step and
 //! not the meaning of all that follow, and an input that ends early is a shorter program.
 
 mod bench;

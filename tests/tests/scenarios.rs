@@ -1,7 +1,7 @@
 //! Named scenarios: what a mirror owes in situations that matter, each told from top to bottom on the simulator's world.
 
 use resilver_bdev::job::{CopyMode, IoStatus, JobFailure, OnError};
-use resilver_bdev::mirror::{ChunkState, MirrorConfig};
+use resilver_bdev::mirror::{ChunkState, MirrorConfig, SyncMode};
 use resilver_bdev::{IoError, IoKind, JobStatus, JobVerb};
 use resilver_reactor::Nanos;
 use resilver_tests::sim::control::{MirrorPlan, Operator};
@@ -374,4 +374,39 @@ fn a_flush_is_not_acknowledged_while_a_record_stands_for_a_target_that_has_lost_
     assert_eq!(answered(&mut world, first), Ok(()));
     assert_eq!(answered(&mut world, second), Ok(()));
     assert_eq!(world.control.reached.retracted, 1);
+}
+
+#[test]
+fn what_is_copied_while_a_switch_over_waits_to_be_finalized_is_flushed_before_its_record() {
+    let mut world = quiet_world();
+    // Older values everywhere, durably, in the base of what will be a difference image.
+    let older = write(&world, 0, SECTORS);
+    let durable = flush(&world);
+    assert_eq!((answered(&mut world, older), answered(&mut world, durable)), (Ok(()), Ok(())));
+    let mut plan = plan();
+    plan.config.sync = SyncMode::Top;
+    plan.config.diff_cluster = Some(CHUNK as u32);
+    plan.config.auto_finalize = false;
+    start(&mut world, &plan);
+    until_status(&mut world, JobStatus::Ready);
+    world.tell(JobVerb::Complete);
+    until_status(&mut world, JobStatus::Pending);
+
+    // A part of a cluster that the difference image lacks goes to the source alone, and the guest flushes before it is copied.
+    world.source.plan(IoKind::Read, Effect::Stall);
+    let copies = |world: &World| world.source.stalled() == 1;
+    for sector in (0..SECTORS).step_by(4) {
+        if !copies(&world) {
+            let number = write(&world, sector, 1);
+            assert_eq!(answered(&mut world, number), Ok(()));
+            for_a_while(&mut world, Nanos::from_micros(100));
+        }
+    }
+    assert!(copies(&world), "nothing is copied while the job waits");
+    let number = flush(&world);
+    assert_eq!(answered(&mut world, number), Ok(()));
+    world.source.release_stalled(world.now);
+    until(&mut world, "both legs are equal again", in_sync);
+    world.tell(JobVerb::Finalize);
+    until_switched(&mut world);
 }

@@ -1,7 +1,7 @@
 //! The life of a mirror: its states, what an operator's verb does to them, and what becomes of a failure.
 //!
 //! ```text
-//! Created → Running ⇄ Paused        Ready → Waiting(complete) → Pending: AwaitFinalize → Recording → (dissolved: target)
+//! Created → Running ⇄ Paused        Ready → Waiting(complete) → Pending: AwaitFinalize → Settling → Recording → (target)
 //!              ↓                      ⇅        ↓ ↑
 //!            Ready ⇄ Standby        Standby  Ready ← Pending: Undoing        (whatever undoes the switch-over)
 //!                                   Ready → Waiting(finish) → Pending: AwaitFinalize → Freezing → Leaving(finished)
@@ -13,6 +13,11 @@
 //! READY means: nothing dirty and nothing in flight at some moment, and a flush of the target begun after it that went
 //! well. As in QEMU, a guest that writes on in background mode does not take that back, not even during the flush: else a
 //! guest that never rests would never see READY. In write-blocking mode nothing may be dirty after the flush either.
+//!
+//! **The record comes after a flush in sync.** From the record on the target is what a restart serves, so all that a guest
+//! has flushed must be durable there. Guests' flushes go to both legs as soon as a switch-over waits; what the copier
+//! writes afterwards none of them covers. So each copy spoils the job's flush, and the record is asked for, and later the
+//! disk is held, only where a flush of the target that was begun in sync has gone well since the last copy.
 //!
 //! **A finished copy is a point in time.** Finish converges, then stops mirroring at one moment: what was sent before goes
 //! to both legs, what comes after to the source alone. Writes in flight together have no order among themselves, so that
@@ -69,6 +74,8 @@ pub(super) enum PausedBy {
 pub(super) enum Step {
     /// The operator must finalize.
     AwaitFinalize,
+    /// The operator has; what was copied again meanwhile is made durable before there is a record.
+    Settling,
     /// Control writes the record, or has; then the disk is held.
     Recording,
     /// Mirroring has stopped at a point in time; what was in flight ends, then the target is flushed.
@@ -257,7 +264,10 @@ impl Core {
     fn enter(&mut self, stage: Stage) {
         let (old, new) = (self.stage.status(), stage.status());
         self.stage = stage;
-        self.job_flush = JobFlush::Idle;
+        // On the way to the record the flush of the state before counts, unless something was copied since.
+        if !matches!(stage, Stage::Pending(Goal::Complete, step) if step.copies()) {
+            self.job_flush = JobFlush::Idle;
+        }
         if old == new {
             return;
         }
@@ -341,11 +351,7 @@ impl Core {
 
     fn finalize(&mut self, goal: Goal) {
         match goal {
-            Goal::Complete => {
-                self.enter(Stage::Pending(goal, Step::Recording));
-                self.record = Record::Requested;
-                self.tell(JobEvent::CommitRequest);
-            }
+            Goal::Complete => self.enter(Stage::Pending(goal, Step::Settling)),
             Goal::Finish => self.enter(Stage::Pending(goal, Step::Freezing)),
         }
     }
@@ -638,13 +644,19 @@ impl Core {
             Stage::Running if self.scope_is_known() && self.flushed_in_sync(now) => {
                 self.enter(Stage::Ready);
             }
-            Stage::Waiting(goal)
-                if self.flushed_in_sync(now) && self.in_sync() && self.verified(goal, now) =>
-            {
+            Stage::Waiting(goal) if self.settled(now) && self.verified(goal, now) => {
                 self.enter(Stage::Pending(goal, Step::AwaitFinalize));
                 if self.config.auto_finalize {
                     self.finalize(goal);
                 }
+            }
+            Stage::Pending(goal, Step::Settling) if self.settled(now) => {
+                self.enter(Stage::Pending(goal, Step::Recording));
+                self.record = Record::Requested;
+                self.tell(JobEvent::CommitRequest);
+            }
+            Stage::Pending(_, Step::Recording) => {
+                self.settled(now);
             }
             Stage::Pending(_, Step::Freezing) if self.both_flying == 0 && self.flushed(now) => {
                 self.leave(Ending::Finished, now);
@@ -660,6 +672,11 @@ impl Core {
         {
             self.ask_to_retract();
         }
+    }
+
+    /// Whether the legs are equal, and the target has durably what was copied there; asks for the flush that it takes.
+    fn settled(&mut self, now: Nanos) -> bool {
+        self.flushed_in_sync(now) && self.in_sync()
     }
 
     /// Whether a flush that was begun in sync has gone well; begins one.
@@ -769,9 +786,11 @@ impl Core {
         match self.stage {
             Stage::Leaving(_) => Some(Side::Source),
             Stage::Pending(Goal::Complete, Step::Recording)
-                if self.record == Record::Written && self.in_sync() =>
+                if self.record == Record::Written
+                    && self.in_sync()
+                    && self.job_flush == JobFlush::Good =>
             {
-                // A guest's flush in flight ends with the drain; the job's own has ended before the record.
+                // A guest's flush in flight ends with the drain; the job's own has ended.
                 (target_idle || self.guest_live > 0).then_some(Side::Target)
             }
             _ => None,

@@ -30,6 +30,7 @@ pub mod null;
 pub mod passthru;
 pub mod sectors;
 pub mod slots;
+pub mod stable_hash;
 pub mod stats;
 pub mod uring;
 pub mod verify;

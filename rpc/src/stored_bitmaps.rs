@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use resilver_bdev::bitmap::Grid;
 use resilver_bdev::dirty_bitmap::BITMAP_GRANULARITY_MIN;
+use resilver_bdev::stable_hash::fnv1a;
 use resilver_bdev::{DirtyBitmap, FileIdentity};
 use serde::{Deserialize, Serialize};
 
@@ -70,13 +71,6 @@ fn read(path: &Path, size: u64) -> Result<(Header, DirtyBitmap, bool), String> {
     let (words, rest) = words.get(1..).unwrap_or_default().as_chunks::<8>();
     let complete = bitmap.set_words(words.iter().map(|word| u64::from_le_bytes(*word)));
     Ok((header, bitmap, !complete || !rest.is_empty()))
-}
-
-/// The FNV-1a hash of some bytes (Fowler, Noll, Vo): no secret, and the same for ever, which the standard library's is not.
-fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 impl StateStore {
@@ -259,7 +253,8 @@ mod tests {
 
     #[test]
     fn files_are_named_the_same_in_every_version() {
-        assert_eq!(fnv1a("".bytes()), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(fnv1a("foobar".bytes()), 0x8594_4171_f739_67e8);
+        let (dir, store) = store();
+        let path = store.bitmap_path(&file("/disks/a", 7), "b").unwrap();
+        assert_eq!(path, dir.path().join(DIR).join("74bba0020bb432b2.bitmap"));
     }
 }

@@ -1,9 +1,12 @@
 //! Channels: reactor-local queue pairs to a bdev.
 
-use resilver_reactor::{Armed, Context};
+use resilver_reactor::{Armed, Context, Nanos};
 use resilver_sys::{BufferSlice, WaitSet};
 
 use crate::io::{BdevIo, Completion, IoError, IoKind};
+
+/// A request younger than this is worth polling for: waking a thread takes about as long as a fast disk.
+pub const YOUNG: Nanos = Nanos::from_millis(1);
 
 /// What a channel accepts. Fixed while the channel lives; a resize replaces the channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

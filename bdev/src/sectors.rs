@@ -2,7 +2,8 @@
 //!
 //! Whole blocks go straight through. A read of parts is a read of whole blocks whose edges land in a pad. A write of parts reads
 //! the blocks at its edges first and then writes whole blocks, from the guest's own buffers in the middle and from what was
-//! read at the edges: nothing is copied. Edges of zeroes are written the same way; edges of a discard are left out, which a discard allows.
+//! read at the edges: nothing is copied. Edges of zeroes are written the same way; edges of a discard are left out, which a
+//! discard allows.
 //!
 //! **Order.** From its first read to the end of its write a partial write excludes every other write of its blocks, or one of two
 //! neighbours would be lost. What meets it waits, for older ones only, so there is no cycle; whole writes among themselves
@@ -11,8 +12,9 @@
 //! **Capacity.** The base is opened for as many more I/Os as `EDGES` partial writes need, so what is submitted never lacks a slot
 //! there; more partial writes than that wait in line. Nothing is allocated after construction.
 //!
-//! Fault model: the base's. A write whose payload's memory goes while it waits fails, and nothing of it was written. A failed read of an edge fails the write, of which nothing was written then. As with any drive of this
-//! kind a power loss in the middle of a partial write may cost the rest of its blocks.
+//! Fault model: the base's. A write fails, and nothing of it was written, if the memory of its payload goes while it waits
+//! or an edge cannot be read. As with any drive of this kind a power loss in the middle of a partial write may cost the rest of
+//! its blocks.
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,11 +23,11 @@ use std::sync::Arc;
 use resilver_reactor::{Armed, Context};
 use resilver_sys::{BufferSlice, Mapping, RegionId, WaitSet, usize_from};
 
-use crate::SEGMENTS_MAX;
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;
+use crate::slices::Slices;
 use crate::slots::Slots;
 use crate::stats::IoStats;
 
@@ -173,38 +175,9 @@ impl Op {
     };
 }
 
-/// A payload that cannot be sent yet.
-struct Held {
-    slices: [BufferSlice; SEGMENTS_MAX],
-    len: usize,
-}
-
-/// A payload being put together.
-struct Slices {
-    items: [BufferSlice; SEGMENTS_MAX],
-    len: usize,
-}
-
-impl Slices {
-    fn new() -> Self {
-        Self { items: [BufferSlice::EMPTY; SEGMENTS_MAX], len: 0 }
-    }
-
-    fn push(&mut self, slice: BufferSlice) {
-        if slice.length > 0 {
-            self.items[self.len] = slice;
-            self.len += 1;
-        }
-    }
-
-    fn with(mut self, slices: &[BufferSlice]) -> Self {
-        slices.iter().for_each(|slice| self.push(*slice));
-        self
-    }
-
-    fn as_slice(&self) -> &[BufferSlice] {
-        &self.items[..self.len]
-    }
+/// A payload between what comes before it and behind it in its blocks.
+fn around(before: BufferSlice, payload: &[BufferSlice], behind: BufferSlice) -> Slices {
+    std::iter::once(before).chain(payload.iter().copied()).chain([behind]).collect()
 }
 
 /// The data side.
@@ -215,7 +188,8 @@ struct SectorChannel {
     block: u64,
     ledger: Ledger,
     ops: Slots<Op>,
-    held: Slots<Held>,
+    /// Payloads that cannot be sent yet.
+    held: Slots<Slices>,
     /// Changes that have not ended.
     changing: Vec<u32>,
     /// How many of them are partial.
@@ -254,7 +228,6 @@ impl SectorChannel {
         // Two blocks for each unit, two to read into that nobody looks at, and one that is always zero.
         let bytes = (2 * u64::from(EDGES) + 3) * u64::from(own.block_size);
         let buffers = Mapping::anonymous(usize_from(bytes)).map_err(|e| lacks(e.to_string()))?;
-        let held = || Held { slices: [BufferSlice::EMPTY; SEGMENTS_MAX], len: 0 };
         #[allow(clippy::cast_possible_truncation)] // a small constant
         Ok(Self {
             base,
@@ -262,7 +235,7 @@ impl SectorChannel {
             block: own.block_size.into(),
             ledger: Ledger::new(depth),
             ops: Slots::new(Ledger::slots(depth), || Op::FREE),
-            held: Slots::new(depth as usize, held),
+            held: Slots::new(depth as usize, || Slices::NONE),
             changing: Vec::with_capacity(depth as usize),
             partial: 0,
             waiting: VecDeque::with_capacity(depth as usize),
@@ -397,9 +370,13 @@ impl SectorChannel {
         }
         // One for each change that may be open.
         let Some(held) = self.held.claim() else { return };
-        self.held[held].slices[..payload.len()].copy_from_slice(payload);
-        self.held[held].len = payload.len();
+        self.held[held].set(payload);
         self.ops[slot].held = Some(held);
+    }
+
+    /// The payload that was kept, if there is one.
+    fn kept(&self, slot: u32) -> Slices {
+        self.ops[slot].held.map_or(Slices::NONE, |held| self.held[held])
     }
 
     /// The edges are there, or there are none: the blocks themselves.
@@ -411,10 +388,7 @@ impl SectorChannel {
         match (io.kind, unit) {
             (IoKind::Flush, _) => self.send(cx, slot, WHOLE, io, payload),
             (IoKind::Read, _) => {
-                let mut slices = Slices::new();
-                slices.push(self.pad(before));
-                let mut slices = slices.with(payload);
-                slices.push(self.pad(behind));
+                let slices = around(self.pad(before), payload, self.pad(behind));
                 let whole = BdevIo { offset: start, length: end - start, ..io };
                 self.send(cx, slot, WHOLE, whole, slices.as_slice());
             }
@@ -429,10 +403,9 @@ impl SectorChannel {
             }
             (IoKind::Write, Some(unit)) => {
                 let one = end - start == self.block;
-                let mut slices = Slices::new();
-                slices.push(self.edge(unit, false, 0, before));
-                let mut slices = slices.with(payload);
-                slices.push(self.edge(unit, !one, self.block - behind, behind));
+                let head = self.edge(unit, false, 0, before);
+                let tail = self.edge(unit, !one, self.block - behind, behind);
+                let slices = around(head, payload, tail);
                 let whole = BdevIo { offset: start, length: end - start, ..io };
                 self.send(cx, slot, WHOLE, whole, slices.as_slice());
             }
@@ -453,11 +426,9 @@ impl SectorChannel {
         let edge =
             |offset| BdevIo { kind: IoKind::Write, may_unmap: false, offset, length: block, ..io };
         if end - start == block {
-            let slices = Slices::new().with(&[
-                self.edge(unit, false, 0, before),
-                self.zeroes(io.length),
-                self.edge(unit, false, block - behind, behind),
-            ]);
+            let head = self.edge(unit, false, 0, before);
+            let tail = self.edge(unit, false, block - behind, behind);
+            let slices = around(head, &[self.zeroes(io.length)], tail);
             return self.send(cx, slot, HEAD, edge(start), slices.as_slice());
         }
         if before > 0 {
@@ -482,14 +453,10 @@ impl SectorChannel {
         if op.left > 0 {
             return;
         }
-        let Op { state, error, held, .. } = *op;
-        if state == State::Reading && error.is_none() {
-            let mut slices = Slices::new();
-            if let Some(held) = held {
-                slices = slices.with(&self.held[held].slices[..self.held[held].len]);
-            }
-            if !self.payload_gone(cx, slot, slices.as_slice()) {
-                self.work(cx, slot, slices.as_slice());
+        if op.state == State::Reading && op.error.is_none() {
+            let payload = self.kept(slot);
+            if !self.payload_gone(cx, slot, payload.as_slice()) {
+                self.work(cx, slot, payload.as_slice());
             }
             return;
         }
@@ -516,14 +483,11 @@ impl SectorChannel {
     fn begin_waiting(&mut self, cx: &Context<'_>) {
         for _ in 0..self.waiting.len() {
             let Some(slot) = self.waiting.pop_front() else { return };
-            let mut slices = Slices::new();
-            if let Some(held) = self.ops[slot].held {
-                slices = slices.with(&self.held[held].slices[..self.held[held].len]);
-            }
-            if self.payload_gone(cx, slot, slices.as_slice()) {
+            let payload = self.kept(slot);
+            if self.payload_gone(cx, slot, payload.as_slice()) {
                 continue;
             }
-            if self.must_wait(slot) || !self.begin(cx, slot, slices.as_slice()) {
+            if self.must_wait(slot) || !self.begin(cx, slot, payload.as_slice()) {
                 self.waiting.push_back(slot);
             }
         }

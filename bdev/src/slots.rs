@@ -35,6 +35,13 @@ impl<T> Slots<T> {
         self.free.push(slot);
     }
 
+    /// The numbers of all places, claimed or not.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation)] // as many as there are numbers
+    pub fn numbers(&self) -> std::ops::Range<u32> {
+        0..self.items.len() as u32
+    }
+
     /// Places claimed.
     #[must_use]
     pub fn claimed(&self) -> usize {

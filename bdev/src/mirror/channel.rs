@@ -18,7 +18,6 @@ use super::verify::CHECKS;
 use super::{
     COPIES, MirrorChannels, MirrorConfig, QUARANTINE, WorkingBitmap, combined_limits, validate,
 };
-use crate::SEGMENTS_MAX;
 use crate::bitmap::Grid;
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::BdevError;
@@ -28,6 +27,7 @@ use crate::job::{
     BlockJob, Dissolved, JobEvent, JobInfo, JobStatus, JobVerb, JobWants, ScanReport, Side,
     VerbError,
 };
+use crate::slices::Slices;
 
 /// Slots for requests: those of the guest, and as many as may have been given up and not ended.
 const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
@@ -75,8 +75,7 @@ pub enum ChunkState {
 #[derive(Clone, Copy)]
 struct Held {
     io: BdevIo,
-    slices: [BufferSlice; SEGMENTS_MAX],
-    len: usize,
+    payload: Slices,
     units: [u16; BOUNCE_UNITS_MAX as usize],
     units_len: usize,
 }
@@ -84,15 +83,10 @@ struct Held {
 impl Held {
     const NONE: Self = Self {
         io: BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 },
-        slices: [BufferSlice::EMPTY; SEGMENTS_MAX],
-        len: 0,
+        payload: Slices::NONE,
         units: [0; BOUNCE_UNITS_MAX as usize],
         units_len: 0,
     };
-
-    fn payload(&self) -> &[BufferSlice] {
-        &self.slices[..self.len]
-    }
 }
 
 /// A piece of our own memory, cut into equal parts.
@@ -291,7 +285,7 @@ impl Mirror {
     fn send_source(&mut self, cx: &Context<'_>, op: Slot, sent: IoKind) {
         let held = &self.held[usize::from(op)];
         let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, ..held.io };
-        self.source.submit(cx, io, held.payload());
+        self.source.submit(cx, io, held.payload.as_slice());
         self.uncommitted = true;
     }
 
@@ -314,12 +308,12 @@ impl Mirror {
         let copied = if planted(Bug::NoBounceCopy) {
             Ok(())
         } else {
-            copy_slices(cx, bounced, held.payload())
+            copy_slices(cx, bounced, held.payload.as_slice())
         };
         if copied.is_err() {
             return self.core.payload_gone(op, cx.now);
         }
-        let payload = if planted(Bug::NoBounceCopy) { held.payload() } else { bounced };
+        let payload = if planted(Bug::NoBounceCopy) { held.payload.as_slice() } else { bounced };
         // A discard is sent as zeroes that may be deallocated; to the target only as far as the operator lets it.
         let may_unmap = held.io.may_unmap || held.io.kind == IoKind::Unmap;
         let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, may_unmap, ..held.io };
@@ -570,8 +564,7 @@ impl IoChannel for Mirror {
         let slot = self.core.guest(&io, cx.now);
         let held = &mut self.held[usize::from(slot)];
         held.io = io;
-        held.len = payload.len();
-        held.slices[..payload.len()].copy_from_slice(payload);
+        held.payload.set(payload);
         self.perform(cx);
     }
 

@@ -19,17 +19,16 @@ use super::file::{Alignment, FileKind};
 use super::ranges::{Lacking, RangeStep, plan, says_unsupported};
 use crate::SEGMENTS_MAX;
 use crate::bounce::{Bounce, CHUNK, CHUNKS_MAX, Chunks};
-use crate::channel::{CompletionBatch, IoChannel, Limits};
+use crate::channel::{CompletionBatch, IoChannel, Limits, YOUNG};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;
+use crate::slices::Slices;
 use crate::slots::Slots;
 
 /// Largest read or write, bytes: what the chunks of one request hold.
 pub(super) const MAX_TRANSFER: u32 = 1 << 20;
 /// Largest unmap or write-zeroes, bytes: bounds how long one keeps its slot where zeroes have to be written.
 pub(super) const MAX_RANGE: u64 = 1 << 30;
-/// A request younger than this is worth polling for: waking a thread takes about as long as a fast disk.
-const YOUNG: Nanos = Nanos::from_millis(1);
 
 const _: () = assert!(SEGMENTS_MAX == resilver_sys::uring::SEGMENTS);
 const _: () = assert!(CHUNKS_MAX <= SEGMENTS_MAX);
@@ -58,8 +57,7 @@ struct Request {
     step: Step,
     /// Bytes transferred.
     done: u64,
-    segments: usize,
-    payload: [BufferSlice; SEGMENTS_MAX],
+    payload: Slices,
     chunks: Chunks,
 }
 
@@ -67,18 +65,7 @@ impl Request {
     fn new() -> Self {
         let io =
             BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 };
-        Self {
-            io,
-            step: Step::Idle,
-            done: 0,
-            segments: 0,
-            payload: [BufferSlice::EMPTY; SEGMENTS_MAX],
-            chunks: Chunks::NONE,
-        }
-    }
-
-    fn payload(&self) -> &[BufferSlice] {
-        &self.payload[..self.segments]
+        Self { io, step: Step::Idle, done: 0, payload: Slices::NONE, chunks: Chunks::NONE }
     }
 
     fn direction(&self) -> Direction {
@@ -179,7 +166,9 @@ impl UringChannel {
     fn start(&mut self, memory: &RegionTable, slot: u32) {
         let request = &self.requests[slot];
         let step = match request.io.kind {
-            IoKind::Read | IoKind::Write if self.fits_direct(memory, request.payload()) => {
+            IoKind::Read | IoKind::Write
+                if self.fits_direct(memory, request.payload.as_slice()) =>
+            {
                 Step::Direct
             }
             IoKind::Read | IoKind::Write => {
@@ -216,9 +205,11 @@ impl UringChannel {
             request.chunks = chunks;
             request.step = Step::Bounced;
             let copied = match request.io.kind {
-                IoKind::Write => self
-                    .bounce
-                    .pair(&chunks, request.payload(), |guest, pool| memory.copy(pool, guest)),
+                IoKind::Write => {
+                    self.bounce.pair(&chunks, request.payload.as_slice(), |guest, pool| {
+                        memory.copy(pool, guest)
+                    })
+                }
                 _ => Ok(()),
             };
             match copied {
@@ -243,11 +234,11 @@ impl UringChannel {
         let left = request.io.length.saturating_sub(request.done);
         match request.step {
             Step::Direct if request.done == 0 => {
-                let (direction, payload) = (request.direction(), request.payload());
+                let (direction, payload) = (request.direction(), request.payload.as_slice());
                 return self.ring.push_transfer(memory, slot, direction, at, payload);
             }
             Step::Direct => {
-                let count = skip(request.payload(), request.done, gathered);
+                let count = skip(request.payload.as_slice(), request.done, gathered);
                 let (direction, rest) = (request.direction(), &gathered[..count]);
                 return self.ring.push_transfer(memory, slot, direction, at, rest);
             }
@@ -304,9 +295,10 @@ impl UringChannel {
         let request = &mut self.requests[slot];
         if matches!(request.step, Step::Bounced) {
             if request.io.kind == IoKind::Read && result.is_ok() {
-                let copied = self.bounce.pair(&request.chunks, request.payload(), |guest, pool| {
-                    memory.copy(guest, pool)
-                });
+                let copied =
+                    self.bounce.pair(&request.chunks, request.payload.as_slice(), |guest, pool| {
+                        memory.copy(guest, pool)
+                    });
                 result = copied.map_err(|_| IoError::FAULT);
             }
             self.bounce.give_back(request.chunks);
@@ -353,8 +345,7 @@ impl IoChannel for UringChannel {
         let request = &mut self.requests[slot];
         request.io = io;
         request.done = 0;
-        request.segments = payload.len();
-        request.payload[..payload.len()].copy_from_slice(payload);
+        request.payload.set(payload);
         self.youngest = cx.now;
         self.start(cx.memory, slot);
     }

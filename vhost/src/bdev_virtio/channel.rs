@@ -14,7 +14,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use resilver_bdev::bounce::{CHUNKS_MAX, Chunks};
+use resilver_bdev::channel::YOUNG;
 use resilver_bdev::ledger::Ledger;
+use resilver_bdev::slices::Slices;
 use resilver_bdev::slots::Slots;
 use resilver_bdev::{
     BdevIo, CompletionBatch, IoChannel, IoError, IoKind, Limits, SEGMENTS_MAX, Tag,
@@ -26,9 +28,6 @@ use super::device::Device;
 use super::ring_state::Phase;
 use super::seat::{Lent, Seat};
 use crate::front_end::{DataBuffer, Request as Order, RequestError};
-
-/// A request younger than this is worth polling for: waking a thread takes about as long as a fast disk.
-const YOUNG: Nanos = Nanos::from_millis(1);
 
 /// What a request is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +53,7 @@ struct Request {
     /// Bytes of a range that are done, and that are in the ring.
     done: u64,
     asked: u64,
-    segments: usize,
-    payload: [BufferSlice; SEGMENTS_MAX],
+    payload: Slices,
     chunks: Chunks,
 }
 
@@ -68,14 +66,9 @@ impl Request {
             step: Step::Idle,
             done: 0,
             asked: 0,
-            segments: 0,
-            payload: [BufferSlice::EMPTY; SEGMENTS_MAX],
+            payload: Slices::NONE,
             chunks: Chunks::NONE,
         }
-    }
-
-    fn payload(&self) -> &[BufferSlice] {
-        &self.payload[..self.segments]
     }
 }
 
@@ -130,7 +123,6 @@ pub(super) struct VirtioChannel {
     limits: Limits,
     ledger: Ledger,
     requests: Slots<Request>,
-    slots: u32,
     /// Requests that wait for room, oldest first.
     waiting: VecDeque<u32>,
     seat: Lent,
@@ -150,7 +142,6 @@ impl VirtioChannel {
             limits: device.limits(),
             ledger: Ledger::new(depth),
             requests: Slots::new(slots, Request::new),
-            slots: u32::try_from(slots).unwrap_or(u32::MAX),
             waiting: VecDeque::with_capacity(slots),
             seat,
             youngest: Nanos::ZERO,
@@ -211,8 +202,10 @@ impl VirtioChannel {
                 if io.kind == IoKind::Read {
                     Order::Read { offset }
                 } else {
-                    let copied = pool
-                        .pair(&request.chunks, request.payload(), |from, to| memory.copy(to, from));
+                    let copied =
+                        pool.pair(&request.chunks, request.payload.as_slice(), |from, to| {
+                            memory.copy(to, from)
+                        });
                     copied.map_err(|_| Refusal::Ends(IoError::FAULT))?;
                     Order::Write { offset }
                 }
@@ -259,8 +252,9 @@ impl VirtioChannel {
             }
             Verdict::Ended(Ok(())) if request.io.kind == IoKind::Read => {
                 let pool = &self.seat.pool;
-                let copied =
-                    pool.pair(&request.chunks, request.payload(), |to, from| memory.copy(to, from));
+                let copied = pool.pair(&request.chunks, request.payload.as_slice(), |to, from| {
+                    memory.copy(to, from)
+                });
                 self.end(slot, copied.map_err(|_| IoError::FAULT));
             }
             Verdict::Ended(result) => self.end(slot, result),
@@ -280,7 +274,7 @@ impl VirtioChannel {
     /// Fails everything.
     fn fail_all(&mut self) {
         self.waiting.clear();
-        for slot in 0..self.slots {
+        for slot in self.requests.numbers() {
             if self.requests[slot].step != Step::Idle {
                 self.end(slot, Err(IoError::IO));
             }
@@ -344,8 +338,7 @@ impl IoChannel for VirtioChannel {
         };
         let request = &mut self.requests[slot];
         (request.io, request.step, request.done, request.asked) = (io, step, 0, 0);
-        request.segments = payload.len();
-        request.payload[..payload.len()].copy_from_slice(payload);
+        request.payload.set(payload);
         self.youngest = cx.now;
         self.waiting.push_back(slot);
         self.serve_waiting(cx.memory);

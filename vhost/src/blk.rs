@@ -8,6 +8,8 @@
 //! while its guest runs, and the guest has negotiated once and for all. So discard is always offered; a bdev that cannot
 //! deallocate takes it and does nothing, which virtio permits.
 
+use std::fmt;
+
 use resilver_bdev::{BdevIo, IoError, IoKind, Limits, Tag};
 use resilver_reactor::Context;
 
@@ -137,14 +139,37 @@ pub fn cache_mode(negotiated: u64, writeback: CacheMode) -> CacheMode {
     }
 }
 
-/// The serial of a disk: what the operator gave, or its controller's name, cut to what GET_ID can carry.
-#[must_use]
-pub fn serial(given: &str) -> [u8; SERIAL_BYTES] {
-    let mut serial = [0; SERIAL_BYTES];
-    for (to, from) in serial.iter_mut().zip(given.bytes()) {
-        *to = from;
+/// A disk's serial, as GET_ID answers it: padded with zeroes, and not necessarily text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Serial(pub [u8; SERIAL_BYTES]);
+
+impl Serial {
+    /// What the operator gave, or the name of the disk's controller, cut to what GET_ID can carry.
+    #[must_use]
+    pub fn new(given: &str) -> Self {
+        Self::padded(given.bytes())
     }
-    serial
+
+    /// What a device answered, whatever it left behind the first zero.
+    #[must_use]
+    pub fn answered(bytes: [u8; SERIAL_BYTES]) -> Self {
+        Self::padded(bytes.into_iter().take_while(|byte| *byte != 0))
+    }
+
+    fn padded(bytes: impl Iterator<Item = u8>) -> Self {
+        let mut serial = [0; SERIAL_BYTES];
+        for (to, from) in serial.iter_mut().zip(bytes) {
+            *to = from;
+        }
+        Self(serial)
+    }
+}
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(SERIAL_BYTES);
+        self.0.get(..end).unwrap_or_default().escape_ascii().fmt(f)
+    }
 }
 
 /// Why a request failed.
@@ -382,7 +407,9 @@ mod tests {
 
     #[test]
     fn a_serial_is_cut_to_twenty_bytes() {
-        assert_eq!(&serial("vm1"), b"vm1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-        assert_eq!(&serial("a-name-longer-than-twenty-bytes"), b"a-name-longer-than-t");
+        assert_eq!(&Serial::new("vm1").0, b"vm1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        let long = Serial::new("a-name-longer-than-twenty-bytes");
+        assert_eq!(long.to_string(), "a-name-longer-than-t");
+        assert_eq!(Serial::answered(*b"vm1\0what was there b"), Serial::new("vm1"));
     }
 }

@@ -23,11 +23,10 @@ use resilver_bdev::{Completion, Consumer, IoKind, IoStats, Port, Reply, SEGMENTS
 use resilver_reactor::{Armed, Context, Doorbell, Receiver, Sender, Work, mailbox};
 use resilver_sys::{BufferSlice, EventFd, TableFull, WaitSet};
 
-use crate::blk::{CacheMode, RequestError};
+use crate::blk::{CacheMode, RequestError, Serial};
 use crate::chain::Chain;
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::protocol::SERIAL_BYTES;
 use crate::queue::{LiveQueue, QUEUE_SHIFT, Shared};
 use crate::ring::{RingAreas, RingFault};
 use crate::stats::VhostStats;
@@ -133,7 +132,7 @@ pub struct SessionConfig {
     /// Guests may not write.
     pub read_only: bool,
     /// What GET_ID answers.
-    pub serial: [u8; SERIAL_BYTES],
+    pub serial: Serial,
     /// The controller's counters.
     pub stats: Arc<VhostStats>,
     /// Told of the first ring that its guest broke.

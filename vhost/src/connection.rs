@@ -17,8 +17,8 @@ use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::back_channel::BackChannel;
+use crate::blk::Serial;
 use crate::blk_session::{Command, Notifier};
-use crate::device_state::Serial;
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{Holds, InflightError, InflightMemory};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};

@@ -11,8 +11,8 @@
 //!
 //! Fault model: the bytes come from a front end and may be anything. Nothing is used before all of it was found good.
 
-use crate::blk::{BlkDevice, CacheMode};
-use crate::protocol::{SERIAL_BYTES, features};
+use crate::blk::{BlkDevice, CacheMode, Serial};
+use crate::protocol::features;
 
 /// Bytes of a state.
 pub const STATE_BYTES: usize = 60;
@@ -62,17 +62,6 @@ pub enum StateError {
     /// The guest uses what is not offered here.
     #[error("the guest uses features {0:#x}, which this device does not have")]
     Features(u64),
-}
-
-/// A disk's serial, as GET_ID answers it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Serial(pub [u8; SERIAL_BYTES]);
-
-impl std::fmt::Display for Serial {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(SERIAL_BYTES);
-        self.0.get(..end).unwrap_or_default().escape_ascii().fmt(f)
-    }
 }
 
 /// The state of a device.
@@ -211,7 +200,7 @@ mod tests {
             block_size: 512,
             capacity: 2048 * 512,
             features: features::VERSION_1 | features::FLUSH,
-            serial: Serial(crate::blk::serial("vm1")),
+            serial: Serial::new("vm1"),
             status: 15,
             writeback: CacheMode::WriteThrough,
         }
@@ -236,7 +225,7 @@ mod tests {
     fn another_disk_is_refused() {
         let serial = state().serial;
         let refused = |state: DeviceState| state.fits(&device(), serial).unwrap_err();
-        let other = Serial(crate::blk::serial("vm2\n"));
+        let other = Serial::new("vm2\n");
         assert_eq!(
             refused(DeviceState { serial: other, ..state() }).to_string(),
             "the device state is of the disk with serial 'vm2\\n', and this is 'vm1'; give both controllers the same serial"

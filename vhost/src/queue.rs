@@ -9,11 +9,11 @@ use resilver_bdev::{IoKind, IoStats, Port, SEGMENTS_MAX, Tag};
 use resilver_reactor::{Armed, Context};
 use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
-use crate::blk::{Ask, CacheMode, RequestError, parse};
+use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
 use crate::chain::{Chain, Indirect};
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::protocol::{SERIAL_BYTES, blk_status};
+use crate::protocol::blk_status;
 use crate::request::{NO_SLOT, Request, Rest};
 use crate::ring::{ChainFault, Notify, Ring, RingAreas, RingFault, Taken};
 use crate::stats::VhostStats;
@@ -38,7 +38,7 @@ pub(crate) struct Shared {
     pub(crate) stale: u32,
     pub(crate) cache: CacheMode,
     pub(crate) read_only: bool,
-    pub(crate) serial: [u8; SERIAL_BYTES],
+    pub(crate) serial: Serial,
     pub(crate) stats: Arc<VhostStats>,
     pub(crate) chain: Chain,
     pub(crate) scratch: Box<[BufferSlice; SEGMENTS_MAX]>,
@@ -305,7 +305,7 @@ impl LiveQueue {
             Ok(ask) => {
                 request.fill(ask, &shared.chain, shared.cache);
                 if ask == Ask::Identify {
-                    match shared.chain.write(cx, &shared.serial) {
+                    match shared.chain.write(cx, &shared.serial.0) {
                         Some(written) => request.written = written,
                         None => request.fail(RequestError::WildBuffer),
                     }

@@ -30,10 +30,9 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use crate::blk::{BlkDevice, serial};
+use crate::blk::{BlkDevice, Serial};
 use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
-use crate::device_state::Serial;
 use crate::protocol::QUEUES_MAX;
 use crate::ring::RingFault;
 use crate::session::Session;
@@ -372,7 +371,7 @@ impl Server {
     /// One front end, from its first message to the last of its requests.
     async fn serve(&self, place: Place, mut stops: watch::Receiver<()>) {
         let name = &self.config.name;
-        let serial = serial(self.config.serial.as_deref().unwrap_or(name));
+        let serial = Serial::new(self.config.serial.as_deref().unwrap_or(name));
         let (fault, broken) = oneshot::channel();
         let (consumer, data) = BlkSession::new(
             SessionConfig {
@@ -407,7 +406,7 @@ impl Server {
             self.config.num_queues,
             data.clone(),
             Rc::clone(&self.sessions),
-            Serial(serial),
+            serial,
         );
         let ended = tokio::select! {
             result = connection.serve() => result.map_or_else(Ended::Refused, |()| Ended::Closed),

@@ -10,10 +10,10 @@
 
 use resilver_bdev::Limits;
 
-use crate::blk::{BlkDevice, CacheMode, WRITEBACK_OFFSET, cache_mode};
+use crate::blk::{BlkDevice, CacheMode, Serial, WRITEBACK_OFFSET, cache_mode};
 use crate::blk_session::{Enabled, Notifier};
 use crate::chain::Indirect;
-use crate::device_state::{DeviceState, Serial, StateError};
+use crate::device_state::{DeviceState, StateError};
 use crate::message::{
     ConfigPiece, FdPresence, InflightDescription, Message, RegionDescription, Reply, RingAddresses,
 };

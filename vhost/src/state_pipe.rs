@@ -181,7 +181,7 @@ mod tests {
     use std::time::Instant;
 
     use crate::blk::CacheMode;
-    use crate::device_state::Serial;
+    use crate::blk::Serial;
 
     const STATE: DeviceState = DeviceState {
         block_size: 512,

@@ -9,7 +9,7 @@ use resilver_bdev::{Consumer, ConsumerId, Disk, DiskCommand, DiskHandle, IoError
 use resilver_reactor::{Context, Doorbell, Nanos, Poller, Sender};
 use resilver_sys::{EventFd, Mapping, RegionTable, WaitSet};
 use resilver_vhost::VhostStats;
-use resilver_vhost::blk::serial;
+use resilver_vhost::blk::Serial;
 use resilver_vhost::blk_session::{BlkSession, Command, Enabled, MemoryReply, SessionConfig};
 use resilver_vhost::chain::Indirect;
 use resilver_vhost::dirty_log::DirtyLog;
@@ -173,7 +173,7 @@ fn session(doorbell: &Arc<Doorbell>) -> (BlkSession, Link) {
     let config = SessionConfig {
         num_queues: QUEUES,
         read_only: false,
-        serial: serial("fuzz"),
+        serial: Serial::new("fuzz"),
         stats: Arc::clone(&stats),
         on_fault,
     };

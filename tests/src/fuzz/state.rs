@@ -14,8 +14,8 @@ use resilver_rpc::config::{Config, Item};
 use resilver_rpc::methods::Method;
 use resilver_rpc::state::StateStore;
 
-use resilver_vhost::blk::{BlkDevice, CacheMode};
-use resilver_vhost::device_state::{DeviceState, STATE_BYTES, Serial};
+use resilver_vhost::blk::{BlkDevice, CacheMode, Serial};
+use resilver_vhost::device_state::{DeviceState, STATE_BYTES};
 use resilver_vhost::protocol::SERIAL_BYTES;
 
 use super::Input;

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use resilver_reactor::{Doorbell, Sender};
 use resilver_sys::EventFd;
 use resilver_vhost::VhostStats;
-use resilver_vhost::blk::CacheMode;
+use resilver_vhost::blk::{CacheMode, Serial};
 use resilver_vhost::blk_session::{BlkSession, Command, Enabled, SessionConfig};
 use resilver_vhost::chain::Indirect;
 use resilver_vhost::inflight::{Holds, InflightMemory};
@@ -83,7 +83,7 @@ impl Session {
         let config = SessionConfig {
             num_queues: 1,
             read_only: false,
-            serial: [b's'; 20],
+            serial: Serial::new("sim"),
             stats: Arc::new(VhostStats::default()),
             on_fault: Box::new(move |(queue, fault)| {
                 fault_trace.finding(format_args!("ring {queue} is refused: {fault}"));

@@ -16,6 +16,7 @@ use super::device::Device;
 use super::ring_state::{Event, Phase, RingState};
 use super::seat::Seat;
 use super::shared::Shared;
+use crate::blk::Serial;
 use crate::front_end::{Connection, FrontEndError, RingHandle};
 
 /// The pause after the first failed attempt; it doubles up to the longest.
@@ -87,7 +88,7 @@ pub(super) struct Keeper {
     name: String,
     connection: Connection,
     device: Device,
-    serial: Option<String>,
+    serial: Option<Serial>,
     rings: Vec<Ring>,
     /// Seats whose channels have gone and left requests in flight.
     left: Vec<Seat>,
@@ -254,11 +255,11 @@ impl Keeper {
         let device = self.device.successor(&config)?;
         let serial = self.connection.serial();
         if serial != self.serial {
-            let told = |serial: &Option<String>| match serial {
+            let told = |serial: Option<Serial>| match serial {
                 Some(serial) => format!("'{serial}'"),
                 None => "not told".to_owned(),
             };
-            let (now, then) = (told(&serial), told(&self.serial));
+            let (now, then) = (told(serial), told(self.serial));
             return Err(format!("it is another disk: its serial is {now}, and was {then}"));
         }
         self.adopt(device);

@@ -47,6 +47,7 @@ use ring_state::{Event, RingState};
 use seat::{Lent, Seat};
 use shared::Shared;
 
+use crate::blk::Serial;
 use crate::front_end::{Connection, ConnectionConfig, DriverQueue};
 use crate::protocol::QUEUES_MAX;
 use crate::ring::Format;
@@ -78,7 +79,7 @@ pub struct Virtio {
     shared: Arc<Shared>,
     status: StatusCell,
     records_inflight: bool,
-    serial: Option<String>,
+    serial: Option<Serial>,
     format: Format,
     export: FileIdentity,
     /// Blocks of the disk: the export may have grown further.
@@ -288,8 +289,8 @@ impl Bdev for Virtio {
             ("write_zeroes", Detail::Flag(self.device.zeroes_max > 0)),
             ("max_transfer", Detail::Number(u64::from(self.device.max_transfer))),
         ];
-        if let Some(serial) = &self.serial {
-            details.push(("serial", Detail::Text(serial.clone())));
+        if let Some(serial) = self.serial {
+            details.push(("serial", Detail::Text(serial.to_string())));
         }
         if self.export_size() != self.geometry().size() {
             details.push(("export_size", Detail::Number(self.export_size())));

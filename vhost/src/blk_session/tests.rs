@@ -216,7 +216,7 @@ impl Bench {
         let config = SessionConfig {
             num_queues: 2,
             read_only: false,
-            serial: crate::blk::serial("serial"),
+            serial: Serial::new("serial"),
             stats: Arc::clone(&self.stats),
             on_fault,
         };

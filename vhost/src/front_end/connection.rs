@@ -12,12 +12,13 @@ use resilver_sys::MappingError;
 use resilver_sys::area::AreaError;
 
 use super::back_channel::BackChannel;
-use super::identity::{self, Serial};
+use super::identity;
 use super::inflight::Inflight;
 use super::link::{self, Link, PROTOCOL};
 use super::memory::SharedMemory;
 use super::queue::{self, DriverQueue};
 use super::ring::RingHandle;
+use crate::blk::Serial;
 use crate::protocol::{RING_SIZE_MAX, features, protocol_features};
 use crate::ring::Format;
 
@@ -356,12 +357,10 @@ impl Connection {
         Ok(())
     }
 
-    /// The disk's serial, as text; none if it was not asked for, or the disk has none.
+    /// The disk's serial; none if it was not asked for, or the disk has none.
     #[must_use]
-    pub fn serial(&self) -> Option<String> {
-        let bytes = self.serial.as_ref()?;
-        let text = bytes.split(|byte| *byte == 0).next()?;
-        Some(text.escape_ascii().to_string())
+    pub fn serial(&self) -> Option<Serial> {
+        self.serial
     }
 
     /// Whether the back end records what is in flight, so that its successor resubmits it.

@@ -17,6 +17,7 @@ use super::FrontEndError;
 use super::link::{Link, PROTOCOL};
 use super::memory::{DataBuffer, SharedMemory};
 use super::queue::{self, DriverQueue, Request};
+use crate::blk::Serial;
 use crate::protocol::SERIAL_BYTES;
 
 /// Entries of the ring: header, answer and status of one request.
@@ -28,9 +29,6 @@ const _: () = assert!(ANSWER.length as usize == SERIAL_BYTES);
 const NAME: &str = "GET_ID";
 /// The longest sleep before another look, nanoseconds: a back end may close the connection without a word.
 const LOOK_AGAIN: u64 = 50_000_000;
-
-/// A disk's serial as the device says it: NUL-padded, not necessarily text.
-pub(super) type Serial = [u8; SERIAL_BYTES];
 
 /// Asks whoever listens at `path`; none where the device has no serial to tell. Waits for the socket while patience lasts, and
 /// for each answer until the deadline.
@@ -76,5 +74,5 @@ pub(super) fn ask(
     };
     link.stop(0)?;
     let byte = |at| answer.load_u8(at, Ordering::Relaxed);
-    Ok(finished.result.is_ok().then(|| std::array::from_fn(byte)))
+    Ok(finished.result.is_ok().then(|| Serial::answered(std::array::from_fn(byte))))
 }

@@ -36,10 +36,10 @@ const EVENT_ENABLE: u16 = 0;
 const EVENT_DISABLE: u16 = 1;
 const EVENT_DESCRIPTOR: u16 = 2;
 const EVENT_MASK: u16 = 3;
-/// Where a descriptor has its length, its id and its flags.
-const LENGTH_AT: usize = 8;
-const ID_AT: usize = 12;
-const FLAGS_AT: usize = 14;
+/// Where a descriptor has its length, its id and its flags (virtio 2.8.13).
+pub(crate) const LENGTH_AT: usize = 8;
+pub(crate) const ID_AT: usize = 12;
+pub(crate) const FLAGS_AT: usize = 14;
 /// The wrap counter in an event's offset and in a base.
 const WRAP: u16 = 1 << 15;
 
@@ -51,6 +51,9 @@ pub(crate) struct Position {
 }
 
 impl Position {
+    /// Where both sides of a fresh ring begin (virtio 2.8.1).
+    pub(crate) const START: Self = Self { index: 0, wrap: true };
+
     /// As event areas and bases have it.
     pub(crate) fn from_word(word: u16) -> Self {
         Self { index: word & !WRAP, wrap: word & WRAP != 0 }

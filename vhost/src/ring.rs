@@ -139,6 +139,18 @@ impl Descriptor {
         Self { address: first, length: second as u32, flags, link }
     }
 
+    /// Puts one together: its first and second 8 bytes, each as a little-endian word.
+    #[inline]
+    #[must_use]
+    pub fn to_words(self, format: Format) -> (u64, u64) {
+        let (low, high) = match format {
+            Format::Split => (self.flags, self.link),
+            Format::Packed => (self.link, self.flags),
+        };
+        let second = u64::from(self.length) | u64::from(low) << 32 | u64::from(high) << 48;
+        (self.address, second)
+    }
+
     /// Reads one from its bytes.
     #[inline]
     #[must_use]
@@ -220,7 +232,6 @@ impl RingAreas {
         size: u16,
         addresses: &RingAddresses,
     ) -> Result<Self, RingSetupError> {
-        let entries = usize::from(size);
         let (driver, device) = match format {
             Format::Split if !size.is_power_of_two() || size > RING_SIZE_MAX => {
                 return Err(RingSetupError::SplitSize(u32::from(size)));
@@ -229,8 +240,8 @@ impl RingAreas {
                 return Err(RingSetupError::PackedSize(u32::from(size)));
             }
             Format::Split => {
-                let available = crate::split::available_bytes(entries);
-                let used = crate::split::used_bytes(entries);
+                let available = crate::split::available_bytes(size);
+                let used = crate::split::used_bytes(size);
                 (("available ring", available, 2), ("used ring", used, 4))
             }
             Format::Packed => {
@@ -238,7 +249,7 @@ impl RingAreas {
                 (("driver's event area", bytes, 4), ("device's event area", bytes, 4))
             }
         };
-        let table = entries * DESCRIPTOR_BYTES;
+        let table = usize::from(size) * DESCRIPTOR_BYTES;
         let logged = addresses.flags & vring_flags::LOG != 0;
         let log = logged.then(|| LogAddresses {
             device: addresses.log,
@@ -416,8 +427,11 @@ mod tests {
         bytes[14..].copy_from_slice(&9u16.to_le_bytes());
         let address = 0x1122_3344_5566_7788;
         let split = Descriptor { address, length: 4096, flags: 3, link: 9 };
-        assert_eq!(Descriptor::from_bytes(Format::Split, &bytes), split);
         let packed = Descriptor { flags: 9, link: 3, ..split };
-        assert_eq!(Descriptor::from_bytes(Format::Packed, &bytes), packed);
+        for (format, descriptor) in [(Format::Split, split), (Format::Packed, packed)] {
+            assert_eq!(Descriptor::from_bytes(format, &bytes), descriptor);
+            let (first, second) = descriptor.to_words(format);
+            assert_eq!([first.to_le_bytes(), second.to_le_bytes()].concat(), bytes);
+        }
     }
 }

@@ -24,27 +24,51 @@ use crate::ring::{
     crosses,
 };
 
-/// Available ring: flags, index, then the entries, then `used_event`.
-const AVAILABLE_INDEX: usize = 2;
+/// Available ring: flags, index, then the entries, then `used_event` (virtio 2.7.6).
+pub(crate) const AVAILABLE_FLAGS: usize = 0;
+pub(crate) const AVAILABLE_INDEX: usize = 2;
 const AVAILABLE_RING: usize = 4;
-/// Used ring: flags, index, then elements of 8 bytes, then `avail_event`.
-const USED_FLAGS: usize = 0;
-const USED_INDEX: usize = 2;
+/// Used ring: flags, index, then elements of 8 bytes, then `avail_event` (virtio 2.7.8).
+pub(crate) const USED_FLAGS: usize = 0;
+pub(crate) const USED_INDEX: usize = 2;
 const USED_RING: usize = 4;
 const USED_ELEMENT_BYTES: usize = 8;
-/// Available flags: the driver wants no interrupts.
-const NO_INTERRUPT: u16 = 1;
-/// Used flags: the device wants no kicks.
-const NO_NOTIFY: u16 = 1;
+/// Flags of either ring: its writer wants no interrupts, or no kicks.
+pub(crate) const NO_NOTIFICATION: u16 = 1;
+
+/// Where the entry for this index is in an available ring of `size` entries, a power of two.
+#[inline]
+pub(crate) fn available_entry(index: u16, size: u16) -> usize {
+    AVAILABLE_RING + usize::from(index & (size - 1)) * 2
+}
+
+/// Where `used_event` is in an available ring.
+#[inline]
+pub(crate) fn used_event(size: u16) -> usize {
+    AVAILABLE_RING + usize::from(size) * 2
+}
 
 /// Bytes of an available ring.
-pub(crate) fn available_bytes(entries: usize) -> usize {
-    AVAILABLE_RING + entries * 2 + 2
+pub(crate) fn available_bytes(size: u16) -> usize {
+    used_event(size) + 2
+}
+
+/// Where the element for this index is in a used ring of `size` entries, a power of two: the id, and 4 bytes on how much was
+/// written.
+#[inline]
+pub(crate) fn used_element(index: u16, size: u16) -> usize {
+    USED_RING + usize::from(index & (size - 1)) * USED_ELEMENT_BYTES
+}
+
+/// Where `avail_event` is in a used ring.
+#[inline]
+pub(crate) fn available_event(size: u16) -> usize {
+    USED_RING + usize::from(size) * USED_ELEMENT_BYTES
 }
 
 /// Bytes of a used ring.
-pub(crate) fn used_bytes(entries: usize) -> usize {
-    USED_RING + entries * USED_ELEMENT_BYTES + 2
+pub(crate) fn used_bytes(size: u16) -> usize {
+    available_event(size) + 2
 }
 
 /// The device side of one split ring.
@@ -133,8 +157,8 @@ impl SplitRing {
             }
             self.known_available = index;
         }
-        let slot = usize::from(self.next_available & (self.size - 1));
-        let head = self.areas.driver.load_u16(AVAILABLE_RING + slot * 2, Ordering::Relaxed);
+        let at = available_entry(self.next_available, self.size);
+        let head = self.areas.driver.load_u16(at, Ordering::Relaxed);
         let (head, size) = (u16::from_le(head), self.size);
         if head >= size {
             return Err(RingFault::BadHead { head, size });
@@ -167,8 +191,7 @@ impl SplitRing {
     /// Stores a used element; [`SplitRing::publish`] makes it visible. `written` is what the device wrote, in bytes.
     #[inline]
     pub fn push_used(&mut self, head: u16, written: u32) {
-        let slot = usize::from(self.next_used & (self.size - 1));
-        let (at, used) = (USED_RING + slot * USED_ELEMENT_BYTES, &self.areas.device);
+        let (at, used) = (used_element(self.next_used, self.size), &self.areas.device);
         used.store_u32(at, u32::from(head).to_le(), Ordering::Relaxed);
         used.store_u32(at + 4, written.to_le(), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
@@ -194,10 +217,11 @@ impl SplitRing {
         let available = &self.areas.driver;
         let wanted = match self.events {
             EventMode::Flags => {
-                u16::from_le(available.load_u16(0, Ordering::Relaxed)) & NO_INTERRUPT == 0
+                let flags = u16::from_le(available.load_u16(AVAILABLE_FLAGS, Ordering::Relaxed));
+                flags & NO_NOTIFICATION == 0
             }
             EventMode::Index => {
-                let at = AVAILABLE_RING + usize::from(self.size) * 2;
+                let at = used_event(self.size);
                 let event = u16::from_le(available.load_u16(at, Ordering::Relaxed));
                 crosses(event, new, old)
             }
@@ -216,7 +240,7 @@ impl SplitRing {
     /// Asks for no kicks. With event indexes that can only be done by naming an entry as far away as possible, so a kick comes
     /// every 65536 requests and costs nothing here.
     pub fn disarm(&mut self, log: Option<&DirtyLog>) {
-        self.want_kicks(self.next_available.wrapping_sub(1), NO_NOTIFY, log);
+        self.want_kicks(self.next_available.wrapping_sub(1), NO_NOTIFICATION, log);
     }
 
     fn want_kicks(&self, event: u16, flags: u16, log: Option<&DirtyLog>) {
@@ -224,8 +248,7 @@ impl SplitRing {
         match self.events {
             EventMode::Flags => used.store_u16(USED_FLAGS, flags.to_le(), Ordering::Relaxed),
             EventMode::Index => {
-                let at = USED_RING + usize::from(self.size) * USED_ELEMENT_BYTES;
-                used.store_u16(at, event.to_le(), Ordering::Relaxed);
+                used.store_u16(available_event(self.size), event.to_le(), Ordering::Relaxed);
             }
         }
         self.areas.log_device(log);

@@ -17,6 +17,9 @@ const GUEST_BASE: u64 = 1 << 30;
 /// User address of the first byte, as ring addresses name it.
 const USER_BASE: u64 = 1 << 46;
 
+/// What the parts of a ring are aligned to: a cache line, more than virtio asks.
+pub(super) const RING_ALIGNMENT: usize = 64;
+
 /// A piece of the caller's part of the shared memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DataBuffer {

@@ -13,21 +13,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use resilver_sys::area::fence;
 
 use super::FrontEndError;
-use super::memory::{Carved, SharedMemory};
+use super::memory::{Carved, RING_ALIGNMENT, SharedMemory};
 use super::ring::Base;
 use crate::message::RingAddresses;
-use crate::packed::{EVENT_BYTES, EventArea, OWNER, Position};
+use crate::packed::{EVENT_BYTES, EventArea, FLAGS_AT, ID_AT, LENGTH_AT, OWNER, Position};
 use crate::protocol::descriptor_flags;
 use crate::ring::{DESCRIPTOR_BYTES, EventMode};
-
-/// What the parts are aligned to: a cache line, more than virtio asks.
-const ALIGNMENT: usize = 64;
-/// Where the first lap begins.
-const START: Position = Position { index: 0, wrap: true };
-/// Where a descriptor has its length, its id and its flags.
-const LENGTH_AT: usize = 8;
-const ID_AT: usize = 12;
-const FLAGS_AT: usize = 14;
 
 /// One packed ring.
 #[derive(Debug)]
@@ -50,7 +41,7 @@ pub(super) struct PackedSide {
 impl PackedSide {
     /// Bytes of shared memory that a ring takes, alignment included.
     pub(super) fn bytes_needed(size: u16) -> usize {
-        usize::from(size) * DESCRIPTOR_BYTES + 2 * EVENT_BYTES + 3 * ALIGNMENT
+        usize::from(size) * DESCRIPTOR_BYTES + 2 * EVENT_BYTES + 3 * RING_ALIGNMENT
     }
 
     /// A ring in `memory`.
@@ -60,15 +51,15 @@ impl PackedSide {
         memory: &mut SharedMemory,
     ) -> Result<Self, FrontEndError> {
         let mut side = Self {
-            ring: memory.carve(usize::from(size) * DESCRIPTOR_BYTES, ALIGNMENT)?,
-            driver: memory.carve(EVENT_BYTES, ALIGNMENT)?,
-            device: memory.carve(EVENT_BYTES, ALIGNMENT)?,
+            ring: memory.carve(usize::from(size) * DESCRIPTOR_BYTES, RING_ALIGNMENT)?,
+            driver: memory.carve(EVENT_BYTES, RING_ALIGNMENT)?,
+            device: memory.carve(EVENT_BYTES, RING_ALIGNMENT)?,
             size,
             events,
-            next_available: START,
-            first: START,
+            next_available: Position::START,
+            first: Position::START,
             batched: 0,
-            next_used: START,
+            next_used: Position::START,
             base: Arc::default(),
         };
         side.reset();
@@ -175,7 +166,8 @@ impl PackedSide {
         for at in [0, 2] {
             self.device.area.store_u16(at, 0, Ordering::Relaxed);
         }
-        (self.next_available, self.first, self.next_used, self.batched) = (START, START, START, 0);
+        let start = Position::START;
+        (self.next_available, self.first, self.next_used, self.batched) = (start, start, start, 0);
         self.tell_base();
     }
 }

@@ -14,7 +14,7 @@ use super::ring::RingHandle;
 use super::split::SplitSide;
 use super::{FrontEndError, connection::Negotiated};
 use crate::protocol::{SECTOR, blk_status, blk_type, descriptor_flags};
-use crate::ring::{DESCRIPTOR_BYTES as DESCRIPTOR, EventMode, Format};
+use crate::ring::{DESCRIPTOR_BYTES, Descriptor, EventMode, Format};
 
 /// Bytes kept for the header, the range and the status of one request.
 const HEADER_STRIDE: usize = 64;
@@ -189,7 +189,7 @@ pub(super) fn bytes_needed(size: u16, segments: u16, negotiated: &Negotiated) ->
 
 /// Bytes of an indirect table for requests of so many buffers.
 fn table_bytes(segments: usize) -> usize {
-    (segments + ENVELOPE) * DESCRIPTOR
+    (segments + ENVELOPE) * DESCRIPTOR_BYTES
 }
 
 impl DriverQueue {
@@ -203,7 +203,7 @@ impl DriverQueue {
     ) -> Result<Self, FrontEndError> {
         let entries = usize::from(size);
         let tables = if negotiated.indirect {
-            Some(memory.carve(table_bytes(usize::from(segments)) * entries, DESCRIPTOR)?)
+            Some(memory.carve(table_bytes(usize::from(segments)) * entries, DESCRIPTOR_BYTES)?)
         } else {
             None
         };
@@ -301,8 +301,12 @@ impl DriverQueue {
             return Err(SubmitError::Full);
         };
         self.write_header(head, &encoded);
-        let table = match self.tables.clone() {
-            Some(tables) => self.write_table(head, &tables, &encoded, data),
+        let table = match &self.tables {
+            Some(tables) => {
+                let table = self.write_table(head, tables, &encoded, data);
+                self.free.pop();
+                table
+            }
             None => {
                 self.chain_direct(head, &encoded, data);
                 0
@@ -486,9 +490,10 @@ impl DriverQueue {
             let after = if parts.peek().is_some() { self.free.pop() } else { None };
             let next = after.unwrap_or(0);
             let flags = flags | if after.is_some() { descriptor_flags::NEXT } else { 0 };
-            let descriptor = Descriptor { address, length, flags, next };
             if let Side::Split(ring) = &self.ring {
-                descriptor.write(Format::Split, &ring.descriptors, usize::from(entry) * DESCRIPTOR);
+                let at = usize::from(entry) * DESCRIPTOR_BYTES;
+                let descriptor = Descriptor { address, length, flags, link: next };
+                write(descriptor, Format::Split, &ring.descriptors, at);
             }
             self.entries[usize::from(entry)].next = next;
             entry = next;
@@ -497,13 +502,12 @@ impl DriverQueue {
 
     /// Writes the table of a request; how many bytes it has.
     fn write_table(
-        &mut self,
+        &self,
         head: u16,
         tables: &Carved,
         encoded: &Encoded,
         data: &[DataBuffer],
     ) -> u32 {
-        self.free.pop();
         let table = usize::from(head) * table_bytes(self.segments);
         let format = match &self.ring {
             Side::Split(_) => Format::Split,
@@ -513,44 +517,30 @@ impl DriverQueue {
         let mut at = table;
         while let Some(((address, length, flags), number)) = parts.next() {
             // In a packed ring's table one follows the other (2.8.7).
-            let (flags, next) = match (format, parts.peek()) {
+            let (flags, link) = match (format, parts.peek()) {
                 (Format::Split, Some(_)) => (flags | descriptor_flags::NEXT, number),
                 (Format::Split, None) | (Format::Packed, _) => (flags, 0),
             };
-            Descriptor { address, length, flags, next }.write(format, tables, at);
-            at += DESCRIPTOR;
+            write(Descriptor { address, length, flags, link }, format, tables, at);
+            at += DESCRIPTOR_BYTES;
         }
         #[allow(clippy::cast_possible_truncation)] // at most (65535 + 2) * 16
         let length = (at - table) as u32;
         if let Side::Split(ring) = &self.ring {
             let address = tables.guest_address() + table as u64;
-            let whole = Descriptor { address, length, flags: descriptor_flags::INDIRECT, next: 0 };
-            whole.write(Format::Split, &ring.descriptors, usize::from(head) * DESCRIPTOR);
+            let whole = Descriptor { address, length, flags: descriptor_flags::INDIRECT, link: 0 };
+            let at = usize::from(head) * DESCRIPTOR_BYTES;
+            write(whole, Format::Split, &ring.descriptors, at);
         }
         length
     }
 }
 
-/// A descriptor to be written.
-struct Descriptor {
-    address: u64,
-    length: u32,
-    flags: u16,
-    /// The one after it, in a split ring.
-    next: u16,
-}
-
-impl Descriptor {
-    fn write(&self, format: Format, to: &Carved, at: usize) {
-        let (low, high) = match format {
-            Format::Split => (self.flags, self.next),
-            Format::Packed => (0, self.flags),
-        };
-        to.area.store_u64(at, self.address, Ordering::Relaxed);
-        to.area.store_u32(at + 8, self.length, Ordering::Relaxed);
-        to.area.store_u16(at + 12, low, Ordering::Relaxed);
-        to.area.store_u16(at + 14, high, Ordering::Relaxed);
-    }
+/// Writes a descriptor.
+fn write(descriptor: Descriptor, format: Format, to: &Carved, at: usize) {
+    let (first, second) = descriptor.to_words(format);
+    to.area.store_u64(at, first.to_le(), Ordering::Relaxed);
+    to.area.store_u64(at + 8, second.to_le(), Ordering::Relaxed);
 }
 
 impl Request {

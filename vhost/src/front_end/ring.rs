@@ -11,6 +11,7 @@ use resilver_sys::{Area, EventFd};
 
 use super::FrontEndError;
 use crate::message::RingAddresses;
+use crate::split::USED_INDEX;
 
 /// How it is told where a ring stands.
 #[derive(Debug, Clone)]
@@ -70,7 +71,7 @@ impl RingHandle {
     /// ring.
     pub(super) fn base(&self) -> u32 {
         match &self.base {
-            Base::UsedIndex(used) => u32::from(used.load_u16(2, Ordering::Acquire)),
+            Base::UsedIndex(used) => u32::from(used.load_u16(USED_INDEX, Ordering::Acquire)),
             Base::Position(position) => position.load(Ordering::Acquire),
         }
     }

@@ -5,22 +5,15 @@ use std::sync::atomic::Ordering;
 use resilver_sys::area::fence;
 
 use super::FrontEndError;
-use super::memory::{Carved, SharedMemory};
+use super::memory::{Carved, RING_ALIGNMENT, SharedMemory};
 use super::queue::RingError;
 use super::ring::Base;
 use crate::message::RingAddresses;
 use crate::ring::{DESCRIPTOR_BYTES, EventMode, crosses};
-
-/// The other side wants no notification (2.7.6, 2.7.8).
-const NO_NOTIFICATION: u16 = 1;
-/// What the parts are aligned to: a cache line, more than virtio asks.
-const ALIGNMENT: usize = 64;
-
-/// Bytes of the available and the used ring.
-fn lengths(size: u16) -> (usize, usize) {
-    let entries = usize::from(size);
-    (6 + 2 * entries, 6 + 8 * entries)
-}
+use crate::split::{
+    AVAILABLE_FLAGS, AVAILABLE_INDEX, NO_NOTIFICATION, USED_FLAGS, USED_INDEX, available_bytes,
+    available_entry, available_event, used_bytes, used_element, used_event,
+};
 
 /// One split ring.
 #[derive(Debug)]
@@ -41,8 +34,8 @@ pub(super) struct SplitSide {
 impl SplitSide {
     /// Bytes of shared memory that a ring takes, alignment included.
     pub(super) fn bytes_needed(size: u16) -> usize {
-        let (available, used) = lengths(size);
-        usize::from(size) * DESCRIPTOR_BYTES + available + used + 3 * ALIGNMENT
+        let descriptors = usize::from(size) * DESCRIPTOR_BYTES;
+        descriptors + available_bytes(size) + used_bytes(size) + 3 * RING_ALIGNMENT
     }
 
     /// A ring in `memory`.
@@ -51,11 +44,10 @@ impl SplitSide {
         events: EventMode,
         memory: &mut SharedMemory,
     ) -> Result<Self, FrontEndError> {
-        let (available, used) = lengths(size);
         Ok(Self {
-            descriptors: memory.carve(usize::from(size) * DESCRIPTOR_BYTES, ALIGNMENT)?,
-            available: memory.carve(available, ALIGNMENT)?,
-            used: memory.carve(used, ALIGNMENT)?,
+            descriptors: memory.carve(usize::from(size) * DESCRIPTOR_BYTES, RING_ALIGNMENT)?,
+            available: memory.carve(available_bytes(size), RING_ALIGNMENT)?,
+            used: memory.carve(used_bytes(size), RING_ALIGNMENT)?,
             size,
             events,
             next_available: 0,
@@ -81,7 +73,7 @@ impl SplitSide {
 
     /// Puts a head in the available ring, unpublished.
     pub(super) fn offer(&mut self, head: u16) {
-        let at = 4 + 2 * usize::from(self.next_available % self.size);
+        let at = available_entry(self.next_available, self.size);
         self.available.area.store_u16(at, head, Ordering::Relaxed);
         self.next_available = self.next_available.wrapping_add(1);
     }
@@ -96,14 +88,14 @@ impl SplitSide {
         if old == self.published {
             return false;
         }
-        self.available.area.store_u16(2, self.published, Ordering::Release);
+        self.available.area.store_u16(AVAILABLE_INDEX, self.published, Ordering::Release);
         // The store of the index must be seen before the wish for notifications is read, or both sides could sleep.
         fence(Ordering::SeqCst);
         let used = &self.used.area;
         match self.events {
-            EventMode::Flags => used.load_u16(0, Ordering::Relaxed) & NO_NOTIFICATION == 0,
+            EventMode::Flags => used.load_u16(USED_FLAGS, Ordering::Relaxed) & NO_NOTIFICATION == 0,
             EventMode::Index => {
-                let event = used.load_u16(4 + 8 * usize::from(self.size), Ordering::Relaxed);
+                let event = used.load_u16(available_event(self.size), Ordering::Relaxed);
                 crosses(event, self.published, old)
             }
         }
@@ -112,7 +104,7 @@ impl SplitSide {
     /// What the device says that it has completed next, and how much it wrote.
     pub(super) fn pop(&mut self, in_flight: u16) -> Result<Option<(u32, u32)>, RingError> {
         if self.next_used == self.seen_used {
-            self.seen_used = self.used.area.load_u16(2, Ordering::Acquire);
+            self.seen_used = self.used.area.load_u16(USED_INDEX, Ordering::Acquire);
             let claimed = self.seen_used.wrapping_sub(self.next_used);
             if claimed == 0 {
                 return Ok(None);
@@ -121,7 +113,7 @@ impl SplitSide {
                 return Err(RingError::UsedIndex(claimed));
             }
         }
-        let at = 4 + 8 * usize::from(self.next_used % self.size);
+        let at = used_element(self.next_used, self.size);
         let id = self.used.area.load_u32(at, Ordering::Relaxed);
         let written = self.used.area.load_u32(at + 4, Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
@@ -131,18 +123,21 @@ impl SplitSide {
     /// Asks for interrupts; false if something has ended already.
     pub(super) fn arm(&mut self) -> bool {
         match self.events {
-            EventMode::Flags => self.available.area.store_u16(0, 0, Ordering::Relaxed),
+            EventMode::Flags => {
+                self.available.area.store_u16(AVAILABLE_FLAGS, 0, Ordering::Relaxed);
+            }
             EventMode::Index => self.set_used_event(self.next_used),
         }
         fence(Ordering::SeqCst);
-        self.used.area.load_u16(2, Ordering::Acquire) == self.next_used
+        self.used.area.load_u16(USED_INDEX, Ordering::Acquire) == self.next_used
     }
 
     /// Asks for none.
     pub(super) fn disarm(&mut self) {
         match self.events {
             EventMode::Flags => {
-                self.available.area.store_u16(0, NO_NOTIFICATION, Ordering::Relaxed);
+                let available = &self.available.area;
+                available.store_u16(AVAILABLE_FLAGS, NO_NOTIFICATION, Ordering::Relaxed);
             }
             // An index just passed: it comes round again after 65536 completions, which costs one idle interrupt.
             EventMode::Index => self.set_used_event(self.next_used.wrapping_sub(1)),
@@ -150,7 +145,7 @@ impl SplitSide {
     }
 
     fn set_used_event(&self, index: u16) {
-        self.available.area.store_u16(4 + 2 * usize::from(self.size), index, Ordering::Relaxed);
+        self.available.area.store_u16(used_event(self.size), index, Ordering::Relaxed);
     }
 
     /// Makes the ring new and empty; descriptors stay.
@@ -158,7 +153,7 @@ impl SplitSide {
         for at in 0..self.used.area.len() / 2 {
             self.used.area.store_u16(2 * at, 0, Ordering::Relaxed);
         }
-        self.available.area.store_u16(2, 0, Ordering::Relaxed);
+        self.available.area.store_u16(AVAILABLE_INDEX, 0, Ordering::Relaxed);
         (self.next_available, self.published, self.next_used, self.seen_used) = (0, 0, 0, 0);
     }
 }

@@ -374,8 +374,8 @@ mod tests {
     impl Rig {
         fn new() -> Self {
             let (descriptors, region) = (area(16 * usize::from(SIZE)), region());
-            let tracker = PackedInflight::fresh(region.clone(), SIZE, Position::from_word(0x8000));
-            let next = Position::from_word(0x8000);
+            let tracker = PackedInflight::fresh(region.clone(), SIZE, Position::START);
+            let next = Position::START;
             let (taken, batch) = (Vec::new(), Vec::new());
             Self {
                 ring: ring(&descriptors),

@@ -30,9 +30,9 @@ pub const CONSUMERS_MAX: usize = 16;
 /// Completions handled in one turn.
 const BATCH: usize = 256;
 /// Commands that wait for one disk.
-const COMMANDS: usize = 256;
+const COMMANDS: usize = 64;
 /// Events that wait for control. A job keeps what does not fit.
-const EVENTS: usize = 256;
+const EVENTS: usize = 64;
 /// Places among them that only the end of a job may take.
 const EVENTS_RESERVED: usize = 2;
 /// Released channels that may still have I/O in flight.
@@ -363,6 +363,8 @@ pub struct Disk {
     exposed: Limits,
     gate: Gate,
     guests: [Option<Guest>; CONSUMERS_MAX],
+    /// Places beyond this one are empty: what a turn looks at.
+    used_places: usize,
     /// I/O of guests that are leaving, as control sees it; and as it was last said.
     left: Arc<AtomicU32>,
     known_left: u32,
@@ -400,6 +402,7 @@ impl Disk {
             root: Root::Plain(root),
             gate: Gate::Open,
             guests: std::array::from_fn(|_| None),
+            used_places: 0,
             left,
             known_left: 0,
             releasing: Vec::with_capacity(RELEASING),
@@ -426,10 +429,11 @@ impl Disk {
     fn take(&mut self, cx: &Context<'_>, command: DiskCommand) {
         match command {
             DiskCommand::AddConsumer(id, mut consumer, reply) => {
-                let free = self.guests.iter_mut().find(|guest| guest.is_none());
-                let Some(slot) = free else { return reply(Err(consumer)) };
+                let free = self.guests.iter().position(Option::is_none);
+                let Some(place) = free else { return reply(Err(consumer)) };
                 consumer.attach(cx);
-                *slot = Some(Guest { id, consumer, in_flight: 0, stay: Stay::Here });
+                self.guests[place] = Some(Guest { id, consumer, in_flight: 0, stay: Stay::Here });
+                self.used_places = self.used_places.max(place + 1);
                 reply(Ok(()));
             }
             DiskCommand::RemoveConsumer(id, reply) => {
@@ -623,7 +627,7 @@ impl Disk {
         let open = matches!(self.gate, Gate::Open);
         let Some(root) = root_channel(&mut self.root) else { return Work::Idle };
         let (mut work, mut reset) = (Work::Idle, false);
-        for (index, slot) in self.guests.iter_mut().enumerate() {
+        for (index, slot) in self.guests.iter_mut().take(self.used_places).enumerate() {
             let Some(guest) = slot else { continue };
             if matches!(guest.stay, Stay::Leaving(_)) {
                 continue;
@@ -665,12 +669,12 @@ impl Disk {
 
     /// Lets consumers publish, and those go that leave with nothing in flight.
     fn publish(&mut self, cx: &Context<'_>) {
-        let mut left = 0;
-        for slot in &mut self.guests {
-            let Some(guest) = slot else { continue };
+        let (mut left, mut leaves) = (0, false);
+        for guest in self.guests.iter_mut().take(self.used_places).flatten() {
             guest.consumer.publish(cx);
             if matches!(guest.stay, Stay::Leaving(_)) {
                 left += guest.in_flight;
+                leaves = true;
             }
         }
         // Before the last of a consumer is handed back, so that who has it back sees that nothing is left.
@@ -678,6 +682,13 @@ impl Disk {
             self.known_left = left;
             self.left.store(left, Ordering::Release);
         }
+        if leaves {
+            self.let_go(cx);
+        }
+    }
+
+    /// Hands back who leaves and has nothing in flight.
+    fn let_go(&mut self, cx: &Context<'_>) {
         for slot in &mut self.guests {
             let gone =
                 |guest: &mut Guest| guest.in_flight == 0 && matches!(guest.stay, Stay::Leaving(_));
@@ -688,6 +699,17 @@ impl Disk {
                 }
             }
         }
+    }
+
+    /// What a turn that moved nothing waits for.
+    fn waiting(&self) -> Work {
+        let root = match &self.root {
+            Root::Plain(channel) => channel.in_flight(),
+            // A job has its own work, and times to keep.
+            Root::Job(_) => return Work::Waiting,
+            Root::Nothing => 0,
+        };
+        if root > 0 || !self.releasing.is_empty() { Work::Waiting } else { Work::Idle }
     }
 }
 
@@ -737,7 +759,7 @@ impl Poller for Disk {
         if !self.releasing.is_empty() {
             self.poll_releasing(cx);
         }
-        work
+        if work == Work::Idle { self.waiting() } else { work }
     }
 
     fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {

@@ -46,6 +46,7 @@ pub use real::Doorbell;
 #[cfg(not(loom))]
 mod real {
     use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use resilver_sys::{EventFd, WaitSet};
 
@@ -55,6 +56,8 @@ mod real {
     #[derive(Debug)]
     pub struct Doorbell {
         flag: SleepFlag,
+        /// It was rung, and the owner has not asked since.
+        rung: AtomicBool,
         event: EventFd,
     }
 
@@ -64,15 +67,28 @@ mod real {
         /// # Errors
         /// The process is out of descriptors.
         pub fn new() -> io::Result<Self> {
-            Ok(Self { flag: SleepFlag::default(), event: EventFd::new()? })
+            Ok(Self {
+                flag: SleepFlag::default(),
+                rung: AtomicBool::new(false),
+                event: EventFd::new()?,
+            })
         }
 
         /// Wakes the sleeper if it sleeps. Call it after the message is published.
         #[inline]
         pub fn ring(&self) {
+            self.rung.store(true, Ordering::Release);
             if self.flag.is_up() {
                 self.event.signal();
             }
+        }
+
+        /// Whether it was rung since this was last asked: one load while it was not. Whatever was published before is seen
+        /// after this.
+        #[inline]
+        #[must_use]
+        pub fn was_rung(&self) -> bool {
+            self.rung.load(Ordering::Relaxed) && self.rung.swap(false, Ordering::Acquire)
         }
 
         /// Whether the sleeper sleeps, or is about to.

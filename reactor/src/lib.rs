@@ -6,6 +6,7 @@
 //!
 //! Invariants:
 //! * This crate knows no block devices, and `poll` neither blocks nor allocates.
+//! * A poller that finds nothing for long is polled less often while others are busy ([`roster`]).
 //! * The clock is read once a turn; pollers are given the time in their [`Context`].
 //! * A message sent to a sleeping reactor wakes it ([`doorbell`]); the protocol is model-checked.
 
@@ -15,6 +16,8 @@ pub mod mailbox;
 pub mod poller;
 #[cfg(not(loom))]
 pub mod reactor;
+#[cfg(not(loom))]
+pub mod roster;
 #[cfg(not(loom))]
 pub mod stats;
 pub mod time;

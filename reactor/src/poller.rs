@@ -14,10 +14,12 @@ pub struct Context<'a> {
 }
 
 /// Whether a turn did anything.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Work {
-    /// Nothing was there to do.
+    /// Nothing was there to do. A poller that goes on answering this is polled less often.
     Idle,
+    /// Nothing moved, but something is in flight whose end must be seen at once.
+    Waiting,
     /// Something moved.
     Busy,
 }
@@ -29,10 +31,10 @@ impl Work {
         if count == 0 { Self::Idle } else { Self::Busy }
     }
 
-    /// Busy if either is.
+    /// What holds for two together: the busier of them.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
-        if self == Self::Busy { self } else { other }
+        self.max(other)
     }
 }
 

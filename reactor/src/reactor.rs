@@ -1,6 +1,6 @@
 //! The reactor: one pinned thread, its pollers, and when it may sleep.
 //!
-//! A turn reads the clock, takes messages, polls every poller once. Under [`Idle::Spin`] that is all. Under
+//! A turn reads the clock, takes messages, polls every poller once; those that are quiet for long less often ([`crate::roster`]). Under [`Idle::Spin`] that is all. Under
 //! [`Idle::Adaptive`], after [`ReactorConfig::spin_for`] without work, every poller is armed, everything is looked at once
 //! more, and the thread sleeps until a descriptor, a message or the nearest deadline. The first sleep after arming lasts at
 //! most [`FIRST_SLEEP`], because some drivers check for notifications without a fence and may have missed that we armed.
@@ -15,6 +15,7 @@ use resilver_sys::{Nudge, RegionTable, WaitSet};
 use crate::doorbell::Doorbell;
 use crate::mailbox::{MailboxFull, Receiver, Sender, mailbox};
 use crate::poller::{Armed, Context, Poller, Work};
+use crate::roster::Roster;
 use crate::stats::ReactorStats;
 use crate::time::{Clock, Nanos};
 
@@ -62,7 +63,7 @@ impl Default for ReactorConfig {
 
 /// A poller on some reactor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct PollerId(u64);
+pub struct PollerId(pub(crate) u64);
 
 /// What to do with a poller that comes back.
 type HandBack = Box<dyn FnOnce(Box<dyn Poller>) + Send>;
@@ -238,7 +239,7 @@ struct Loop {
     doorbell: Arc<Doorbell>,
     stats: Arc<ReactorStats>,
     memory: RegionTable,
-    pollers: Vec<(PollerId, Box<dyn Poller>)>,
+    roster: Roster,
     wait_set: WaitSet,
     /// When work was last found.
     last_busy: Nanos,
@@ -260,7 +261,7 @@ impl Loop {
             doorbell,
             stats,
             memory: RegionTable::with_capacity(REGION_CAPACITY),
-            pollers: Vec::with_capacity(64),
+            roster: Roster::default(),
             wait_set: WaitSet::with_capacity(64),
             last_busy,
             slept_in_vain: false,
@@ -281,9 +282,7 @@ impl Loop {
             }
         }
         let cx = Context { now, memory: &self.memory };
-        for (_, poller) in &mut self.pollers {
-            poller.stopped(&cx);
-        }
+        self.roster.stop(&cx);
     }
 
     /// One turn; none when told to stop.
@@ -293,11 +292,12 @@ impl Loop {
             self.take(message, now)?;
             work = Work::Busy;
         }
-        let cx = Context { now, memory: &self.memory };
-        for (_, poller) in &mut self.pollers {
-            work = work.or(poller.poll(&cx));
+        // A mailbox of a quiet poller is not looked at every turn.
+        if self.doorbell.was_rung() {
+            self.roster.expect_anything();
         }
-        Some(work)
+        let cx = Context { now, memory: &self.memory };
+        Some(work.or(self.roster.poll(&cx)))
     }
 
     /// Carries out a message; none when it is the last.
@@ -306,18 +306,17 @@ impl Loop {
         match message {
             Message::Add(id, mut poller) => {
                 poller.started(&cx);
-                self.pollers.push((id, poller));
+                self.roster.add(id, poller, now);
             }
             Message::Remove(id, hand_back) => {
-                if let Some(at) = self.pollers.iter().position(|(known, _)| *known == id) {
-                    let (_, mut poller) = self.pollers.remove(at);
+                if let Some(mut poller) = self.roster.remove(id) {
                     poller.stopped(&cx);
                     hand_back(poller);
                 }
             }
             Message::Stop => return None,
         }
-        self.stats.pollers.set(self.pollers.len() as u64);
+        self.stats.pollers.set(self.roster.len() as u64);
         Some(())
     }
 
@@ -330,7 +329,7 @@ impl Loop {
                 self.slept_in_vain = false;
                 self.stats.busy_ns.add(spent);
             }
-            Work::Idle => self.stats.idle_ns.add(spent),
+            Work::Idle | Work::Waiting => self.stats.idle_ns.add(spent),
         }
     }
 
@@ -339,19 +338,11 @@ impl Loop {
         let cx = Context { now, memory: &self.memory };
         self.wait_set.clear();
         self.doorbell.about_to_sleep(&mut self.wait_set);
-        let mut armed = Armed::Until(None);
-        let mut armed_pollers = 0;
-        if self.receiver.is_empty() {
-            for (_, poller) in &mut self.pollers {
-                armed = armed.and(poller.arm(&cx, &mut self.wait_set));
-                armed_pollers += 1;
-                if armed == Armed::Ready {
-                    break;
-                }
-            }
+        let (armed, count) = if self.receiver.is_empty() {
+            self.roster.arm(&cx, &mut self.wait_set)
         } else {
-            armed = Armed::Ready;
-        }
+            (Armed::Ready, 0)
+        };
         let mut slept = false;
         if let Armed::Until(deadline) = armed {
             let longest = if self.slept_in_vain { LONGEST_SLEEP } else { FIRST_SLEEP };
@@ -361,9 +352,8 @@ impl Loop {
             slept = true;
         }
         self.doorbell.awake(slept);
-        for (_, poller) in self.pollers.iter_mut().take(armed_pollers) {
-            poller.disarm(&cx);
-        }
+        self.roster.disarm(&cx, count);
+        self.roster.expect_anything();
         if slept {
             self.slept_in_vain = true;
         } else {

@@ -1,0 +1,365 @@
+//! The roster: which pollers a turn polls.
+//!
+//! A reactor with a thousand disks has few that are busy. Polling all of them every turn would make the busy ones pay for the
+//! rest: each look at an idle disk costs some cache misses, and the turn of a busy disk is a few microseconds long. So a poller
+//! that has found nothing for a while is *quiet* and polled at a pace: every 8 µs at first, and at twice the interval each time
+//! it has been idle for `PATIENCE` intervals, up to `SLOWEST`. What comes to a quiet poller is thus seen later by at most a
+//! sixteenth of the time it was idle for, and never by more than 2 ms.
+//!
+//! Paces are kept only where somebody gains: on a reactor that has found no work for `REST` quiet pollers are polled as fast as
+//! turns go. Whoever rings the doorbell, and the end of a sleep, gets everyone polled at once. A poller that waits for what is
+//! in flight is not quiet ([`Work::Waiting`]).
+//!
+//! Each pace has a queue in order of what is due. A turn looks at their heads, so what it costs does not depend on how
+//! many are quiet. Queues have room for every poller: nothing is allocated in a turn.
+//!
+//! Rejected: watching the kicks of quiet disks (their guests would pay an exit for each first request, and asking the kernel for
+//! them costs the busy ones a system call); a fixed interval (too long for a disk that rests for microseconds, too short for a
+//! thousand that rest for good).
+
+use std::collections::VecDeque;
+
+use crate::poller::{Armed, Context, Poller, Work};
+use crate::reactor::PollerId;
+use crate::time::Nanos;
+use resilver_sys::WaitSet;
+
+/// How often a poller is polled that has just become quiet.
+const FASTEST: Nanos = Nanos::from_micros(8);
+/// Paces, each with twice the interval of the one before.
+const PACES: usize = 9;
+/// How often a poller is polled that has been quiet for long.
+pub const SLOWEST: Nanos = interval(PACES - 1);
+/// A poller that has been idle for so many intervals of a pace goes over to it.
+const PATIENCE: u64 = 16;
+/// How long the reactor must have found no work for paces to be of no use.
+const REST: Nanos = Nanos::from_micros(20);
+
+/// The time between two polls at this pace.
+const fn interval(pace: usize) -> Nanos {
+    Nanos(FASTEST.0 << pace)
+}
+
+struct Seat {
+    id: PollerId,
+    poller: Box<dyn Poller>,
+    /// When it last did something or waited for something.
+    active: Nanos,
+    /// When it is to be polled next, if it is quiet.
+    due: Nanos,
+}
+
+/// The pollers of a reactor.
+#[derive(Default)]
+pub(crate) struct Roster {
+    /// Polled every turn.
+    busy: Vec<Seat>,
+    /// Polled at a pace; each in order of what is due.
+    quiet: [VecDeque<Seat>; PACES],
+    /// When a turn last found work.
+    worked: Nanos,
+    /// The next turn polls all of them.
+    everyone: bool,
+}
+
+impl Roster {
+    /// Takes a poller in; it is polled every turn at first.
+    pub(crate) fn add(&mut self, id: PollerId, poller: Box<dyn Poller>, now: Nanos) {
+        self.busy.push(Seat { id, poller, active: now, due: now });
+        let len = self.len();
+        for quiet in &mut self.quiet {
+            quiet.reserve(len - quiet.len());
+        }
+        self.busy.reserve(len - self.busy.len());
+    }
+
+    /// Gives a poller up.
+    pub(crate) fn remove(&mut self, id: PollerId) -> Option<Box<dyn Poller>> {
+        if let Some(at) = self.busy.iter().position(|seat| seat.id == id) {
+            return Some(self.busy.remove(at).poller);
+        }
+        self.quiet.iter_mut().find_map(|quiet| {
+            let at = quiet.iter().position(|seat| seat.id == id)?;
+            quiet.remove(at).map(|seat| seat.poller)
+        })
+    }
+
+    /// How many pollers there are.
+    pub(crate) fn len(&self) -> usize {
+        self.busy.len() + self.quiet.iter().map(VecDeque::len).sum::<usize>()
+    }
+
+    /// Something may have come for any of them: the next turn polls all.
+    pub(crate) fn expect_anything(&mut self) {
+        self.everyone = true;
+    }
+
+    /// One turn.
+    #[inline]
+    pub(crate) fn poll(&mut self, cx: &Context<'_>) -> Work {
+        let mut work = self.poll_busy(cx);
+        let everyone = std::mem::take(&mut self.everyone);
+        let rests = cx.now - self.worked >= REST;
+        for pace in 0..PACES {
+            let mut polled = 0;
+            let most = if everyone { self.quiet[pace].len() } else { usize::from(rests) };
+            while let Some(first) = self.quiet[pace].front()
+                && (polled < most || first.due <= cx.now)
+            {
+                work = work.or(self.poll_quiet(cx, pace));
+                polled += 1;
+            }
+        }
+        if work == Work::Busy {
+            self.worked = cx.now;
+        }
+        work
+    }
+
+    #[inline]
+    fn poll_busy(&mut self, cx: &Context<'_>) -> Work {
+        let (mut work, mut at) = (Work::Idle, 0);
+        while let Some(seat) = self.busy.get_mut(at) {
+            match seat.poller.poll(cx) {
+                Work::Idle if cx.now - seat.active >= Nanos(FASTEST.0 * PATIENCE) => {
+                    let seat = self.busy.swap_remove(at);
+                    self.queue(seat, 0, cx.now);
+                    continue;
+                }
+                Work::Idle => {}
+                found => {
+                    seat.active = cx.now;
+                    work = work.or(found);
+                }
+            }
+            at += 1;
+        }
+        work
+    }
+
+    /// Polls the first of a pace.
+    fn poll_quiet(&mut self, cx: &Context<'_>, pace: usize) -> Work {
+        let Some(mut seat) = self.quiet[pace].pop_front() else { return Work::Idle };
+        let work = seat.poller.poll(cx);
+        if work == Work::Idle {
+            let slower = (pace + 1).min(PACES - 1);
+            let long = cx.now - seat.active >= Nanos(interval(slower).0 * PATIENCE);
+            self.queue(seat, if long { slower } else { pace }, cx.now);
+        } else {
+            seat.active = cx.now;
+            self.busy.push(seat);
+        }
+        work
+    }
+
+    fn queue(&mut self, mut seat: Seat, pace: usize, now: Nanos) {
+        seat.due = now + interval(pace);
+        self.quiet[pace].push_back(seat);
+    }
+
+    fn all(&mut self) -> impl Iterator<Item = &mut Box<dyn Poller>> {
+        self.busy.iter_mut().chain(self.quiet.iter_mut().flatten()).map(|seat| &mut seat.poller)
+    }
+
+    /// Arms all of them, until one of them has work. Answers how many were armed too, for [`Roster::disarm`].
+    pub(crate) fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> (Armed, usize) {
+        let (mut armed, mut count) = (Armed::Until(None), 0);
+        for poller in self.all() {
+            armed = armed.and(poller.arm(cx, set));
+            count += 1;
+            if armed == Armed::Ready {
+                break;
+            }
+        }
+        (armed, count)
+    }
+
+    /// Disarms those that were armed.
+    pub(crate) fn disarm(&mut self, cx: &Context<'_>, count: usize) {
+        for poller in self.all().take(count) {
+            poller.disarm(cx);
+        }
+    }
+
+    /// The reactor stops.
+    pub(crate) fn stop(&mut self, cx: &Context<'_>) {
+        for poller in self.all() {
+            poller.stopped(cx);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use resilver_sys::RegionTable;
+
+    /// What a test and its poller know of each other.
+    #[derive(Default)]
+    struct Shared {
+        polls: AtomicU64,
+        /// What the next polls find.
+        finds: AtomicU64,
+    }
+
+    struct Probe(Arc<Shared>);
+
+    const WAITS: u64 = u64::MAX;
+
+    impl Poller for Probe {
+        fn poll(&mut self, _cx: &Context<'_>) -> Work {
+            self.0.polls.fetch_add(1, Ordering::Relaxed);
+            match self.0.finds.load(Ordering::Relaxed) {
+                0 => Work::Idle,
+                WAITS => Work::Waiting,
+                some => {
+                    self.0.finds.store(some - 1, Ordering::Relaxed);
+                    Work::Busy
+                }
+            }
+        }
+        fn arm(&mut self, _cx: &Context<'_>, _set: &mut WaitSet) -> Armed {
+            Armed::Until(None)
+        }
+        fn disarm(&mut self, _cx: &Context<'_>) {}
+    }
+
+    struct Bench {
+        roster: Roster,
+        memory: RegionTable,
+        now: Nanos,
+        next: u64,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let memory = RegionTable::with_capacity(1);
+            Self { roster: Roster::default(), memory, now: Nanos::ZERO, next: 0 }
+        }
+
+        fn add(&mut self, finds: u64) -> Arc<Shared> {
+            let shared = Arc::new(Shared::default());
+            shared.finds.store(finds, Ordering::Relaxed);
+            let id = PollerId(self.next);
+            self.next += 1;
+            self.roster.add(id, Box::new(Probe(Arc::clone(&shared))), self.now);
+            shared
+        }
+
+        fn turn(&mut self) -> Work {
+            self.now = self.now + Nanos(1_000);
+            self.roster.poll(&Context { now: self.now, memory: &self.memory })
+        }
+
+        fn turns_for(&mut self, span: Nanos) -> u64 {
+            let end = self.now + span;
+            let mut turns = 0;
+            while self.now < end {
+                self.turn();
+                turns += 1;
+            }
+            turns
+        }
+    }
+
+    fn polls(shared: &Shared) -> u64 {
+        shared.polls.swap(0, Ordering::Relaxed)
+    }
+
+    fn forget(all: &[Arc<Shared>]) {
+        for shared in all {
+            polls(shared);
+        }
+    }
+
+    const LONG: Nanos = Nanos::from_millis(100);
+    const ALWAYS: u64 = u64::MAX / 2;
+
+    #[test]
+    fn a_thousand_idle_pollers_cost_a_busy_one_a_fraction_of_a_poll_a_turn() {
+        let mut bench = Bench::new();
+        let busy = bench.add(ALWAYS);
+        let idle: Vec<_> = (0..1000).map(|_| bench.add(0)).collect();
+        bench.turns_for(LONG);
+        polls(&busy);
+        forget(&idle);
+        let turns = bench.turns_for(LONG);
+        assert_eq!(polls(&busy), turns);
+        for idle in &idle {
+            let seen = polls(idle);
+            assert!(
+                (45..=52).contains(&seen),
+                "polled {seen} times in {LONG}, not every {SLOWEST}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_comes_is_seen_after_a_sixteenth_of_the_time_before_and_then_every_turn() {
+        for idle_for in [1, 50, 100, 128, 200, 500, 1_000, 5_000, 20_000, 50_000] {
+            let mut bench = Bench::new();
+            bench.add(ALWAYS);
+            let other = bench.add(0);
+            bench.turns_for(Nanos::from_micros(idle_for));
+            polls(&other);
+            other.finds.store(1, Ordering::Relaxed);
+            let came = bench.now;
+            while other.finds.load(Ordering::Relaxed) > 0 {
+                bench.turn();
+            }
+            let late = bench.now - came;
+            let turn = Nanos(1_000);
+            let bound = Nanos(idle_for * 1_000 / PATIENCE).min(SLOWEST) + turn;
+            assert!(late <= bound, "{late} late after {idle_for} µs, more than {bound}");
+            polls(&other);
+            assert_eq!(bench.turns_for(Nanos::from_micros(100)), polls(&other));
+        }
+    }
+
+    #[test]
+    fn whoever_waits_is_polled_every_turn() {
+        let mut bench = Bench::new();
+        bench.add(ALWAYS);
+        let waits = bench.add(WAITS);
+        assert_eq!(bench.turns_for(LONG), polls(&waits));
+    }
+
+    #[test]
+    fn a_ring_has_everyone_polled_in_the_next_turn() {
+        let mut bench = Bench::new();
+        bench.add(ALWAYS);
+        let idle: Vec<_> = (0..100).map(|_| bench.add(0)).collect();
+        bench.turns_for(LONG);
+        forget(&idle);
+        bench.roster.expect_anything();
+        bench.turn();
+        assert!(idle.iter().all(|idle| polls(idle) == 1));
+    }
+
+    #[test]
+    fn on_a_reactor_at_rest_quiet_pollers_are_polled_as_fast_as_turns_go() {
+        let mut bench = Bench::new();
+        let idle: Vec<_> = (0..4).map(|_| bench.add(0)).collect();
+        bench.turns_for(LONG);
+        forget(&idle);
+        let turns = bench.turns_for(LONG);
+        let seen: u64 = idle.iter().map(|idle| polls(idle)).sum();
+        assert_eq!(seen, turns, "one each turn");
+    }
+
+    #[test]
+    fn none_is_lost_whatever_pace_it_has() {
+        let mut bench = Bench::new();
+        let all: Vec<_> = (0..20).map(|at| bench.add(at % 3)).collect();
+        for at in 0..20u64 {
+            bench.turns_for(Nanos::from_millis(at));
+            assert_eq!(bench.roster.len(), 20 - usize::try_from(at).unwrap());
+            assert!(bench.roster.remove(PollerId(at)).is_some());
+            assert!(bench.roster.remove(PollerId(at)).is_none());
+        }
+        assert!(all.iter().all(|shared| Arc::strong_count(shared) == 1));
+    }
+}

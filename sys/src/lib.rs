@@ -21,6 +21,7 @@ pub mod nudge;
 pub mod region;
 pub mod sigbus;
 pub mod uring;
+mod vector;
 pub mod wait;
 
 pub use area::Area;
@@ -28,6 +29,7 @@ pub use mapping::{Mapping, MappingError};
 pub use nudge::Nudge;
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
 pub use uring::{Ring, RingMode, SubmissionThread};
+pub use vector::{Direction, SEGMENTS};
 pub use wait::{EventFd, WaitSet};
 
 /// The number of bytes of a memory page; what mappings are rounded to where the file does not ask for more.

@@ -21,17 +21,15 @@ use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::ptr;
 use std::sync::Arc;
 
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode};
 
-use crate::region::{BadSlice, BufferSlice, RegionId, RegionTable};
+use crate::region::{BadSlice, BufferSlice, RegionTable};
+use crate::vector::{Direction, Vector};
 
-/// The most buffer slices of one operation.
-pub const SEGMENTS: usize = 128;
 /// The most slots of one ring: the kernel takes 32768 entries at most.
 pub const SLOTS_MAX: u32 = 8192;
 /// How long an idle submission thread spins before it sleeps, milliseconds. It has a core to itself.
@@ -85,15 +83,6 @@ impl SubmissionThread {
     }
 }
 
-/// Which way bytes move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// File to memory.
-    Read,
-    /// Memory to file.
-    Write,
-}
-
 /// An operation on a range of the file that carries no data. All of them read zero afterwards where they succeed, but for
 /// [`RangeOp::Discard`], which promises nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,11 +104,7 @@ enum SlotState {
 
 struct Slot {
     state: SlotState,
-    /// The table that the leases are in.
-    table: u64,
-    leased: usize,
-    regions: [RegionId; SEGMENTS],
-    iovecs: [libc::iovec; SEGMENTS],
+    buffers: Vector,
 }
 
 /// io_uring for one file.
@@ -209,7 +194,7 @@ impl Ring {
     }
 
     /// Pushes a read or write at byte `offset` of the file into or from `payload`. Panics if the slot is busy or the payload
-    /// has more than [`SEGMENTS`] slices: both are the owner's to know.
+    /// has more than [`SEGMENTS`](crate::SEGMENTS) slices: both are the owner's to know.
     ///
     /// # Errors
     /// A slice names no memory; nothing was pushed.
@@ -222,9 +207,9 @@ impl Ring {
         offset: u64,
         payload: &[BufferSlice],
     ) -> Result<(), BadSlice> {
-        let state = self.idle_slot(slot);
-        state.lease(memory, payload)?;
-        let entry = match (direction, state.iovecs[..payload.len()].as_ref()) {
+        let buffers = &mut self.idle_slot(slot).buffers;
+        buffers.lease(memory, payload)?;
+        let entry = match (direction, buffers.as_slice()) {
             (Direction::Read, [one]) => {
                 opcode::Read::new(FILE, one.iov_base.cast(), payload[0].length)
                     .offset(offset)
@@ -300,7 +285,8 @@ impl Ring {
             let Ok(index) = u32::try_from(completion.user_data()) else { continue };
             let Some(slot) = self.slots.get_mut(index as usize) else { continue };
             if slot.state == SlotState::Busy {
-                slot.release(memory);
+                slot.buffers.release(memory);
+                slot.state = SlotState::Idle;
                 self.in_flight -= 1;
                 each(index, completion.result());
             }
@@ -369,47 +355,7 @@ impl Drop for Ring {
 
 impl Slot {
     fn new() -> Self {
-        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
-        Self {
-            state: SlotState::Idle,
-            table: 0,
-            leased: 0,
-            regions: [RegionId::NONE; SEGMENTS],
-            iovecs: [empty; SEGMENTS],
-        }
-    }
-
-    /// Leases every region of the payload and fills the vector; all or nothing.
-    fn lease(&mut self, memory: &RegionTable, payload: &[BufferSlice]) -> Result<(), BadSlice> {
-        assert!(payload.len() <= SEGMENTS, "an operation has more than {SEGMENTS} slices");
-        self.table = memory.id();
-        self.leased = 0;
-        for slice in payload {
-            let address = match memory.lease(*slice) {
-                Ok(address) => address,
-                Err(error) => {
-                    self.release(memory);
-                    return Err(error);
-                }
-            };
-            self.regions[self.leased] = slice.region;
-            self.iovecs[self.leased] =
-                libc::iovec { iov_base: address.cast(), iov_len: slice.length as usize };
-            self.leased += 1;
-        }
-        Ok(())
-    }
-
-    /// The kernel is done with the slot: gives its leases back. Leases of another table than `memory` stay for good; that
-    /// costs a mapping, where a release in the wrong table could cost the safety of another.
-    fn release(&mut self, memory: &RegionTable) {
-        if self.table == memory.id() {
-            for region in &self.regions[..self.leased] {
-                memory.release(*region);
-            }
-        }
-        self.leased = 0;
-        self.state = SlotState::Idle;
+        Self { state: SlotState::Idle, buffers: Vector::new() }
     }
 }
 
@@ -449,7 +395,7 @@ fn other_cores() -> Option<libc::cpu_set_t> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Mapping;
+    use crate::{Mapping, RegionId};
     use rustix::event::{EventfdFlags, eventfd};
 
     fn scratch(len: u64) -> Arc<OwnedFd> {

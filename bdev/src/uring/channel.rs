@@ -12,8 +12,7 @@
 use std::collections::VecDeque;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::uring::Direction;
-use resilver_sys::{BadSlice, BufferSlice, RegionTable, Ring, WaitSet};
+use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, Ring, WaitSet};
 
 use super::file::{Alignment, FileKind};
 use super::ranges::{Lacking, RangeStep, plan, says_unsupported};
@@ -30,7 +29,7 @@ pub(super) const MAX_TRANSFER: u32 = 1 << 20;
 /// Largest unmap or write-zeroes, bytes: bounds how long one keeps its slot where zeroes have to be written.
 pub(super) const MAX_RANGE: u64 = 1 << 30;
 
-const _: () = assert!(SEGMENTS_MAX == resilver_sys::uring::SEGMENTS);
+const _: () = assert!(SEGMENTS_MAX == resilver_sys::SEGMENTS);
 const _: () = assert!(CHUNKS_MAX <= SEGMENTS_MAX);
 const _: () = assert!(MAX_TRANSFER as usize == CHUNK as usize * CHUNKS_MAX);
 

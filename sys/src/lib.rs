@@ -8,10 +8,11 @@
 //! * **An I/O names memory by (region, offset, length), never by pointer.** A [`BufferSlice`] is an allegation until a
 //!   [`RegionTable`] has checked it; a stale or out-of-range slice is an error, not a fault.
 //! * **Memory outlives the kernel's use of it.** A [`Ring`] leases every region it has I/O in until the completion is
-//!   reaped; a mapping with a lease on it is never unmapped, if need be it is leaked.
+//!   reaped, and so does [`Aio`]; a mapping with a lease on it is never unmapped, if need be it is leaked.
 //!
 //! No Rust reference to shared memory is ever formed: bytes move by copy, volatile or by the C library.
 
+pub mod aio;
 pub mod alloc_guard;
 pub mod area;
 pub mod file;
@@ -24,6 +25,7 @@ pub mod uring;
 mod vector;
 pub mod wait;
 
+pub use aio::Aio;
 pub use area::Area;
 pub use mapping::{Mapping, MappingError};
 pub use nudge::Nudge;

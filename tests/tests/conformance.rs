@@ -15,7 +15,7 @@ use resilver_bdev::malloc::Malloc;
 use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::sectors::Sectors;
-use resilver_bdev::uring::{Uring, UringConfig};
+use resilver_bdev::uring::{Engine, Uring, UringConfig};
 use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
 use resilver_reactor::Armed;
 use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread, WaitSet};
@@ -53,6 +53,21 @@ impl Subject {
 
     /// A `uring` bdev on a new file in a directory under `parent`.
     fn file(name: &'static str, parent: &str, direct: bool, mode: RingMode) -> Self {
+        Self::file_by(name, parent, direct, mode, Engine::IoUring)
+    }
+
+    /// One on tmpfs.
+    fn in_memory(name: &'static str, direct: bool, engine: Engine) -> Self {
+        Self::file_by(name, "/dev/shm", direct, RingMode::Enter, engine)
+    }
+
+    fn file_by(
+        name: &'static str,
+        parent: &str,
+        direct: bool,
+        mode: RingMode,
+        engine: Engine,
+    ) -> Self {
         let directory = tempfile::tempdir_in(parent).unwrap();
         let path = directory.path().join("disk");
         resilver_bdev::uring::create(&path, SIZE).unwrap();
@@ -63,6 +78,7 @@ impl Subject {
             read_only: false,
             direct,
             mode,
+            engine: Some(engine),
         };
         let bdev = Arc::new(Uring::open(config).unwrap());
         Self { name, bdev, medium: Medium::Keeps, _holds: vec![Box::new(directory)] }
@@ -125,7 +141,9 @@ fn subjects() -> Vec<Subject> {
         Subject::new("error", Arc::new(ErrorBdev::new("error", malloc()))),
         Subject::file("uring, direct", scratch, true, RingMode::Enter),
         Subject::file("uring, buffered", scratch, false, RingMode::Enter),
-        Subject::file("uring, direct on tmpfs", "/dev/shm", true, RingMode::Enter),
+        Subject::in_memory("uring, on tmpfs", true, Engine::IoUring),
+        Subject::in_memory("uring, on tmpfs by aio", true, Engine::Aio),
+        Subject::in_memory("uring, on tmpfs by aio, buffered", false, Engine::Aio),
         Subject::file("uring, sqpoll", scratch, true, RingMode::SubmissionThread(thread)),
         Subject::ours(),
     ];

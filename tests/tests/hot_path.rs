@@ -1,5 +1,5 @@
 //! The promise of the hot path: a warm reactor under load uses no allocator and makes no system call but those its table
-//! allows (none for disks in memory; `io_uring_enter` for a file).
+//! allows (none for disks in memory; `io_uring_enter` for a file; for reads and writes of one on tmpfs `io_submit`).
 //!
 //! Each case runs in a process of its own, because the proof is its death: a seccomp filter on the reactor's thread kills
 //! the process at the first call that is not allowed (SIGSYS), the sealed allocator aborts it at the first use (SIGABRT).
@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -52,6 +53,7 @@ const LATENCIES: DelayConfig =
     DelayConfig { avg_read_us: 5, p99_read_us: 50, avg_write_us: 5, p99_write_us: 50 };
 /// `io_uring_enter` on x86-64 and aarch64 alike.
 const IO_URING_ENTER: i64 = 426;
+const IO_SUBMIT: i64 = if cfg!(target_arch = "x86_64") { 209 } else { 2 };
 
 /// What the load does after it was sealed, beside its requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,12 +63,21 @@ enum Sin {
     Allocation,
 }
 
+/// What the load asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mix {
+    /// Of everything something.
+    Everything,
+    ReadsAndWrites,
+}
+
 /// A consumer that keeps [`DEPTH`] requests in flight, seals its thread when warm, and counts.
 struct Load {
     region: RegionId,
     buffers: Arc<Mapping>,
     filter: BpfProgram,
     sin: Sin,
+    mix: Mix,
     free: Vec<u32>,
     next: u64,
     completed: u64,
@@ -93,11 +104,11 @@ impl Load {
 
     fn next_io(&mut self, slot: u32) -> BdevIo {
         let block = self.next.wrapping_mul(2_654_435_761) % (DISK / u64::from(LENGTH));
-        let kind = match self.next % 16 {
-            0 => IoKind::Flush,
-            1 => IoKind::Unmap,
-            2 => IoKind::WriteZeroes,
-            3..=8 => IoKind::Read,
+        let kind = match (self.next % 16, self.mix) {
+            (0, Mix::Everything) => IoKind::Flush,
+            (1, Mix::Everything) => IoKind::Unmap,
+            (2, Mix::Everything) => IoKind::WriteZeroes,
+            (0..=8, _) => IoKind::Read,
             _ => IoKind::Write,
         };
         self.next += 1;
@@ -274,7 +285,7 @@ fn filter(allowed: &[i64]) -> BpfProgram {
 
 /// Runs the load over a disk until enough requests have ended under the seal.
 fn hammer(bdev: &dyn Bdev, allowed: &[i64], sin: Sin) {
-    hammer_mirrored(bdev, None, allowed, sin);
+    hammer_by(bdev, None, allowed, sin, Mix::Everything);
 }
 
 /// Sends a command and waits for its answer, which must come before the seal.
@@ -354,7 +365,17 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
 }
 
 /// As [`hammer`], over a disk that is being mirrored.
-fn hammer_mirrored(bdev: &dyn Bdev, target: Option<(&ErrorBdev, Life)>, allowed: &[i64], sin: Sin) {
+fn hammer_mirrored(bdev: &dyn Bdev, target: (&ErrorBdev, Life), allowed: &[i64]) {
+    hammer_by(bdev, Some(target), allowed, Sin::None, Mix::Everything);
+}
+
+fn hammer_by(
+    bdev: &dyn Bdev,
+    target: Option<(&ErrorBdev, Life)>,
+    allowed: &[i64],
+    sin: Sin,
+    mix: Mix,
+) {
     let config = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
     let reactor = Reactor::start(config, 0).unwrap();
     let root = bdev.open_channel(DISK_DEPTH).unwrap();
@@ -370,6 +391,7 @@ fn hammer_mirrored(bdev: &dyn Bdev, target: Option<(&ErrorBdev, Life)>, allowed:
         buffers: Mapping::anonymous((DEPTH * LENGTH) as usize).unwrap(),
         filter: filter(allowed),
         sin,
+        mix,
         free: (0..DEPTH).collect(),
         next: 0,
         completed: 0,
@@ -398,7 +420,15 @@ fn memory_blocks() -> u64 {
 }
 
 fn file(direct: bool, mode: RingMode) -> Uring {
-    let folder = std::env::temp_dir();
+    file_in(&std::env::temp_dir(), direct, mode)
+}
+
+/// A file on tmpfs, by the engine that is chosen for it.
+fn file_in_memory() -> Uring {
+    file_in(Path::new("/dev/shm"), true, RingMode::Enter)
+}
+
+fn file_in(folder: &Path, direct: bool, mode: RingMode) -> Uring {
     let path = folder.join(format!("hot-path-{}.raw", std::process::id()));
     uring::create(&path, DISK).unwrap();
     let config = UringConfig {
@@ -408,6 +438,7 @@ fn file(direct: bool, mode: RingMode) -> Uring {
         read_only: false,
         direct,
         mode,
+        engine: None,
     };
     let disk = Uring::open(config).unwrap();
     std::fs::remove_file(path).unwrap();
@@ -451,6 +482,10 @@ fn child(case: &str) {
             let disk = file(true, RingMode::SubmissionThread(thread));
             hammer(&disk, &[IO_URING_ENTER], Sin::None);
         }
+        "tmpfs" => hammer(&file_in_memory(), &[IO_SUBMIT, IO_URING_ENTER], Sin::None),
+        "tmpfs, reads and writes" => {
+            hammer_by(&file_in_memory(), None, &[IO_SUBMIT], Sin::None, Mix::ReadsAndWrites);
+        }
         "null, served" => hammer_served(&null(), &[], SPLIT),
         "malloc, split" => hammer_served(&malloc(), &[], SPLIT),
         "malloc, packed" => hammer_served(&malloc(), &[], PACKED),
@@ -464,7 +499,7 @@ fn child(case: &str) {
         "mirror of files in sync" => {
             let source = file(true, RingMode::Enter);
             let target = ErrorBdev::new("target", Arc::new(file(true, RingMode::Enter)));
-            hammer_mirrored(&source, Some((&target, Life::InSync)), &[IO_URING_ENTER], Sin::None);
+            hammer_mirrored(&source, (&target, Life::InSync), &[IO_URING_ENTER]);
         }
         "a system call" => hammer(&null(), &[], Sin::SystemCall),
         "an allocation" => hammer(&null(), &[], Sin::Allocation),
@@ -476,7 +511,7 @@ fn over_malloc(life: Life) {
     let source = Malloc::new("disk", 512, memory_blocks()).unwrap();
     let medium = Malloc::new("medium", 512, memory_blocks()).unwrap();
     let target = ErrorBdev::new("target", Arc::new(medium));
-    hammer_mirrored(&source, Some((&target, life)), &[], Sin::None);
+    hammer_mirrored(&source, (&target, life), &[]);
 }
 
 const CHILD: &str = "RESILVER_HOT_PATH_CASE";
@@ -513,6 +548,13 @@ fn a_file_costs_only_the_enter_and_allocates_nothing() {
     // A submission thread that was kept from its core for a second takes itself for idle and has to be woken; it shares the
     // core here, so its wake-up cannot be forbidden.
     for case in ["uring direct", "uring buffered", "uring sqpoll"] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_file_on_tmpfs_costs_one_call_for_reads_and_writes_and_another_for_the_rest() {
+    for case in ["tmpfs", "tmpfs, reads and writes"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

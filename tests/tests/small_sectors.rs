@@ -103,6 +103,7 @@ fn a_device_of_large_sectors_serves_small_ones() {
         read_only: false,
         direct: true,
         mode: RingMode::Enter,
+        engine: None,
     };
     let view = Uring::open_in_sectors(config(Some(512))).unwrap();
     assert_eq!((view.geometry().block_size, view.geometry().size()), (512, SIZE));

@@ -6,7 +6,7 @@ use std::fs::{self, File, OpenOptions, Permissions};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use resilver_bdev::uring::{self, Uring, UringConfig};
+use resilver_bdev::uring::{self, Engine, Uring, UringConfig};
 use resilver_bdev::{Bdev, BdevError, Detail, Extent, IoError, IoKind};
 use resilver_sys::{RingMode, SubmissionThread};
 use resilver_tests::driver::{Driver, pattern};
@@ -22,15 +22,25 @@ fn config(path: &Path) -> UringConfig {
         read_only: false,
         direct: true,
         mode: RingMode::Enter,
+        engine: None,
     }
 }
 
 /// A scratch file of `size` bytes, and the directory that holds it.
 fn scratch(size: u64) -> (tempfile::TempDir, PathBuf) {
-    let directory = tempfile::tempdir().unwrap();
+    scratch_in(&std::env::temp_dir(), size)
+}
+
+fn scratch_in(parent: &Path, size: u64) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir_in(parent).unwrap();
     let path = directory.path().join("disk.raw");
     uring::create(&path, size).unwrap();
     (directory, path)
+}
+
+/// A scratch file on a disk and one in memory, which another engine serves.
+fn scratches(size: u64) -> [(tempfile::TempDir, PathBuf); 2] {
+    [scratch(size), scratch_in(Path::new("/dev/shm"), size)]
 }
 
 fn detail(bdev: &dyn Bdev, name: &str) -> Detail {
@@ -101,9 +111,10 @@ fn a_second_opener_is_refused_and_told_who_has_the_file() {
 #[test]
 fn the_lock_lives_as_long_as_a_channel_does_and_no_longer() {
     let thread = SubmissionThread::start(0).unwrap();
-    for mode in [RingMode::Enter, RingMode::SubmissionThread(thread)] {
-        let (_directory, path) = scratch(MIB);
-        let config = UringConfig { mode, ..config(&path) };
+    let modes = [RingMode::Enter, RingMode::SubmissionThread(thread)];
+    let [on_disk, in_memory] = scratches(MIB);
+    for ((_directory, path), mode) in [(&on_disk, 0), (&on_disk, 1), (&in_memory, 0)] {
+        let config = UringConfig { mode: modes[mode].clone(), ..config(path) };
         let bdev = Uring::open(config.clone()).unwrap();
         let mut driver = Driver::new(&bdev, 4);
         drop(bdev);
@@ -118,115 +129,134 @@ fn the_lock_lives_as_long_as_a_channel_does_and_no_longer() {
 
 #[test]
 fn a_read_only_bdev_refuses_what_changes_it_and_reads_on() {
-    let (_directory, path) = scratch(MIB);
-    File::options().write(true).open(&path).unwrap().write_all_at(b"kept", 0).unwrap();
-    fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
-    let bdev = Uring::open(UringConfig { read_only: true, ..config(&path) }).unwrap();
-    assert!(bdev.read_only() && bdev.resize(2 * MIB).is_err());
-    let mut driver = Driver::new(&bdev, 4);
-    assert!(driver.limits().read_only);
-    let payload = [driver.slice(0, 4096)];
-    driver.fill(&payload, 1);
-    assert_eq!(driver.write(0, &payload), Err(IoError::READ_ONLY));
-    assert_eq!(driver.run(IoKind::Unmap, 0, 4096, &[]), Err(IoError::READ_ONLY));
-    assert_eq!(driver.run(IoKind::WriteZeroes, 0, 4096, &[]), Err(IoError::READ_ONLY));
-    assert_eq!(driver.run(IoKind::Flush, 0, 0, &[]), Ok(()));
-    assert_eq!(driver.read(0, &payload), Ok(()));
-    assert_eq!(&driver.bytes(&payload)[..4], b"kept");
+    for (_directory, path) in scratches(MIB) {
+        File::options().write(true).open(&path).unwrap().write_all_at(b"kept", 0).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+        let bdev = Uring::open(UringConfig { read_only: true, ..config(&path) }).unwrap();
+        assert!(bdev.read_only() && bdev.resize(2 * MIB).is_err());
+        let mut driver = Driver::new(&bdev, 4);
+        assert!(driver.limits().read_only);
+        let payload = [driver.slice(0, 4096)];
+        driver.fill(&payload, 1);
+        assert_eq!(driver.write(0, &payload), Err(IoError::READ_ONLY));
+        assert_eq!(driver.run(IoKind::Unmap, 0, 4096, &[]), Err(IoError::READ_ONLY));
+        assert_eq!(driver.run(IoKind::WriteZeroes, 0, 4096, &[]), Err(IoError::READ_ONLY));
+        assert_eq!(driver.run(IoKind::Flush, 0, 0, &[]), Ok(()));
+        assert_eq!(driver.read(0, &payload), Ok(()));
+        assert_eq!(&driver.bytes(&payload)[..4], b"kept");
+    }
 }
 
 #[test]
 fn a_file_whose_directory_vanished_serves_on() {
-    let (directory, path) = scratch(MIB);
-    let bdev = Uring::open(config(&path)).unwrap();
-    let mut driver = Driver::new(&bdev, 4);
-    drop(directory);
-    assert!(!path.exists());
-    let payload = [driver.slice(0, 4096)];
-    driver.fill(&payload, 1);
-    assert_eq!(driver.write(0, &payload), Ok(()));
-    assert_eq!(driver.run(IoKind::Flush, 0, 0, &[]), Ok(()));
-    driver.clear(&payload);
-    assert_eq!(driver.read(0, &payload), Ok(()));
-    assert_eq!(driver.bytes(&payload), pattern(1, 4096));
+    for (directory, path) in scratches(MIB) {
+        let bdev = Uring::open(config(&path)).unwrap();
+        let mut driver = Driver::new(&bdev, 4);
+        drop(directory);
+        assert!(!path.exists());
+        let payload = [driver.slice(0, 4096)];
+        driver.fill(&payload, 1);
+        assert_eq!(driver.write(0, &payload), Ok(()));
+        assert_eq!(driver.run(IoKind::Flush, 0, 0, &[]), Ok(()));
+        driver.clear(&payload);
+        assert_eq!(driver.read(0, &payload), Ok(()));
+        assert_eq!(driver.bytes(&payload), pattern(1, 4096));
+    }
 }
 
 #[test]
 fn reads_behind_the_end_of_a_shortened_file_fail_and_others_do_not() {
     for direct in [true, false] {
         for odd in [0, 512, 700] {
-            let (_directory, path) = scratch(4 * MIB);
-            let bdev = Uring::open(UringConfig { direct, ..config(&path) }).unwrap();
-            let mut driver = Driver::new(&bdev, 4);
-            OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB + odd).unwrap();
-            let payload = [driver.slice(0, 65536)];
-            assert_eq!(driver.read(0, &payload), Ok(()));
-            assert_eq!(driver.read(2 * MIB, &payload), Err(IoError::IO), "{direct} {odd}");
-            assert_eq!(driver.read(MIB - 4096, &payload), Err(IoError::IO), "{direct} {odd}");
-            let unaligned = [driver.slice(7, 65536)];
-            assert_eq!(driver.read(MIB - 4096, &unaligned), Err(IoError::IO), "{direct} {odd}");
+            for (_directory, path) in scratches(4 * MIB) {
+                let bdev = Uring::open(UringConfig { direct, ..config(&path) }).unwrap();
+                let mut driver = Driver::new(&bdev, 4);
+                OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB + odd).unwrap();
+                let payload = [driver.slice(0, 65536)];
+                assert_eq!(driver.read(0, &payload), Ok(()));
+                assert_eq!(driver.read(2 * MIB, &payload), Err(IoError::IO), "{direct} {odd}");
+                assert_eq!(driver.read(MIB - 4096, &payload), Err(IoError::IO), "{direct} {odd}");
+                let unaligned = [driver.slice(7, 65536)];
+                assert_eq!(driver.read(MIB - 4096, &unaligned), Err(IoError::IO), "{direct} {odd}");
+            }
         }
     }
 }
 
 #[test]
 fn extents_tell_data_from_holes_to_the_end_of_the_disk() {
-    let (_directory, path) = scratch(8 * MIB);
-    let bdev = Uring::open(config(&path)).unwrap();
-    let hole = |offset, length| Extent { offset, length, hole: true };
-    assert_eq!(bdev.extent(0).unwrap(), hole(0, 8 * MIB));
-    let mut driver = Driver::new(&bdev, 4);
-    let payload = [driver.slice(0, 65536)];
-    assert_eq!(driver.write(2 * MIB, &payload), Ok(()));
-    assert_eq!(bdev.extent(0).unwrap(), hole(0, 2 * MIB));
-    let data = Extent { offset: 2 * MIB, length: 65536, hole: false };
-    assert_eq!(bdev.extent(2 * MIB).unwrap(), data);
-    assert_eq!(bdev.extent(2 * MIB + 65536).unwrap(), hole(2 * MIB + 65536, 6 * MIB - 65536));
-    assert_eq!(bdev.extent(MIB).unwrap(), hole(MIB, MIB));
+    for (_directory, path) in scratches(8 * MIB) {
+        let bdev = Uring::open(config(&path)).unwrap();
+        let hole = |offset, length| Extent { offset, length, hole: true };
+        assert_eq!(bdev.extent(0).unwrap(), hole(0, 8 * MIB));
+        let mut driver = Driver::new(&bdev, 4);
+        let payload = [driver.slice(0, 65536)];
+        assert_eq!(driver.write(2 * MIB, &payload), Ok(()));
+        assert_eq!(bdev.extent(0).unwrap(), hole(0, 2 * MIB));
+        let data = Extent { offset: 2 * MIB, length: 65536, hole: false };
+        assert_eq!(bdev.extent(2 * MIB).unwrap(), data);
+        assert_eq!(bdev.extent(2 * MIB + 65536).unwrap(), hole(2 * MIB + 65536, 6 * MIB - 65536));
+        assert_eq!(bdev.extent(MIB).unwrap(), hole(MIB, MIB));
+    }
 }
 
 #[test]
 fn an_unmap_and_zeroes_that_may_unmap_give_room_back_and_other_zeroes_do_not() {
-    let (_directory, path) = scratch(4 * MIB);
-    let bdev = Uring::open(config(&path)).unwrap();
-    let mut driver = Driver::new(&bdev, 4);
-    assert!(driver.limits().unmap && driver.limits().zeroes_unmap);
-    let payload = [driver.slice(0, 1 << 20)];
-    driver.fill(&payload, 1);
-    for offset in [0, MIB, 2 * MIB] {
-        assert_eq!(driver.write(offset, &payload), Ok(()));
+    for (_directory, path) in scratches(4 * MIB) {
+        let bdev = Uring::open(config(&path)).unwrap();
+        let mut driver = Driver::new(&bdev, 4);
+        assert!(driver.limits().unmap && driver.limits().zeroes_unmap);
+        let payload = [driver.slice(0, 1 << 20)];
+        driver.fill(&payload, 1);
+        for offset in [0, MIB, 2 * MIB] {
+            assert_eq!(driver.write(offset, &payload), Ok(()));
+        }
+        let full = allocated(&path);
+        assert!(full >= 3 * MIB);
+        driver.submit_zeroes(0, MIB, false);
+        driver.drain();
+        assert_eq!(allocated(&path), full);
+        driver.submit_zeroes(0, MIB, true);
+        driver.drain();
+        assert_eq!(allocated(&path), full - MIB);
+        assert_eq!(driver.run(IoKind::Unmap, MIB, MIB, &[]), Ok(()));
+        assert_eq!(allocated(&path), full - 2 * MIB);
     }
-    let full = allocated(&path);
-    assert!(full >= 3 * MIB);
-    driver.submit_zeroes(0, MIB, false);
-    driver.drain();
-    assert_eq!(allocated(&path), full);
-    driver.submit_zeroes(0, MIB, true);
-    driver.drain();
-    assert_eq!(allocated(&path), full - MIB);
-    assert_eq!(driver.run(IoKind::Unmap, MIB, MIB, &[]), Ok(()));
-    assert_eq!(allocated(&path), full - 2 * MIB);
 }
 
 #[test]
 fn a_grown_disk_keeps_its_content_and_is_never_shrunk() {
-    let (_directory, path) = scratch(MIB);
-    let bdev = Uring::open(config(&path)).unwrap();
-    let mut driver = Driver::new(&bdev, 4);
-    let payload = [driver.slice(0, 4096)];
-    driver.fill(&payload, 1);
-    assert_eq!(driver.write(0, &payload), Ok(()));
-    bdev.resize(2 * MIB).unwrap();
-    assert_eq!((bdev.geometry().size(), driver.limits().size()), (2 * MIB, MIB));
-    let mut grown = Driver::new(&bdev, 4);
-    let payload = [grown.slice(0, 4096)];
-    assert_eq!(grown.read(0, &payload), Ok(()));
-    assert_eq!(grown.bytes(&payload), pattern(1, 4096));
-    assert_eq!(grown.write(2 * MIB - 4096, &payload), Ok(()));
-    for size in [MIB, 2 * MIB + 1] {
-        assert!(bdev.resize(size).is_err());
+    for (_directory, path) in scratches(MIB) {
+        let bdev = Uring::open(config(&path)).unwrap();
+        let mut driver = Driver::new(&bdev, 4);
+        let payload = [driver.slice(0, 4096)];
+        driver.fill(&payload, 1);
+        assert_eq!(driver.write(0, &payload), Ok(()));
+        bdev.resize(2 * MIB).unwrap();
+        assert_eq!((bdev.geometry().size(), driver.limits().size()), (2 * MIB, MIB));
+        let mut grown = Driver::new(&bdev, 4);
+        let payload = [grown.slice(0, 4096)];
+        assert_eq!(grown.read(0, &payload), Ok(()));
+        assert_eq!(grown.bytes(&payload), pattern(1, 4096));
+        assert_eq!(grown.write(2 * MIB - 4096, &payload), Ok(()));
+        for size in [MIB, 2 * MIB + 1] {
+            assert!(bdev.resize(size).is_err());
+        }
+        assert_eq!(fs::metadata(&path).unwrap().len(), 2 * MIB);
     }
-    assert_eq!(fs::metadata(&path).unwrap().len(), 2 * MIB);
+}
+
+#[test]
+fn a_file_in_memory_is_served_by_aio_unless_it_is_asked_otherwise_and_no_other_is() {
+    let by = |path: &Path, engine| Uring::open(UringConfig { engine, ..config(path) });
+    let told = |path: &Path, engine| detail(&by(path, engine).unwrap(), "engine");
+    let (name, [on_disk, in_memory]) = (|name: &str| Detail::Text(name.to_owned()), scratches(MIB));
+    assert_eq!(told(&on_disk.1, None), name("io_uring"));
+    assert_eq!(told(&in_memory.1, None), name("aio"));
+    assert_eq!(told(&in_memory.1, Some(Engine::Aio)), name("aio"));
+    assert_eq!(told(&in_memory.1, Some(Engine::IoUring)), name("io_uring"));
+    let error = by(&on_disk.1, Some(Engine::Aio)).unwrap_err().to_string();
+    assert!(error.contains("not on tmpfs") && error.contains("use io_uring"), "{error}");
 }
 
 #[test]
@@ -254,11 +284,14 @@ fn fill_up(driver: &mut Driver, size: u64) -> Vec<u64> {
     written
 }
 
-fn a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(mount: &Mount) {
+fn a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(
+    mount: &Mount,
+    engine: Option<Engine>,
+) {
     let (ballast, path) = (mount.path().join("ballast"), mount.path().join("disk.raw"));
     fs::write(&ballast, vec![1; 4 << 20]).unwrap();
     uring::create(&path, 32 * MIB).unwrap();
-    let bdev = Uring::open(config(&path)).unwrap();
+    let bdev = Uring::open(UringConfig { engine, ..config(&path) }).unwrap();
     let mut driver = Driver::new(&bdev, 4);
     let written = fill_up(&mut driver, 32 * MIB);
     assert!(!written.is_empty() && written.len() < 512, "{} of 512", written.len());
@@ -275,15 +308,20 @@ fn a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(mount: &Mo
 fn a_full_ext4_answers_no_space_and_goes_on_when_there_is_room() {
     if mounts::available("a_full_ext4_answers_no_space_and_goes_on_when_there_is_room") {
         let mount = Mount::ext4(16 * MIB);
-        a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(&mount);
+        a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(&mount, None);
     }
 }
 
 #[test]
 fn a_full_tmpfs_answers_no_space_and_goes_on_when_there_is_room() {
     if mounts::available("a_full_tmpfs_answers_no_space_and_goes_on_when_there_is_room") {
-        let mount = Mount::tmpfs(16 * MIB);
-        a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(&mount);
+        for engine in [Engine::IoUring, Engine::Aio] {
+            let mount = Mount::tmpfs(16 * MIB);
+            a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(
+                &mount,
+                Some(engine),
+            );
+        }
     }
 }
 

@@ -24,6 +24,7 @@ fn open(path: &Path) -> Result<Uring, BdevError> {
         read_only: false,
         direct: true,
         mode: RingMode::Enter,
+        engine: None,
     })
 }
 

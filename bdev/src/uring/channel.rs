@@ -12,8 +12,9 @@
 use std::collections::VecDeque;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, Ring, WaitSet};
+use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, WaitSet};
 
+use super::engine::Queues;
 use super::file::{Alignment, FileKind};
 use super::ranges::{Lacking, RangeStep, plan, says_unsupported};
 use crate::SEGMENTS_MAX;
@@ -118,7 +119,7 @@ fn judge(step: Step, result: i32, done: u64, length: u64, granule: u32) -> Verdi
 pub(super) struct UringChannel {
     limits: Limits,
     ledger: Ledger,
-    ring: Ring,
+    queues: Queues,
     requests: Slots<Request>,
     /// Requests that wait for bounce memory, oldest first.
     waiting: VecDeque<u32>,
@@ -136,7 +137,7 @@ pub(super) struct UringChannel {
 /// What the control side knows.
 pub(super) struct Parts {
     pub(super) limits: Limits,
-    pub(super) ring: Ring,
+    pub(super) queues: Queues,
     pub(super) bounce: Bounce,
     pub(super) alignment: Alignment,
     pub(super) file: FileKind,
@@ -149,7 +150,7 @@ impl UringChannel {
             lacking: Lacking::new(parts.limits.unmap),
             limits: parts.limits,
             ledger: Ledger::new(depth),
-            ring: parts.ring,
+            queues: parts.queues,
             requests: Slots::new(slots, Request::new),
             waiting: VecDeque::with_capacity(slots),
             bounce: parts.bounce,
@@ -234,12 +235,12 @@ impl UringChannel {
         match request.step {
             Step::Direct if request.done == 0 => {
                 let (direction, payload) = (request.direction(), request.payload.as_slice());
-                return self.ring.push_transfer(memory, slot, direction, at, payload);
+                return self.queues.push_transfer(memory, slot, direction, at, payload);
             }
             Step::Direct => {
                 let count = skip(request.payload.as_slice(), request.done, gathered);
                 let (direction, rest) = (request.direction(), &gathered[..count]);
-                return self.ring.push_transfer(memory, slot, direction, at, rest);
+                return self.queues.push_transfer(memory, slot, direction, at, rest);
             }
             Step::Bounced => {
                 // Both fit: a transfer is at most MAX_TRANSFER long.
@@ -247,17 +248,17 @@ impl UringChannel {
                 let to = u32::try_from(request.io.length).unwrap_or(u32::MAX);
                 let count = self.bounce.gather(&request.chunks, from, to, gathered);
                 let (direction, pool) = (request.direction(), &gathered[..count]);
-                return self.ring.push_transfer(memory, slot, direction, at, pool);
+                return self.queues.push_transfer(memory, slot, direction, at, pool);
             }
             Step::Range([RangeStep::Fill, ..]) => {
                 let count = self.bounce.zeroes(left, &mut gathered[..CHUNKS_MAX]);
                 let zeroes = &gathered[..count];
-                return self.ring.push_transfer(memory, slot, Direction::Write, at, zeroes);
+                return self.queues.push_transfer(memory, slot, Direction::Write, at, zeroes);
             }
             Step::Range([RangeStep::Try(operation), ..]) => {
-                self.ring.push_range(slot, *operation, at, left);
+                self.queues.push_range(slot, *operation, at, left);
             }
-            Step::Sync => self.ring.push_sync(slot),
+            Step::Sync => self.queues.push_sync(slot),
             Step::Range([RangeStep::Nothing, ..] | []) | Step::Idle | Step::Waiting => {
                 self.end(memory, slot, Ok(()));
             }
@@ -350,13 +351,13 @@ impl IoChannel for UringChannel {
     }
 
     fn commit(&mut self, _cx: &Context<'_>) {
-        self.ring.commit();
+        self.queues.commit();
     }
 
     fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch) {
-        if self.ring.has_completions() {
+        if self.queues.has_completions() {
             let mut reaped = std::mem::take(&mut self.reaped);
-            self.ring.reap(cx.memory, |slot, result| reaped.push((slot, result)));
+            self.queues.reap(cx.memory, |slot, result| reaped.push((slot, result)));
             for (slot, result) in reaped.drain(..) {
                 self.advance(cx.memory, slot, result);
             }
@@ -372,7 +373,7 @@ impl IoChannel for UringChannel {
 
     fn attach(&mut self, cx: &Context<'_>) {
         self.bounce.attach(cx.memory);
-        self.ring.keep_workers_off_this_core();
+        self.queues.keep_workers_off_this_core();
     }
 
     fn detach(&mut self, cx: &Context<'_>) {
@@ -384,14 +385,13 @@ impl IoChannel for UringChannel {
             return Armed::Until(None);
         }
         let ready = self.ledger.has_finished()
-            || self.ring.has_unsubmitted()
-            || self.ring.has_completions()
+            || self.queues.want_polling()
             || cx.now - self.youngest < YOUNG;
         if ready {
             return Armed::Ready;
         }
         // Readable from the moment a completion is there, also one that came in since we looked.
-        set.add(&self.ring);
+        set.add(&self.queues);
         Armed::Until(None)
     }
 }

@@ -54,6 +54,8 @@ pub(super) struct OpenFile {
     pub(super) alignment: Alignment,
     /// Whether deallocating works: tried, or asked of the device.
     pub(super) deallocates: bool,
+    /// Whether its data is in the host's memory, so that no read or write waits for a device.
+    pub(super) in_memory: bool,
     pub(super) lock: Lock,
     pub(super) identity: FileIdentity,
 }
@@ -101,7 +103,10 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
     };
     let identity = identity(&file, canonical).map_err(|error| failed("examining", error))?;
     let deallocates = !read_only && deallocates(&file, kind, size);
-    Ok(OpenFile { fd: Arc::new(file.into()), kind, size, alignment, deallocates, lock, identity })
+    let in_memory = kind == FileKind::Regular
+        && in_memory(&file).map_err(|error| failed("examining", error))?;
+    let fd = Arc::new(file.into());
+    Ok(OpenFile { fd, kind, size, alignment, deallocates, in_memory, lock, identity })
 }
 
 /// Takes the lock, now or within [`LOCK_GRACE`].
@@ -187,6 +192,15 @@ fn identity(file: &File, path: PathBuf) -> io::Result<FileIdentity> {
     } else {
         FileIdentity { device: metadata.dev(), inode: metadata.ino(), path }
     })
+}
+
+/// Whether the file system is tmpfs or ramfs. Their names are asked for, not what they can do: a read that may not wait
+/// (`RWF_NOWAIT`) is refused alike by file systems that cannot say and by those that wait for a network.
+fn in_memory(file: &File) -> io::Result<bool> {
+    /// linux/magic.h.
+    const TMPFS: i64 = 0x0102_1994;
+    const RAMFS: i64 = 0x8584_58f6;
+    Ok(matches!(rustix::fs::fstatfs(file)?.f_type, TMPFS | RAMFS))
 }
 
 /// What direct I/O has to be aligned to. Asked of the file system (statx), else of the device, else tried.

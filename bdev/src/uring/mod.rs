@@ -1,4 +1,4 @@
-//! `uring`: a file or block device, through io_uring.
+//! `uring`: a file or block device, through io_uring; reads and writes of files in memory through Linux AIO.
 //!
 //! The control side ([`Uring`]) opens the file, takes its lock for life and finds what alignment direct I/O really needs;
 //! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
@@ -8,6 +8,7 @@
 //! whoever opens again after [`BdevError::Locked`] decides how long to go on trying.
 
 mod channel;
+mod engine;
 mod file;
 mod holder;
 mod ranges;
@@ -19,13 +20,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use resilver_sys::file::Lock;
-use resilver_sys::{Ring, RingMode};
+use resilver_sys::{Aio, Ring, RingMode};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use channel::{MAX_RANGE, MAX_TRANSFER, Parts, UringChannel};
+use engine::Queues;
 use file::{FileKind, OpenFile};
 
+pub use engine::Engine;
 pub use file::create;
 
 use crate::bounce::{Bounce, Pool};
@@ -51,14 +54,17 @@ pub struct UringConfig {
     pub read_only: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
-    /// How requests reach the kernel.
+    /// How requests reach the kernel, but for reads and writes by [`Engine::Aio`].
     pub mode: RingMode,
+    /// What carries out reads and writes; none chooses by the file system.
+    pub engine: Option<Engine>,
 }
 
 /// The control side.
 pub struct Uring {
     config: UringConfig,
     file: OpenFile,
+    engine: Engine,
     block_size: u32,
     num_blocks: AtomicU64,
     stats: Arc<IoStats>,
@@ -99,9 +105,11 @@ impl Uring {
     fn over(config: UringConfig, file: OpenFile) -> Result<Self, BdevError> {
         let block_size = block_size(&config, file.alignment.offset)?;
         let geometry = geometry(&config, file.size, block_size)?;
+        let engine = Engine::of(&file, config.engine, &config.path)?;
         Ok(Self {
             config,
             file,
+            engine,
             block_size,
             num_blocks: AtomicU64::new(geometry.num_blocks),
             stats: Arc::default(),
@@ -179,6 +187,15 @@ impl Bdev for Uring {
                  (sysctl kernel.io_uring_disabled)"
             ))
         })?;
+        let transfers = match self.engine {
+            Engine::IoUring => None,
+            Engine::Aio => Some(Aio::new(&self.file.fd, slots).map_err(|error| {
+                resources(format!(
+                    "Linux AIO: {error}; raise the host's limit (sysctl fs.aio-max-nr), or make the bdev with engine=io_uring"
+                ))
+            })?),
+        };
+        let queues = Queues::new(ring, transfers);
         let pool = if self.config.direct { Pool::Full } else { Pool::ZeroesOnly };
         let bounce = Bounce::new(pool).map_err(|error| resources(error.to_string()))?;
         let limits = Limits {
@@ -193,7 +210,7 @@ impl Bdev for Uring {
             read_only: self.config.read_only,
         };
         let parts =
-            Parts { limits, ring, bounce, alignment: self.file.alignment, file: self.file.kind };
+            Parts { limits, queues, bounce, alignment: self.file.alignment, file: self.file.kind };
         Ok(Box::new(UringChannel::new(depth, parts)))
     }
 
@@ -262,6 +279,7 @@ impl Bdev for Uring {
             ("direct", Detail::Flag(self.config.direct)),
             ("memory_alignment", number(self.file.alignment.memory)),
             ("offset_alignment", number(self.file.alignment.offset)),
+            ("engine", text(self.engine.name())),
             ("mode", text(mode)),
             ("lock", text(lock)),
             ("block_device", Detail::Flag(self.file.kind == FileKind::BlockDevice)),

@@ -1,8 +1,8 @@
-//! Files and block devices through io_uring.
+//! Files and block devices through io_uring, files in memory through Linux AIO.
 
 use std::path::PathBuf;
 
-use resilver_bdev::uring::UringConfig;
+use resilver_bdev::uring::{Engine, UringConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +14,25 @@ use crate::modules::Made;
 
 fn yes() -> bool {
     true
+}
+
+/// What carries out reads and writes.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum EngineName {
+    /// io_uring. On tmpfs a kernel worker thread has every request.
+    IoUring,
+    /// Linux AIO: files on tmpfs or ramfs only.
+    Aio,
+}
+
+impl From<EngineName> for Engine {
+    fn from(name: EngineName) -> Self {
+        match name {
+            EngineName::IoUring => Self::IoUring,
+            EngineName::Aio => Self::Aio,
+        }
+    }
 }
 
 /// Makes a bdev of a file or a block device. The file is locked while the bdev lives; one that was superseded by a
@@ -34,6 +53,9 @@ pub(crate) struct BdevUringCreate {
     /// Bypass the host's page cache (O_DIRECT).
     #[serde(default = "yes")]
     pub(crate) direct: bool,
+    /// What carries out reads and writes; if not given, `aio` for a file on tmpfs or ramfs and `io_uring` for any other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) engine: Option<EngineName>,
     /// UUID of the bdev; a random one if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) uuid: Option<String>,
@@ -57,6 +79,7 @@ impl BdevUringCreate {
             read_only: self.readonly,
             direct: self.direct,
             mode: caller.target.uring.clone(),
+            engine: self.engine.map(Into::into),
         });
         Ok(Made::new(bdev.await?, name, self.uuid.clone(), made_by(&self)))
     }

@@ -409,6 +409,7 @@ impl Rpc for BdevMirrorStart {
                     block_size: Some(geometry.block_size),
                     readonly: false,
                     direct: true,
+                    engine: None,
                     uuid: None,
                 };
                 let made = create.open(&caller, engaged).await.map_err(told)?;

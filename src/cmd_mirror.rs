@@ -19,7 +19,9 @@ const EXAMPLES: &str = "\
 Examples:
   resilver mirror start vm1 /mnt/new/vm1.raw --create --wait --verbose --pivot
   resilver mirror start vm1 /mnt/new/vm1.raw --create --bandwidth 200MiB
+  resilver mirror start vm1 /mnt/new/vm1.raw --create --latency-ceiling 2ms --verify --verbose --pivot
   resilver mirror status
+  resilver mirror verify vm1 --sample 10
   resilver mirror complete vm1";
 
 /// How long an answer may take.
@@ -74,6 +76,17 @@ enum MirrorVerb {
     Cancel {
         /// The job.
         job: String,
+    },
+    /// Compare source and target beside the guest, as a job of its own; what differs is copied again.
+    Verify {
+        /// The mirror's job.
+        job: String,
+        /// How many of a hundred chunks are compared.
+        #[arg(long, value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(1..=100))]
+        sample: u8,
+        /// Bytes of the disk that are compared in a second at most, such as 200MiB.
+        #[arg(long, value_name = "RATE")]
+        bandwidth: Option<ByteSize>,
     },
     /// Change the rate limit.
     SetSpeed {
@@ -136,6 +149,15 @@ struct StartArgs {
     /// Target I/O that takes longer counts as failed, such as 30s.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     target_timeout: Option<Duration>,
+    /// Hold the copier back so that 99 of 100 guest requests take no longer than this, such as 2ms.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    latency_ceiling: Option<Duration>,
+    /// Go over from background to write-blocking where background copying does not get ahead of the guest.
+    #[arg(long)]
+    auto_converge: bool,
+    /// Compare source and target whole before a switch-over.
+    #[arg(long)]
+    verify: bool,
     /// Keep the job when it has ended, until `resilver job dismiss`.
     #[arg(long)]
     keep_job: bool,
@@ -202,6 +224,9 @@ pub(crate) fn run(session: &Session, args: &MirrorArgs) -> anyhow::Result<()> {
         MirrorVerb::Complete { job } => tell("job_complete", job),
         MirrorVerb::Finish { job } => tell("bdev_mirror_finish", job),
         MirrorVerb::Cancel { job } => tell("job_cancel", job),
+        MirrorVerb::Verify { job, sample, bandwidth } => {
+            verify(session, client, job, *sample, *bandwidth)
+        }
         MirrorVerb::SetSpeed { job, rate } => {
             client.call("job_set_speed", json!({ "job_id": job, "speed": rate.0 }))?;
             Ok(())
@@ -216,6 +241,29 @@ fn status(session: &Session, mut client: Client, job: Option<&str>) -> anyhow::R
         output::json(&jobs);
     } else {
         output::table(cmd_method::JOB_COLUMNS, jobs.as_array().map_or(&[], Vec::as_slice));
+    }
+    Ok(())
+}
+
+/// Starts a comparison of a mirror's legs.
+fn verify(
+    session: &Session,
+    mut client: Client,
+    job: &str,
+    sample: u8,
+    bandwidth: Option<ByteSize>,
+) -> anyhow::Result<()> {
+    let jobs = client.call("job_get_list", json!({ "job_id": job }))?.result;
+    let mirror = jobs.get(0).with_context(|| format!("there is no job '{job}'"))?;
+    let params = json!({
+        "source": mirror["source"], "target": mirror["target"],
+        "sample_percent": sample, "speed": bandwidth.map_or(0, |rate| rate.0),
+    });
+    let answer = client.call("bdev_verify_start", params)?.result;
+    if session.json {
+        output::json(&answer);
+    } else {
+        output::say(answer["job_id"].as_str().unwrap_or_default());
     }
     Ok(())
 }
@@ -264,6 +312,11 @@ impl StartArgs {
         let timeout =
             self.target_timeout.map(|it| u64::try_from(it.as_millis()).unwrap_or(u64::MAX));
         set("target_timeout_ms", timeout.map(Value::from));
+        let ceiling =
+            self.latency_ceiling.map(|it| u64::try_from(it.as_micros()).unwrap_or(u64::MAX));
+        set("latency_ceiling_us", ceiling.map(Value::from));
+        set("auto_converge", self.auto_converge.then_some(true.into()));
+        set("verify_before_complete", self.verify.then_some(true.into()));
         set("auto_dismiss", Some((!self.keep_job).into()));
         Ok(params)
     }

@@ -122,3 +122,20 @@ fn with_async_the_end_is_not_waited_for() {
     let copy = File::open(server.path("a.raw")).unwrap();
     assert_eq!(copy.metadata().unwrap().len(), 8 * MIB);
 }
+
+#[test]
+fn a_mirror_is_held_to_a_ceiling_and_compared_on_the_way() {
+    let mut server = served();
+    let options = ["--latency-ceiling", "2ms", "--auto-converge", "--verify", "--wait"];
+    let (code, _, shown) = ended(start(&server, "new.raw", &options));
+    assert_eq!(code, 0, "{shown}");
+    let (code, said, shown) = ended(mirror(&server, &["verify", "job", "--sample", "50"]));
+    assert_eq!((code, said.as_str()), (0, "verify-job"), "{shown}");
+    assert_eq!(ended(mirror(&server, &["verify", "nothing"])).0, 1);
+    assert_eq!(ended(mirror(&server, &["complete", "job"])).0, 0);
+    let (code, said, shown) = ended(mirror(&server, &["wait", "job", "--wait"]));
+    assert_eq!((code, said.as_str()), (0, "job switched over to its target"), "{shown}");
+    let history = server.call("job_get_history", json!({}));
+    let jobs: Vec<_> = history.as_array().unwrap().iter().map(|job| job["id"].clone()).collect();
+    assert!(jobs.contains(&json!("verify-job")), "{history}");
+}

@@ -64,6 +64,15 @@ impl EventFd {
         }
     }
 
+    /// The same for a thread that is not nudged, as one of the control side: whatever the descriptor's flags were, they are the
+    /// peer's to change, so it is asked first whether it has room. A full counter wakes its reader already. What is left to
+    /// the peer is the moment between the two calls.
+    pub fn signal_unless_full(&self) {
+        if self.has_room() {
+            self.signal();
+        }
+    }
+
     /// Whether its peer has made a writer wait.
     #[inline]
     #[must_use]

@@ -1,14 +1,16 @@
 //! A back end in the hands of a test: it answers what a front end says, and does with the rings what the test does, right or
 //! wrong. It shares the codec with the product and nothing else.
 
+use std::collections::VecDeque;
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use resilver_sys::{Area, BufferSlice, EventFd, Mapping, RegionId, RegionTable};
 use resilver_vhost::message::{
@@ -20,6 +22,7 @@ use resilver_vhost::protocol::{
 };
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
+use crate::raw_guest::send;
 use crate::served::PATIENCE;
 
 /// What a back end says of itself.
@@ -35,6 +38,21 @@ pub struct Face {
     pub config: Vec<u8>,
     /// The disk's serial.
     pub serial: [u8; SERIAL_BYTES],
+    /// What it does when it is asked for that.
+    pub identity: Identity,
+    /// It fills the descriptors that it is kicked by, and has writers to them wait.
+    pub jams: bool,
+}
+
+/// How a back end answers who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    /// With its serial.
+    Told,
+    /// With this status alone.
+    Fails(u8),
+    /// By completing this descriptor.
+    Lies(u32),
 }
 
 impl Face {
@@ -49,6 +67,8 @@ impl Face {
             queues: 1,
             config,
             serial: *b"fake\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+            identity: Identity::Told,
+            jams: false,
         }
     }
 
@@ -61,10 +81,29 @@ impl Face {
     }
 }
 
+/// What a back end does with one answer instead of sending it as it should be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Twist {
+    /// It sends it as it should be.
+    #[default]
+    None,
+    /// From this byte on it says this; it may become longer.
+    Patch(usize, Vec<u8>),
+    /// It sends so many bytes of it and hangs up.
+    Cut(usize),
+    /// It says nothing, and goes on listening.
+    Silence,
+    /// So many descriptors of nothing come along, instead of what should.
+    Descriptors(usize),
+    /// It sends its bytes one by one, with so long a pause before each.
+    Slowly(Duration),
+}
+
 /// What a connection has told.
 #[derive(Default)]
 struct Told {
     connections: usize,
+    packed: bool,
     socket: Option<UnixStream>,
     heard: Vec<Message>,
     memory: Option<(RegionDescription, Arc<Mapping>)>,
@@ -77,7 +116,7 @@ struct Told {
 #[derive(Default)]
 struct Ring {
     size: u16,
-    base: u16,
+    base: u32,
     addresses: Option<RingAddresses>,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
@@ -87,6 +126,9 @@ struct Ring {
 struct Shared {
     face: Mutex<Face>,
     told: Mutex<Told>,
+    twists: Mutex<VecDeque<Twist>>,
+    /// The test has done with it.
+    over: AtomicBool,
 }
 
 impl Shared {
@@ -95,9 +137,11 @@ impl Shared {
     }
 }
 
-/// A listening back end. Its thread ends with the test's process.
+/// A listening back end. It serves one front end after the other, on a thread of its own, until it is dropped.
 pub struct FakeBackEnd {
     shared: Arc<Shared>,
+    listener: Arc<UnixListener>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl FakeBackEnd {
@@ -107,18 +151,44 @@ impl FakeBackEnd {
     /// If it cannot; as everything here, because it is a test's.
     #[must_use]
     pub fn listen(path: &Path, face: Face) -> Self {
-        let listener = UnixListener::bind(path).expect("a socket");
-        let shared = Arc::new(Shared { face: Mutex::new(face), told: Mutex::default() });
-        let theirs = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            while let Ok((socket, _)) = listener.accept() {
+        let listener = Arc::new(UnixListener::bind(path).expect("a socket"));
+        let shared = Arc::new(Shared {
+            face: Mutex::new(face),
+            told: Mutex::default(),
+            twists: Mutex::default(),
+            over: AtomicBool::new(false),
+        });
+        let (theirs, door) = (Arc::clone(&shared), Arc::clone(&listener));
+        let thread = std::thread::spawn(move || {
+            while let Ok((socket, _)) = door.accept() {
                 let connections = theirs.told().connections + 1;
                 let clone = socket.try_clone().expect("a descriptor");
                 *theirs.told() = Told { connections, socket: Some(clone), ..Told::default() };
+                // After the socket is where it can be shut down.
+                if theirs.over.load(Ordering::SeqCst) {
+                    return;
+                }
                 let _ended = converse(&socket, &theirs);
+                let _ = socket.shutdown(std::net::Shutdown::Both);
             }
         });
-        Self { shared }
+        Self { shared, listener, thread: Some(thread) }
+    }
+
+    /// Does this with its next answers, one after the other.
+    ///
+    /// # Panics
+    /// As [`FakeBackEnd::listen`].
+    pub fn twist(&self, twists: impl IntoIterator<Item = Twist>) {
+        self.shared.twists.lock().expect("no test thread has panicked").extend(twists);
+    }
+
+    /// Answers as it should from now on.
+    ///
+    /// # Panics
+    /// As [`FakeBackEnd::listen`].
+    pub fn behave(&self) {
+        self.shared.twists.lock().expect("no test thread has panicked").clear();
     }
 
     /// Says something else of itself from the next connection on.
@@ -138,14 +208,11 @@ impl FakeBackEnd {
         face.config[..8].copy_from_slice(&sectors.to_le_bytes());
     }
 
-    /// Closes the connection, as one that dies does.
-    ///
-    /// # Panics
-    /// If there is none.
+    /// Closes the connection, as one that dies does, if there is one.
     pub fn hang_up(&self) {
-        let told = self.shared.told();
-        let socket = told.socket.as_ref().expect("a connection");
-        let _ = socket.shutdown(std::net::Shutdown::Both);
+        if let Some(socket) = &self.shared.told().socket {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// Connections so far.
@@ -174,10 +241,18 @@ impl FakeBackEnd {
     pub fn say_config_changed(&self) {
         use resilver_vhost::message::backend_notice;
         use resilver_vhost::protocol::backend_request;
-        let told = self.shared.told();
-        let channel = told.back_channel.as_ref().expect("a back channel");
         let notice = backend_notice(backend_request::CONFIG_CHANGE_MSG);
-        rustix::io::write(channel, &notice).expect("a front end that listens");
+        assert!(self.say(&notice), "a back channel, and a front end that listens");
+    }
+
+    /// Says anything on the back channel; whether it was taken. Waits for nothing.
+    #[must_use]
+    pub fn say(&self, bytes: &[u8]) -> bool {
+        use rustix::net::SendFlags;
+        let told = self.shared.told();
+        let Some(channel) = &told.back_channel else { return false };
+        let sent = rustix::net::send(channel, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        sent.is_ok_and(|count| count == bytes.len())
     }
 
     /// The ring in hand, if connection number `connection` (from 1) has enabled it.
@@ -186,7 +261,7 @@ impl FakeBackEnd {
         let told = self.shared.told();
         let (region, mapping) = told.memory.as_ref()?;
         let ring = told.rings.get(index).filter(|ring| ring.enabled)?;
-        (told.connections == connection).then(|| FakeRing::new(ring, *region, mapping))
+        (told.connections == connection).then(|| FakeRing::new(ring, told.packed, *region, mapping))
     }
 
     /// Waits until connection number `connection` (from 1) has enabled this ring, and takes it in hand.
@@ -234,22 +309,55 @@ fn converse(mut socket: &UnixStream, shared: &Shared) -> std::io::Result<()> {
             None if header.needs_reply() => Reply::U64(0),
             None => continue,
         };
-        let bytes = reply.encode(header.request);
-        match fd {
-            None => socket.write_all(&bytes)?,
-            Some(fd) => send_with(socket, &bytes, &fd),
-        }
+        let twist = shared.twists.lock().expect("no test thread has panicked").pop_front();
+        answer(socket, reply.encode(header.request), fd, twist.unwrap_or_default())?;
     }
 }
 
-fn send_with(socket: &UnixStream, bytes: &[u8], fd: &OwnedFd) {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-    let fds = [fd.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut rights = SendAncillaryBuffer::new(&mut space);
-    assert!(rights.push(SendAncillaryMessage::ScmRights(&fds)));
-    let parts = [std::io::IoSlice::new(bytes)];
-    sendmsg(socket, &parts, &mut rights, SendFlags::NOSIGNAL).expect("a front end that listens");
+/// Sends an answer, or what a twist makes of it; an error hangs up.
+fn answer(
+    mut socket: &UnixStream,
+    mut bytes: Vec<u8>,
+    fd: Option<OwnedFd>,
+    twist: Twist,
+) -> std::io::Result<()> {
+    let mut fds: Vec<OwnedFd> = fd.into_iter().collect();
+    match twist {
+        Twist::None => {}
+        Twist::Patch(at, patch) => {
+            let at = at.min(bytes.len());
+            bytes.resize(bytes.len().max(at + patch.len()), 0);
+            bytes[at..at + patch.len()].copy_from_slice(&patch);
+            let claimed = bytes.get(8..12).and_then(|size| size.try_into().ok());
+            let claimed = u32::from_ne_bytes(claimed.unwrap_or_default()) as usize;
+            if claimed > bytes.len().saturating_sub(HEADER_BYTES) {
+                // Nobody has to wait for the rest.
+                send(socket, &bytes, &[])?;
+                return Err(std::io::ErrorKind::ConnectionAborted.into());
+            }
+        }
+        Twist::Cut(kept) => {
+            bytes.truncate(kept);
+            send(socket, &bytes, &[])?;
+            return Err(std::io::ErrorKind::ConnectionAborted.into());
+        }
+        Twist::Silence => return Ok(()),
+        Twist::Descriptors(count) => {
+            fds.clear();
+            for _ in 0..count {
+                fds.push(std::fs::File::open("/dev/null")?.into());
+            }
+        }
+        Twist::Slowly(pause) => {
+            for byte in bytes {
+                std::thread::sleep(pause);
+                socket.write_all(&[byte])?;
+            }
+            return Ok(());
+        }
+    }
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    send(socket, &bytes, &fds)
 }
 
 impl Told {
@@ -273,8 +381,7 @@ impl Told {
             Message::GetVringBase { index } => {
                 let ring = self.ring(*index);
                 ring.enabled = false;
-                let base = u32::from(ring.base);
-                Some(Reply::Vring { index: *index, base })
+                Some(Reply::Vring { index: *index, base: ring.base })
             }
             Message::GetInflightFd(wanted) => {
                 let flags = rustix::fs::MemfdFlags::CLOEXEC;
@@ -293,10 +400,19 @@ impl Told {
             }
             (Message::SetInflightFd(_), fd) => self.inflight = fd,
             (Message::SetBackendReqFd, fd) => self.back_channel = fd,
-            (Message::SetVringKick { index, .. }, fd) => self.ring(*index).kick = fd,
+            (Message::SetVringKick { index, .. }, fd) => {
+                if let Some(fd) = fd.as_ref().filter(|_| face.jams) {
+                    rustix::fs::fcntl_setfl(fd, rustix::fs::OFlags::RDWR).expect("its flags");
+                    rustix::io::write(fd, &(u64::MAX - 1).to_ne_bytes()).expect("an eventfd");
+                }
+                self.ring(*index).kick = fd;
+            }
             (Message::SetVringCall { index, .. }, fd) => self.ring(*index).call = fd,
             (Message::SetVringNum { index, num }, _) => self.ring(*index).size = *num as u16,
-            (Message::SetVringBase { index, base }, _) => self.ring(*index).base = *base as u16,
+            (Message::SetVringBase { index, base }, _) => self.ring(*index).base = *base,
+            (Message::SetFeatures(chosen), _) => {
+                self.packed = chosen & features::RING_PACKED != 0;
+            }
             (Message::SetVringAddr { index, addresses }, _) => {
                 self.ring(*index).addresses = Some(*addresses);
             }
@@ -312,15 +428,22 @@ impl Told {
     /// A connection that asks for the serial asks nothing else, and is none for a test.
     fn answer_identity(&mut self, face: &Face, index: u32) {
         let Some((region, mapping)) = self.memory.clone() else { return };
+        let packed = self.packed;
         let told = self.ring(index);
-        let mut ring = FakeRing::new(told, region, &mapping);
+        let mut ring = FakeRing::new(told, packed, region, &mapping);
         if let Some(request) = ring.take()
-            && request.kind == blk_type::GET_ID
+            && (request.kind, request.data.len()) == (blk_type::GET_ID, 1)
         {
             told.enabled = false;
             self.connections -= 1;
-            ring.write(request.data[0].0, &face.serial);
-            ring.complete(&request, 0);
+            match face.identity {
+                Identity::Told => {
+                    ring.write(request.data[0].0, &face.serial);
+                    ring.complete(&request, 0);
+                }
+                Identity::Fails(status) => ring.complete(&request, status),
+                Identity::Lies(id) => ring.use_up(id, 21),
+            }
         }
     }
 
@@ -333,13 +456,19 @@ impl Told {
     }
 }
 
-/// A split ring as a device sees it.
+/// A ring as a device sees it.
 pub struct FakeRing {
     size: u16,
+    /// Of a packed ring all descriptors; its driver's and its device's event areas stand for the other two.
     descriptors: Area,
     available: Area,
     used: Area,
+    /// The available index. Of a packed ring, the next descriptor to look at and its wrap counter in the highest bit; the other
+    /// is the one to write next.
     taken: u16,
+    packed: Option<u16>,
+    /// Guest addresses of the three.
+    parts: [u64; 3],
     region: RegionDescription,
     table: RegionTable,
     memory: RegionId,
@@ -362,8 +491,18 @@ pub struct FakeRequest {
     pub status: u64,
 }
 
+/// The wrap counter in a packed ring's position.
+const WRAP: u16 = 1 << 15;
+/// The flags that say whose a packed descriptor is.
+const OWNER: u16 = descriptor_flags::AVAIL | descriptor_flags::USED;
+
+/// The next place in a packed ring.
+fn ahead(at: u16, size: u16) -> u16 {
+    if (at & !WRAP) + 1 == size { (at & WRAP) ^ WRAP } else { at + 1 }
+}
+
 impl FakeRing {
-    fn new(ring: &Ring, region: RegionDescription, mapping: &Arc<Mapping>) -> Self {
+    fn new(ring: &Ring, packed: bool, region: RegionDescription, mapping: &Arc<Mapping>) -> Self {
         let addresses = ring.addresses.expect("addresses");
         let entries = usize::from(ring.size);
         let area = |address: u64, length| {
@@ -374,12 +513,16 @@ impl FakeRing {
         let event = |fd: &Option<OwnedFd>| {
             EventFd::from_fd(fd.as_ref().expect("an eventfd").try_clone().expect("a descriptor"))
         };
+        let (driver, device) = if packed { (4, 4) } else { (6 + 2 * entries, 6 + 8 * entries) };
         Self {
             size: ring.size,
             descriptors: area(addresses.descriptors, 16 * entries),
-            available: area(addresses.available, 6 + 2 * entries),
-            used: area(addresses.used, 6 + 8 * entries),
-            taken: ring.base,
+            available: area(addresses.available, driver),
+            used: area(addresses.used, device),
+            taken: ring.base as u16,
+            packed: packed.then_some((ring.base >> 16) as u16),
+            parts: [addresses.descriptors, addresses.available, addresses.used]
+                .map(|address| address - region.user_address + region.guest_address),
             region,
             table,
             memory,
@@ -392,6 +535,11 @@ impl FakeRing {
     #[must_use]
     pub fn was_kicked(&self) -> bool {
         self.kick.drain()
+    }
+
+    /// Interrupts, for whatever reason.
+    pub fn interrupt(&self) {
+        self.call.signal();
     }
 
     /// Whether the driver says that it wants interrupts (without the event index).
@@ -412,18 +560,15 @@ impl FakeRing {
         self.available.load_u16(2, Ordering::Acquire)
     }
 
-    /// The next request; none if the driver has made no more available.
+    /// The next request; none if the driver has made no more available, or it is none that a driver makes.
     pub fn take(&mut self) -> Option<FakeRequest> {
-        if self.available() == self.taken {
-            return None;
-        }
-        let at = 4 + 2 * usize::from(self.taken % self.size);
-        let head = self.available.load_u16(at, Ordering::Relaxed);
-        self.taken = self.taken.wrapping_add(1);
-        let mut parts = self.chain(head).into_iter();
+        let place = 16 * usize::from(self.taken & !WRAP);
+        let head = self.take_head()?;
+        let parts = if self.packed.is_some() { self.table(place) } else { self.chain(head) };
+        let mut parts = parts?.into_iter();
         let (header, _) = parts.next()?;
         let mut bytes = [0; 16];
-        self.read(header, &mut bytes);
+        self.may_read(header, &mut bytes)?;
         let (status, _) = parts.next_back()?;
         Some(FakeRequest {
             head,
@@ -432,6 +577,26 @@ impl FakeRing {
             data: parts.collect(),
             status,
         })
+    }
+
+    /// The next request's name in the ring, whatever is behind it.
+    pub fn take_head(&mut self) -> Option<u16> {
+        if self.packed.is_some() {
+            let at = 16 * usize::from(self.taken & !WRAP);
+            let flags = self.descriptors.load_u16(at + 14, Ordering::Acquire) & OWNER;
+            let (avail, used) = (descriptor_flags::AVAIL, descriptor_flags::USED);
+            if flags != if self.taken & WRAP != 0 { avail } else { used } {
+                return None;
+            }
+            self.taken = ahead(self.taken, self.size);
+            return Some(self.descriptors.load_u16(at + 12, Ordering::Relaxed));
+        }
+        if self.available() == self.taken {
+            return None;
+        }
+        let at = 4 + 2 * usize::from(self.taken % self.size);
+        self.taken = self.taken.wrapping_add(1);
+        Some(self.available.load_u16(at, Ordering::Relaxed))
     }
 
     /// Waits for the next request.
@@ -449,36 +614,39 @@ impl FakeRing {
         }
     }
 
-    /// Guest address and length of the parts of a chain.
-    fn chain(&self, head: u16) -> Vec<(u64, u32)> {
+    /// Guest address and length of the parts of a chain of a split ring.
+    fn chain(&self, head: u16) -> Option<Vec<(u64, u32)>> {
         let (mut parts, mut index) = (Vec::new(), head);
-        loop {
+        while parts.len() < usize::from(self.size) && index < self.size {
             let at = 16 * usize::from(index);
-            let address = self.descriptors.load_u64(at, Ordering::Relaxed);
-            let length = self.descriptors.load_u32(at + 8, Ordering::Relaxed);
             let flags = self.descriptors.load_u16(at + 12, Ordering::Relaxed);
             if flags & descriptor_flags::INDIRECT != 0 {
-                let mut table = vec![0; length as usize];
-                self.read(address, &mut table);
-                return table
-                    .chunks(16)
-                    .map(|entry| {
-                        let length: [u8; 4] = entry[8..12].try_into().expect("4 bytes");
-                        let address = *entry.first_chunk().expect("8 bytes");
-                        (u64::from_le_bytes(address), u32::from_le_bytes(length))
-                    })
-                    .collect();
+                return self.table(at);
             }
-            parts.push((address, length));
+            let address = self.descriptors.load_u64(at, Ordering::Relaxed);
+            parts.push((address, self.descriptors.load_u32(at + 8, Ordering::Relaxed)));
             if flags & descriptor_flags::NEXT == 0 {
-                return parts;
+                return Some(parts);
             }
             index = self.descriptors.load_u16(at + 14, Ordering::Relaxed);
         }
+        None
+    }
+
+    /// The same, of the indirect table that the descriptor here names.
+    fn table(&self, at: usize) -> Option<Vec<(u64, u32)>> {
+        let length = self.descriptors.load_u32(at + 8, Ordering::Relaxed) as usize;
+        let mut table = vec![0; if length <= 1 << 16 { length } else { return None }];
+        self.may_read(self.descriptors.load_u64(at, Ordering::Relaxed), &mut table)?;
+        let entry = |entry: &[u8]| {
+            let (address, rest) = entry.split_first_chunk()?;
+            Some((u64::from_le_bytes(*address), u32::from_le_bytes(*rest.first_chunk()?)))
+        };
+        table.chunks(16).map(entry).collect()
     }
 
     fn slice(&self, address: u64, length: usize) -> BufferSlice {
-        let offset = address - self.region.guest_address;
+        let offset = address.wrapping_sub(self.region.guest_address);
         BufferSlice { region: self.memory, length: length as u32, offset }
     }
 
@@ -487,7 +655,11 @@ impl FakeRing {
     /// # Panics
     /// If it is not shared.
     pub fn read(&self, address: u64, into: &mut [u8]) {
-        self.table.read(self.slice(address, into.len()), into).expect("shared memory");
+        self.may_read(address, into).expect("shared memory");
+    }
+
+    fn may_read(&self, address: u64, into: &mut [u8]) -> Option<()> {
+        self.table.read(self.slice(address, into.len()), into).ok()
     }
 
     /// Writes shared memory at a guest address.
@@ -495,7 +667,20 @@ impl FakeRing {
     /// # Panics
     /// If it is not shared.
     pub fn write(&self, address: u64, from: &[u8]) {
-        self.table.write(self.slice(address, from.len()), from).expect("shared memory");
+        assert!(self.may_write(address, from), "address {address:#x} is not shared");
+    }
+
+    /// Writes shared memory at a guest address, if it is any.
+    #[must_use]
+    pub fn may_write(&self, address: u64, from: &[u8]) -> bool {
+        self.table.write(self.slice(address, from.len()), from).is_ok()
+    }
+
+    /// Guest address of the ring's parts: descriptors, available ring, used ring; of a packed ring the descriptors and the
+    /// driver's and the device's event area.
+    #[must_use]
+    pub fn parts(&self) -> [u64; 3] {
+        self.parts
     }
 
     /// Completes a request with a status byte.
@@ -506,11 +691,31 @@ impl FakeRing {
 
     /// Puts an entry in the used ring, whatever it says, and interrupts.
     pub fn use_up(&mut self, id: u32, length: u32) {
+        if let Some(position) = &mut self.packed {
+            let at = 16 * usize::from(*position & !WRAP);
+            let flags = if *position & WRAP != 0 { OWNER } else { 0 };
+            *position = ahead(*position, self.size);
+            self.descriptors.store_u16(at + 12, id as u16, Ordering::Relaxed);
+            self.descriptors.store_u32(at + 8, length, Ordering::Relaxed);
+            self.descriptors.store_u16(at + 14, flags, Ordering::Release);
+            return self.call.signal();
+        }
         let index = self.used();
         let at = 4 + 8 * usize::from(index % self.size);
         self.used.store_u32(at, id, Ordering::Relaxed);
         self.used.store_u32(at + 4, length, Ordering::Relaxed);
         self.set_used(index.wrapping_add(1));
+    }
+
+    /// Breaks the ring wherever its driver looks next; a packed one's in a lap of this wrap counter.
+    pub fn ruin(&mut self, wrap: bool) {
+        if self.packed.is_none() {
+            return self.set_used(self.used().wrapping_add(0x4000));
+        }
+        for at in (0..16 * usize::from(self.size)).step_by(16) {
+            self.descriptors.store_u16(at + 12, u16::MAX, Ordering::Relaxed);
+            self.descriptors.store_u16(at + 14, if wrap { OWNER } else { 0 }, Ordering::Release);
+        }
     }
 
     /// The used index.
@@ -523,5 +728,15 @@ impl FakeRing {
     pub fn set_used(&mut self, index: u16) {
         self.used.store_u16(2, index, Ordering::Release);
         self.call.signal();
+    }
+}
+
+impl Drop for FakeBackEnd {
+    fn drop(&mut self) {
+        self.shared.over.store(true, Ordering::SeqCst);
+        let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
+        self.hang_up();
+        // One that has panicked has said so, and its test has failed by it.
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }

@@ -204,8 +204,11 @@ impl Keeper {
     /// The connection is of no use any more.
     fn lost(&mut self, reason: &str) {
         tracing::warn!(bdev = self.name, reason, "the connection to the export was lost");
-        let broken = self.rings.iter().any(|ring| ring.state.phase() == Phase::Broken);
-        let recovers = self.connection.records_inflight() && !broken;
+        let any = |wanted| self.rings.iter().any(|ring| ring.state.phase() == wanted);
+        // A ring that its owner has not made ready since an earlier loss was never shown to this back end: what is in it is in
+        // no record of this one's.
+        let unseen = any(Phase::Lost) && !self.shared.recovers();
+        let recovers = self.connection.records_inflight() && !any(Phase::Broken) && !unseen;
         self.connection.hang_up();
         if !recovers {
             self.connection.forget_inflight();

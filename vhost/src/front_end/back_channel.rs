@@ -10,6 +10,8 @@ use super::FrontEndError;
 use crate::message::{Header, Reply};
 use crate::protocol::{HEADER_BYTES, backend_request};
 
+/// Messages that are taken at once: one that talks without end is listened to again after other things were seen to.
+const MESSAGES_MAX: usize = 64;
 /// What errors call it.
 const NAME: &str = "the back channel";
 
@@ -33,10 +35,10 @@ impl BackChannel {
         make().map_err(|source| FrontEndError::Os { what: "make a back channel", source })
     }
 
-    /// Takes all that was said; whether the configuration space has changed.
+    /// Takes what was said, up to so many messages; whether the configuration space has changed.
     pub(super) fn config_changed(&mut self) -> Result<bool, FrontEndError> {
-        let mut changed = false;
-        loop {
+        let (mut changed, mut messages) = (false, 0);
+        while messages < MESSAGES_MAX {
             match self.socket.read(&mut self.header[self.filled..]) {
                 Ok(0) => return Err(lost(io::ErrorKind::UnexpectedEof.into())),
                 Ok(count) => self.filled += count,
@@ -47,9 +49,10 @@ impl BackChannel {
             if self.filled == HEADER_BYTES {
                 self.filled = 0;
                 self.take()?;
-                changed = true;
+                (changed, messages) = (true, messages + 1);
             }
         }
+        Ok(changed)
     }
 
     /// Takes one message: there is but one, and it has no body.
@@ -74,4 +77,21 @@ impl AsFd for BackChannel {
 
 fn lost(source: io::Error) -> FrontEndError {
     FrontEndError::Lost { message: NAME, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::backend_notice;
+
+    #[test]
+    fn one_that_talks_without_end_is_interrupted_and_not_forgotten() {
+        let (mut channel, mut theirs) = BackChannel::new().unwrap();
+        let notices = 3 * MESSAGES_MAX / 2;
+        let notice = backend_notice(backend_request::CONFIG_CHANGE_MSG);
+        theirs.write_all(&notice.repeat(notices)).unwrap();
+        assert!(channel.config_changed().unwrap());
+        assert!(channel.config_changed().unwrap(), "there was more");
+        assert!(!channel.config_changed().unwrap());
+    }
 }

@@ -204,7 +204,7 @@ pub struct BlkConfig {
     pub capacity: u64,
     /// Bytes of a block: the alignment that requests should have.
     pub block_size: u32,
-    /// Most buffers of one request; none where the device does not say.
+    /// Most buffers of one request; none where the device does not say, or says 0.
     pub segments_max: Option<u32>,
     /// Bytes of the longest buffer; none where the device does not say, or says 0.
     pub segment_bytes_max: Option<u32>,

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
 use super::connection::{BlkConfig, FrontEndError, Negotiated};
@@ -63,7 +63,7 @@ impl Link {
     ) -> Result<Self, FrontEndError> {
         let start = Instant::now();
         let socket = loop {
-            match UnixStream::connect(path) {
+            match connect(path) {
                 Ok(socket) => break socket,
                 Err(source) if start.elapsed() >= patience => {
                     return Err(FrontEndError::Connect { path: path.to_owned(), source });
@@ -71,9 +71,7 @@ impl Link {
                 Err(_) => thread::sleep(CONNECT_AGAIN),
             }
         };
-        let limited = socket
-            .set_read_timeout(Some(deadline))
-            .and_then(|()| socket.set_write_timeout(Some(deadline)));
+        let limited = socket.set_write_timeout(Some(deadline));
         limited.map_err(|source| FrontEndError::Os { what: "set a socket's deadline", source })?;
         Ok(Self { socket, deadline })
     }
@@ -142,7 +140,7 @@ impl Link {
         Ok(BlkConfig {
             capacity: capacity.saturating_mul(SECTOR),
             block_size: if has(features::BLK_SIZE) { u32_at(20) } else { 512 },
-            segments_max: has(features::SEG_MAX).then(|| u32_at(12)),
+            segments_max: has(features::SEG_MAX).then(|| u32_at(12)).filter(|most| *most > 0),
             segment_bytes_max: has(features::SIZE_MAX).then(|| u32_at(8)).filter(|most| *most > 0),
             queues,
             read_only: has(features::RO),
@@ -206,7 +204,7 @@ impl Link {
         tell(Message::SetVringKick { index, fd }, &[ring.kick_fd()])?;
         tell(Message::SetVringEnable { index, enable: 1 }, &[])?;
         // It may have been filled from the start.
-        ring.kick();
+        ring.kick_unless_full();
         Ok(())
     }
 
@@ -280,8 +278,11 @@ impl Link {
 
     /// The reply to a message, and the descriptor that came with it.
     fn receive(&mut self, message: &Message) -> Result<(Reply, Option<OwnedFd>), FrontEndError> {
+        // For the whole of it: one that comes byte by byte is late too.
+        let until = Instant::now() + self.deadline;
         let mut bytes = [0; HEADER_BYTES];
-        let fd = self.receive_header(&mut bytes).map_err(|source| self.lost(message, source))?;
+        let header = self.receive_header(&mut bytes, until);
+        let fd = header.map_err(|source| self.lost(message, source))?;
         let header = Header::decode(&bytes).map_err(|_| {
             malformed(message, "its header is of another version, or its body too long")
         })?;
@@ -289,7 +290,7 @@ impl Link {
             return Err(malformed(message, "it is not the reply to it"));
         }
         let mut body = vec![0; header.size as usize];
-        self.socket.read_exact(&mut body).map_err(|source| self.lost(message, source))?;
+        self.fill(&mut body, until).map_err(|source| self.lost(message, source))?;
         // With NEED_REPLY every message has a number for an answer; the codec knows those that have something else.
         let reply = Reply::decode(header.request, &body)
             .map_err(|_| malformed(message, "its length does not fit the message"))?;
@@ -297,7 +298,12 @@ impl Link {
     }
 
     /// Fills a header; the descriptor comes with its first byte. More than one are closed but for the first.
-    fn receive_header(&mut self, into: &mut [u8; HEADER_BYTES]) -> io::Result<Option<OwnedFd>> {
+    fn receive_header(
+        &mut self,
+        into: &mut [u8; HEADER_BYTES],
+        until: Instant,
+    ) -> io::Result<Option<OwnedFd>> {
+        self.wait_at_most(until)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(into)];
@@ -310,8 +316,29 @@ impl Link {
         let fd = rights.flatten().next();
         match into.get_mut(came.bytes..) {
             _ if came.bytes == 0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            Some(rest) => self.socket.read_exact(rest).map(|()| fd),
+            Some(rest) => self.fill(rest, until).map(|()| fd),
             None => Ok(fd),
+        }
+    }
+
+    fn fill(&mut self, mut into: &mut [u8], until: Instant) -> io::Result<()> {
+        while !into.is_empty() {
+            self.wait_at_most(until)?;
+            match self.socket.read(into) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => into = into.split_at_mut(count).1,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Bounds the next read.
+    fn wait_at_most(&self, until: Instant) -> io::Result<()> {
+        match until.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+            left => self.socket.set_read_timeout(Some(left)),
         }
     }
 
@@ -324,6 +351,16 @@ impl Link {
             _ => FrontEndError::Lost { message, source },
         }
     }
+}
+
+/// Connects without waiting: to a socket whose queue is full, because whoever listens there hangs, a plain call waits for ever.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// As [`Link::is_closed`].

@@ -81,14 +81,20 @@ impl RingHandle {
         self.kick.signal();
     }
 
+    /// The same for a thread that nobody [nudges](resilver_sys::Nudge).
+    pub(super) fn kick_unless_full(&self) {
+        self.kick.signal_unless_full();
+    }
+
     /// What the device is kicked by.
     pub(super) fn kick_fd(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
     }
 
-    /// Wakes whoever sleeps on the ring, as an interrupt of the device does.
+    /// Wakes whoever sleeps on the ring, as an interrupt of the device does. For a thread that nobody
+    /// [nudges](resilver_sys::Nudge).
     pub fn wake(&self) {
-        self.call.signal();
+        self.call.signal_unless_full();
     }
 
     /// What becomes readable when the device interrupts.

@@ -54,6 +54,11 @@ fn smoke(name: &str) {
 }
 
 #[test]
+fn back_end() {
+    smoke("back_end");
+}
+
+#[test]
 fn connection() {
     smoke("connection");
 }

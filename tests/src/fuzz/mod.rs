@@ -6,6 +6,7 @@
 //! reads its bytes as a program (`Input`): an opcode, its operands, the next opcode; so a mutation changes one step and
 //! not the meaning of all that follow, and an input that ends early is a shorter program.
 
+mod back_end;
 mod bench;
 mod connection;
 mod disk;
@@ -15,6 +16,7 @@ mod ring;
 mod rpc;
 mod state;
 
+pub use back_end::back_end;
 pub use connection::connection;
 pub use messages::messages;
 pub use mutate::Mutator;
@@ -26,7 +28,8 @@ pub use state::state;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
+    ("back_end", back_end),
     ("connection", connection),
     ("messages", messages),
     ("ring", ring),

@@ -35,6 +35,8 @@ const DEADLINE: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Connections that one program breaks off: each costs a pause.
 const LOSSES: usize = 3;
+/// After how long without a request the good back end takes it that others have what is in flight; doubled each time.
+const QUIET: Duration = Duration::from_millis(20);
 /// The bdev's name; its keeper's thread is called after it.
 const NAME: &str = "fuzz";
 
@@ -598,15 +600,18 @@ impl Tenant {
     fn finish(mut self) {
         self.hostile.repent();
         let begun = Instant::now();
-        let (mut quiet, mut wrap) = (Instant::now(), true);
+        let (mut quiet, mut patience, mut wrap) = (Instant::now(), QUIET, true);
+        let mut connections = 0;
         while self.driver.as_ref().is_some_and(|driver| driver.in_flight() > 0) {
             self.turn();
-            if self.hostile.serve() {
+            let before = std::mem::replace(&mut connections, self.hostile.back_end.connections());
+            if self.hostile.serve() || before != connections {
                 quiet = Instant::now();
-            } else if quiet.elapsed() > Duration::from_millis(20) {
+            } else if quiet.elapsed() > patience {
                 // What its predecessors had taken, nobody answers any more.
                 self.hostile.ruin(wrap);
                 (quiet, wrap) = (Instant::now(), !wrap);
+                patience *= 2;
             }
             assert!(begun.elapsed() < PATIENCE, "{:?}", self.bdev.details());
             std::thread::yield_now();

@@ -42,6 +42,8 @@ pub struct Face {
     pub identity: Identity,
     /// It fills the descriptors that it is kicked by, and has writers to them wait.
     pub jams: bool,
+    /// A ring that it refuses to serve.
+    pub refuses: Option<u32>,
 }
 
 /// How a back end answers who it is.
@@ -69,6 +71,7 @@ impl Face {
             serial: *b"fake\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
             identity: Identity::Told,
             jams: false,
+            refuses: None,
         }
     }
 
@@ -389,6 +392,9 @@ impl Told {
                 rustix::fs::ftruncate(&fd, 4096).expect("its size");
                 let record = InflightDescription { mmap_size: 4096, ..*wanted };
                 return (Some(Reply::Inflight(record)), Some(fd));
+            }
+            Message::SetVringEnable { index, .. } if face.refuses == Some(*index) => {
+                return (Some(Reply::U64(1)), None);
             }
             _ => None,
         };

@@ -82,11 +82,16 @@ fn turn_until_taken(
 }
 
 /// Turns until the back end has been connected to so many times and serves the ring again.
-fn turn_until_served(driver: &mut Driver, back_end: &FakeBackEnd, connection: usize) -> FakeRing {
+fn turn_until_served(
+    driver: &mut Driver,
+    back_end: &FakeBackEnd,
+    connection: usize,
+    index: usize,
+) -> FakeRing {
     let begun = Instant::now();
     loop {
         driver.turn();
-        if let Some(ring) = back_end.started(connection, 0) {
+        if let Some(ring) = back_end.started(connection, index) {
             return ring;
         }
         assert!(begun.elapsed() < Duration::from_secs(30), "it does not come back");
@@ -146,7 +151,7 @@ fn a_back_end_that_breaks_the_ring_loses_the_connection_and_no_request() {
             driver.submit(IoKind::Write, 4096, 8192, &payload);
             let request = turn_until_taken(&mut driver, &mut ring);
             breach(&mut ring, request.head);
-            let mut ring = turn_until_served(&mut driver, &back_end, 2);
+            let mut ring = turn_until_served(&mut driver, &back_end, 2, 0);
             assert_eq!(driver.in_flight(), 1, "breach {number}");
             let request = turn_until_taken(&mut driver, &mut ring);
             assert_eq!((request.kind, request.sector), (blk_type::OUT, 8));
@@ -206,7 +211,7 @@ fn what_is_in_flight_when_a_back_end_dies_is_carried_out_by_the_next_and_answere
     wait_until("the loss is seen", || detail(&bdev, "state") == "reconnecting");
     let read = driver.submit(IoKind::Read, 0, 4096, &payload);
 
-    let mut ring = turn_until_served(&mut driver, &back_end, 2);
+    let mut ring = turn_until_served(&mut driver, &back_end, 2, 0);
     let sectors: Vec<_> = (0..4).map(|_| turn_until_taken(&mut driver, &mut ring)).collect();
     let mut order: Vec<_> = sectors.iter().map(|it| (it.kind, it.sector)).collect();
     order.sort_unstable();
@@ -241,13 +246,49 @@ fn a_back_end_that_keeps_a_record_is_followed_by_one_that_has_it() {
     let requests: Vec<_> = (0..2).map(|_| turn_until_taken(&mut driver, &mut ring)).collect();
     ring.complete(&requests[0], 0);
     back_end.hang_up();
-    let mut ring = turn_until_served(&mut driver, &back_end, 2);
+    let mut ring = turn_until_served(&mut driver, &back_end, 2, 0);
     assert_eq!(back_end.inflight_inode(), Some(record));
     // The ring is as it was; what the record says is in flight is the back end's to carry out.
     assert_eq!((ring.taken(), ring.used(), ring.available()), (1, 1, 2));
     ring.complete(&requests[1], 0);
     let results = driver.drain();
     assert!(driver.in_flight() == 0 && results.values().all(Result::is_ok));
+}
+
+/// The owner of a ring may not look while one back end goes and another comes and goes: what that one has recorded has nothing of
+/// this ring in it.
+#[test]
+fn a_ring_whose_owner_sleeps_through_two_back_ends_is_offered_whole_to_the_third() {
+    let scratch = Scratch::new();
+    let mut face = recording().and(features::MQ, protocol_features::MQ);
+    face.queues = 2;
+    let back_end = scratch.listen(face);
+    let bdev = scratch.connect(|_| ()).unwrap();
+    let (mut awake, mut asleep) = (Driver::new(&bdev, 8), Driver::new(&bdev, 8));
+    let (mut broken, mut ring) = (back_end.ring(1, 0), back_end.ring(1, 1));
+    let payload = [asleep.slice(0, 4096)];
+    let tags = [0, 4096].map(|at| asleep.submit(IoKind::Write, at, 4096, &payload));
+    let requests = [(); 2].map(|()| turn_until_taken(&mut asleep, &mut ring));
+    // The younger one ends, so where the ring stands does not say what is left in it.
+    ring.complete(&requests[1], 0);
+    while asleep.in_flight() > 1 {
+        asleep.turn();
+    }
+
+    let payload = [awake.slice(0, 4096)];
+    awake.submit(IoKind::Write, 8192, 4096, &payload);
+    turn_until_taken(&mut awake, &mut broken);
+    broken.use_up(u32::MAX, 0);
+    turn_until_served(&mut awake, &back_end, 2, 0);
+    back_end.hang_up();
+    turn_until_served(&mut awake, &back_end, 3, 0);
+
+    let mut ring = turn_until_served(&mut asleep, &back_end, 3, 1);
+    let request = turn_until_taken(&mut asleep, &mut ring);
+    assert_eq!((request.kind, request.sector), (blk_type::OUT, 0), "the one that has not ended");
+    ring.complete(&request, 0);
+    let results = asleep.drain();
+    assert!(results[&tags[0]] == Ok(()) && asleep.in_flight() == 0);
 }
 
 #[test]
@@ -286,7 +327,7 @@ fn requests_fail_when_an_outage_lasts_too_long_and_succeed_when_it_is_over() {
             detail(&bdev, "state") == "connected"
         });
         let connection = back_end.connections();
-        let mut ring = turn_until_served(&mut driver, &back_end, connection);
+        let mut ring = turn_until_served(&mut driver, &back_end, connection, 0);
         // Nothing of what has failed is carried out after all.
         assert_eq!((ring.available(), ring.used()), (0, 0));
         driver.submit(IoKind::Read, 512, 4096, &payload);
@@ -297,6 +338,40 @@ fn requests_fail_when_an_outage_lasts_too_long_and_succeed_when_it_is_over() {
         assert!(driver.drain().values().all(Result::is_ok));
         assert!(driver.bytes(&payload) == pattern(8, 4096));
     }
+}
+
+/// Nobody gets anything from such a one, however often it answers.
+#[test]
+fn a_back_end_that_refuses_a_ring_does_not_end_the_outage() {
+    let scratch = Scratch::new();
+    let mut face = plain().and(features::MQ, protocol_features::MQ);
+    face.queues = 2;
+    let back_end = scratch.listen(face.clone());
+    // Longer than the longest pause between two attempts.
+    let timeout = Some(Duration::from_millis(1500));
+    let bdev = scratch.connect(|config| config.reconnect_timeout = timeout).unwrap();
+    let (_idle, mut driver) = (Driver::new(&bdev, 8), Driver::new(&bdev, 8));
+    let mut ring = back_end.ring(1, 1);
+    let payload = [driver.slice(0, 4096)];
+    driver.submit(IoKind::Write, 0, 4096, &payload);
+    turn_until_taken(&mut driver, &mut ring);
+    back_end.set_face(Face { refuses: Some(1), ..face.clone() });
+    back_end.hang_up();
+    assert!(driver.drain().values().all(|result| *result == Err(IoError::IO)));
+    wait_until("the reason is told", || detail(&bdev, "reason").contains("refused"));
+    assert_eq!(detail(&bdev, "reconnects"), "0");
+
+    back_end.set_face(face);
+    wait_until("it is there again", || {
+        driver.turn();
+        detail(&bdev, "state") == "connected"
+    });
+    let connection = back_end.connections();
+    let mut ring = turn_until_served(&mut driver, &back_end, connection, 1);
+    let tag = driver.submit(IoKind::Write, 0, 4096, &payload);
+    let request = turn_until_taken(&mut driver, &mut ring);
+    ring.complete(&request, 0);
+    assert_eq!(driver.drain().remove(&tag), Some(Ok(())));
 }
 
 #[test]
@@ -450,7 +525,7 @@ fn a_sleeping_channel_is_woken_by_an_answer_and_by_the_loss_of_the_connection() 
     assert_eq!(arm(&mut driver, &mut set), Armed::Until(None), "idle");
     back_end.hang_up();
     assert!(slept(&mut set), "nothing woke it");
-    let mut ring = turn_until_served(&mut driver, &back_end, 2);
+    let mut ring = turn_until_served(&mut driver, &back_end, 2, 0);
     driver.submit(IoKind::Read, 0, 4096, &payload);
     let request = turn_until_taken(&mut driver, &mut ring);
     ring.complete(&request, 0);

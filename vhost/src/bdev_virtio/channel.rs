@@ -285,12 +285,13 @@ impl VirtioChannel {
     fn follow(&mut self, memory: &RegionTable) {
         match self.seat.state.phase() {
             Phase::Running | Phase::Stopped => self.take_ended(memory),
+            Phase::Recorded => {
+                self.take_ended(memory);
+                self.seat.taken(self.seat.shared());
+            }
             Phase::Lost => {
                 let shared = Arc::clone(self.seat.shared());
-                if shared.recovers() {
-                    self.take_ended(memory);
-                }
-                self.seat.make_ready(&shared);
+                self.seat.restart(&shared);
             }
             Phase::GivenUp => {
                 let shared = Arc::clone(self.seat.shared());
@@ -375,7 +376,7 @@ impl IoChannel for VirtioChannel {
         }
         // After the ring has been armed: a keeper that changes the phase later than this look wakes the sleep.
         match seat.state.phase() {
-            Phase::Lost | Phase::GivenUp => return Armed::Ready,
+            Phase::Recorded | Phase::Lost | Phase::GivenUp => return Armed::Ready,
             Phase::Failing if in_flight => return Armed::Ready,
             Phase::Stopped | Phase::Running | Phase::Broken | Phase::Failing => {}
         }

@@ -28,18 +28,38 @@ const LEFT_AGAIN: Duration = Duration::from_millis(5);
 /// The longest sleep: bounds how long anything that was missed can stay missed.
 const LONGEST_SLEEP: Duration = Duration::from_secs(1);
 
+/// How the connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Contact {
+    /// A back end serves the rings.
+    Connected,
+    /// None does, and requests wait for one.
+    Reconnecting,
+    /// None has for so long that requests fail until one is there again.
+    Failing,
+}
+
+impl Contact {
+    /// The word for it in what operators are shown.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Connected => "connected",
+            Self::Reconnecting => "reconnecting",
+            Self::Failing => "failing",
+        }
+    }
+}
+
 /// How the connection is, for an operator.
 #[derive(Debug, Clone)]
 pub(super) struct Status {
-    pub(super) connected: bool,
+    pub(super) contact: Contact,
     /// Since when it is connected or not.
     pub(super) since: Instant,
     /// Attempts to connect since the connection was lost.
     pub(super) attempts: u64,
     /// Connections after the first.
     pub(super) reconnects: u64,
-    /// Requests fail until a back end is there again.
-    pub(super) given_up: bool,
     /// Why the connection was lost, or why the last attempt failed; empty where there is nothing to say.
     pub(super) reason: String,
 }
@@ -52,11 +72,10 @@ impl StatusCell {
     /// Of a fresh connection.
     pub(super) fn connected() -> Self {
         Self(Arc::new(Mutex::new(Status {
-            connected: true,
+            contact: Contact::Connected,
             since: Instant::now(),
             attempts: 0,
             reconnects: 0,
-            given_up: false,
             reason: String::new(),
         })))
     }
@@ -80,7 +99,6 @@ struct Ring {
 struct Outage {
     since: Instant,
     next_attempt: Instant,
-    pause: Duration,
 }
 
 /// What a keeper is made of.
@@ -97,7 +115,7 @@ pub(super) struct Keeper {
     /// After how long an outage requests fail; none waits for ever.
     patience: Option<Duration>,
     outage: Option<Outage>,
-    /// The pause after the next failure.
+    /// The pause before the next attempt to connect.
     pause: Duration,
 }
 
@@ -204,29 +222,30 @@ impl Keeper {
     /// The connection is of no use any more.
     fn lost(&mut self, reason: &str) {
         tracing::warn!(bdev = self.name, reason, "the connection to the export was lost");
-        let any = |wanted| self.rings.iter().any(|ring| ring.state.phase() == wanted);
-        // A ring that its owner has not made ready since an earlier loss was never shown to this back end: what is in it is in
-        // no record of this one's.
-        let unseen = any(Phase::Lost) && !self.shared.recovers();
-        let recovers = self.connection.records_inflight() && !any(Phase::Broken) && !unseen;
-        self.connection.hang_up();
-        if !recovers {
-            self.connection.forget_inflight();
-        }
-        self.shared.set_recovers(recovers);
-        for ring in &self.rings {
-            ring.state.apply(Event::HangUp);
-            ring.handle.wake();
-        }
+        self.hang_up();
         let now = Instant::now();
         let mut status = self.status.lock();
         // One that breaks off again at once is not asked again at once.
         let lasted = now - status.since > PAUSE_MAX;
-        self.pause = if lasted { PAUSE_MIN } else { (self.pause * 2).min(PAUSE_MAX) };
-        self.outage =
-            Some(Outage { since: now, next_attempt: now + self.pause, pause: self.pause });
-        (status.connected, status.since, status.attempts) = (false, now, 0);
+        self.pause = if lasted { PAUSE_MIN } else { longer(self.pause) };
+        self.outage = Some(Outage { since: now, next_attempt: now + self.pause });
+        (status.contact, status.since, status.attempts) = (Contact::Reconnecting, now, 0);
         reason.clone_into(&mut status.reason);
+    }
+
+    /// Hangs up, and has the rings made ready for another back end.
+    fn hang_up(&mut self) {
+        let broken = self.rings.iter().any(|ring| ring.state.phase() == Phase::Broken);
+        let recorded = self.connection.records_inflight() && !broken;
+        self.connection.hang_up();
+        if !recorded {
+            self.connection.forget_inflight();
+        }
+        let event = if recorded { Event::HangUpRecorded } else { Event::HangUp };
+        for ring in &self.rings {
+            ring.state.apply(event);
+            ring.handle.wake();
+        }
     }
 
     /// Tries to connect again.
@@ -243,9 +262,8 @@ impl Keeper {
         }
         status.reason = error;
         if let Some(outage) = &mut self.outage {
-            outage.pause = (outage.pause * 2).min(PAUSE_MAX);
-            self.pause = outage.pause;
-            outage.next_attempt = Instant::now() + outage.pause;
+            self.pause = longer(self.pause);
+            outage.next_attempt = Instant::now() + self.pause;
         }
     }
 
@@ -266,18 +284,18 @@ impl Keeper {
             return Err(format!("it is another disk: its serial is {now}, and was {then}"));
         }
         self.adopt(device);
-        self.outage = None;
-        {
-            let mut status = self.status.lock();
-            let since = status.since.elapsed();
-            tracing::info!(bdev = self.name, away = ?since, "the export is there again");
-            (status.connected, status.since, status.given_up) = (true, Instant::now(), false);
-            status.reconnects += 1;
-            status.reason.clear();
-        }
+        // Before the outage is over: of a back end that refuses rings nobody has anything, however often it answers.
         if let Err(error) = self.start_rings() {
-            self.lost(&error.to_string());
+            self.hang_up();
+            return Err(error.to_string());
         }
+        self.outage = None;
+        let mut status = self.status.lock();
+        let since = status.since.elapsed();
+        tracing::info!(bdev = self.name, away = ?since, "the export is there again");
+        (status.contact, status.since) = (Contact::Connected, Instant::now());
+        status.reconnects += 1;
+        status.reason.clear();
         Ok(())
     }
 
@@ -289,14 +307,13 @@ impl Keeper {
         }
         // Nothing that the record says is in flight is wanted any more.
         self.connection.forget_inflight();
-        self.shared.set_recovers(false);
         for ring in &self.rings {
             if ring.state.apply(Event::GiveUp) {
                 ring.handle.wake();
             }
         }
         let mut status = self.status.lock();
-        if !std::mem::replace(&mut status.given_up, true) {
+        if std::mem::replace(&mut status.contact, Contact::Failing) != Contact::Failing {
             tracing::error!(
                 bdev = self.name,
                 ?patience,
@@ -345,4 +362,9 @@ impl Keeper {
         }
         set.sleep(Some(u64::try_from(longest.as_nanos()).unwrap_or(u64::MAX)));
     }
+}
+
+/// The pause that follows a pause.
+fn longer(pause: Duration) -> Duration {
+    (pause * 2).min(PAUSE_MAX)
 }

@@ -42,7 +42,7 @@ use resilver_bdev::{Bdev, BdevError, Detail, FileIdentity, Geometry, IoChannel, 
 
 use channel::VirtioChannel;
 use device::Device;
-use keeper::{Keeper, StatusCell};
+use keeper::{Contact, Keeper, StatusCell};
 use ring_state::{Event, RingState};
 use seat::{Lent, Seat};
 use shared::Shared;
@@ -231,7 +231,7 @@ impl Bdev for Virtio {
         };
         // What happened to the ring while nobody had it.
         seat.clear(&self.shared);
-        if self.status.get().connected {
+        if self.status.get().contact == Contact::Connected {
             seat.state.apply(Event::Resume);
             self.shared.wake();
         }
@@ -263,21 +263,17 @@ impl Bdev for Virtio {
 
     fn link(&self) -> Option<Link> {
         let status = self.status.get();
-        Some(Link { connected: status.connected, reconnects: status.reconnects })
+        let connected = status.contact == Contact::Connected;
+        Some(Link { connected, reconnects: status.reconnects })
     }
 
     fn details(&self) -> Vec<(&'static str, Detail)> {
         let status = self.status.get();
         let number = |number: usize| Detail::Number(number as u64);
         let (rings, free) = self.shared.seats();
-        let state = match (status.connected, status.given_up) {
-            (true, _) => "connected",
-            (false, false) => "reconnecting",
-            (false, true) => "failing",
-        };
         let mut details = vec![
             ("socket", Detail::Text(self.config.socket.display().to_string())),
-            ("state", Detail::Text(state.to_owned())),
+            ("state", Detail::Text(status.contact.name().to_owned())),
             ("since_seconds", Detail::Number(status.since.elapsed().as_secs())),
             ("reconnects", Detail::Number(status.reconnects)),
             ("num_queues", number(rings)),
@@ -295,7 +291,7 @@ impl Bdev for Virtio {
         if self.export_size() != self.geometry().size() {
             details.push(("export_size", Detail::Number(self.export_size())));
         }
-        if !status.connected {
+        if status.contact != Contact::Connected {
             details.push(("attempts", Detail::Number(status.attempts)));
         }
         if !status.reason.is_empty() {

@@ -3,6 +3,9 @@
 //! The two are on different threads. The keeper says that the back end has gone; the owner then makes its ring ready for another
 //! one, and only a ring that is ready is shown to it. So no back end ever sees a ring that is being changed, and the keeper
 //! waits for no reactor: rings begin one by one, as they become ready.
+//!
+//! Whether the next back end knows what was in flight is part of a ring's phase. One answer for all rings would be wrong: an
+//! owner may look at its ring only when the next back end has gone too, whose record has nothing of this ring in it.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -16,7 +19,10 @@ pub(super) enum Phase {
     Running,
     /// Its back end broke the rules of the ring; the keeper has to hang up.
     Broken,
-    /// Its back end has gone; the owner has to make it ready.
+    /// Its back end has gone and recorded what was in flight, which the next one carries out; the owner has to take what was
+    /// completed.
+    Recorded,
+    /// Its back end has gone, and no other will know what was in flight; the owner has to offer all of it again.
     Lost,
     /// No back end has come for too long; the owner has to fail what is in it.
     GivenUp,
@@ -25,8 +31,15 @@ pub(super) enum Phase {
 }
 
 impl Phase {
-    const ALL: [Self; 6] =
-        [Self::Stopped, Self::Running, Self::Broken, Self::Lost, Self::GivenUp, Self::Failing];
+    const ALL: [Self; 7] = [
+        Self::Stopped,
+        Self::Running,
+        Self::Broken,
+        Self::Recorded,
+        Self::Lost,
+        Self::GivenUp,
+        Self::Failing,
+    ];
 }
 
 /// What happens to a ring.
@@ -36,10 +49,14 @@ pub(super) enum Event {
     Start,
     /// Owner: the back end broke the rules.
     Break,
-    /// Keeper: the back end has gone.
+    /// Keeper: the back end has gone, and its record goes to the next one.
+    HangUpRecorded,
+    /// Keeper: the back end has gone, and there is no record, or none that is of use.
     HangUp,
-    /// Owner: the ring is ready for another back end.
-    Ready,
+    /// Owner: what was completed has been taken, and the rest is as the back end left it.
+    Taken,
+    /// Owner: the ring is as new, and all that is in flight is offered again.
+    Restarted,
     /// Keeper: it has been away for too long.
     GiveUp,
     /// Owner: all that was in the ring has failed.
@@ -50,21 +67,30 @@ pub(super) enum Event {
 
 /// The table. None: the event changes nothing, because the other side was faster or the ring is not concerned.
 pub(super) fn transition(phase: Phase, event: Event) -> Option<Phase> {
-    use Event::{Break, Emptied, GiveUp, HangUp, Ready, Resume, Start};
-    use Phase::{Broken, Failing, GivenUp, Lost, Running, Stopped};
+    use Event::{Break, Emptied, GiveUp, HangUp, HangUpRecorded, Restarted, Resume, Start, Taken};
+    use Phase::{Broken, Failing, GivenUp, Lost, Recorded, Running, Stopped};
     match (phase, event) {
         (Stopped, Start) => Some(Running),
-        (Running, Break) => Some(Broken),
-        (Running | Broken, HangUp) => Some(Lost),
-        (Lost, Ready) | (Failing, Resume) => Some(Stopped),
-        (Lost | Stopped, GiveUp) => Some(GivenUp),
+        (Running | Recorded, Break) => Some(Broken),
+        (Running, HangUpRecorded) => Some(Recorded),
+        // What was in flight in a stopped ring may have been in the record that is of no use any more.
+        (Stopped | Running | Broken | Recorded, HangUp) | (Broken, HangUpRecorded) => Some(Lost),
+        (Recorded, Taken) | (Lost, Restarted) | (Failing, Resume) => Some(Stopped),
+        (Stopped | Recorded | Lost, GiveUp) => Some(GivenUp),
         (GivenUp, Emptied) => Some(Failing),
-        (Stopped, Break | HangUp | Ready | Emptied | Resume)
-        | (Running, Start | Ready | GiveUp | Emptied | Resume)
-        | (Broken, Start | Break | Ready | GiveUp | Emptied | Resume)
-        | (Lost, Start | Break | HangUp | Emptied | Resume)
-        | (GivenUp, Start | Break | HangUp | Ready | GiveUp | Resume)
-        | (Failing, Start | Break | HangUp | Ready | GiveUp | Emptied) => None,
+        (Stopped, Break | HangUpRecorded | Taken | Restarted | Emptied | Resume)
+        | (Running, Start | Taken | Restarted | GiveUp | Emptied | Resume)
+        | (Broken, Start | Break | Taken | Restarted | GiveUp | Emptied | Resume)
+        | (Recorded, Start | HangUpRecorded | Restarted | Emptied | Resume)
+        | (Lost, Start | Break | HangUpRecorded | HangUp | Taken | Emptied | Resume)
+        | (
+            GivenUp,
+            Start | Break | HangUpRecorded | HangUp | Taken | Restarted | GiveUp | Resume,
+        )
+        | (
+            Failing,
+            Start | Break | HangUpRecorded | HangUp | Taken | Restarted | GiveUp | Emptied,
+        ) => None,
     }
 }
 
@@ -112,11 +138,28 @@ mod tests {
         let state = RingState::new();
         assert!(state.apply(Event::Start) && !state.apply(Event::Start));
         assert!(state.apply(Event::HangUp) && !state.apply(Event::Start));
-        assert!(state.apply(Event::Ready) && state.apply(Event::Start));
+        assert!(state.apply(Event::Restarted) && state.apply(Event::Start));
         assert!(state.apply(Event::Break) && state.apply(Event::HangUp));
-        assert!(state.apply(Event::GiveUp) && !state.apply(Event::Ready));
+        assert!(state.apply(Event::GiveUp) && !state.apply(Event::Restarted));
         assert!(!state.apply(Event::Resume), "what is in it has not failed yet");
         assert!(state.apply(Event::Emptied) && state.apply(Event::Resume));
         assert_eq!(state.phase(), Phase::Stopped);
+    }
+
+    /// Whatever follows: a ring whose requests no record has is offered anew, and by nothing else ready again.
+    #[test]
+    fn a_record_that_is_lost_once_is_of_no_use_to_a_ring_any_more() {
+        let state = RingState::new();
+        assert!(state.apply(Event::Start) && state.apply(Event::HangUpRecorded));
+        assert!(!state.apply(Event::HangUpRecorded), "the record has gone to the next one since");
+        assert!(state.apply(Event::Taken) && state.apply(Event::HangUp));
+        assert!(!state.apply(Event::HangUpRecorded) && !state.apply(Event::Taken));
+        assert_eq!(state.phase(), Phase::Lost);
+        assert!(state.apply(Event::Restarted));
+
+        assert!(state.apply(Event::Start) && state.apply(Event::HangUpRecorded));
+        assert!(state.apply(Event::Break), "what the record says of it is wrong too");
+        assert!(!state.apply(Event::Taken) && state.apply(Event::HangUp));
+        assert_eq!(state.phase(), Phase::Lost);
     }
 }

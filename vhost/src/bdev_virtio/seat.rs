@@ -24,12 +24,17 @@ impl Seat {
         }
     }
 
-    /// The back end has gone and what it had completed was taken: makes the ring ready for another one.
-    pub(super) fn make_ready(&mut self, shared: &Shared) {
-        if !shared.recovers() {
-            self.queue.restart();
+    /// The back end has gone, and what it had completed was taken: the next one may have the ring with its record.
+    pub(super) fn taken(&self, shared: &Shared) {
+        if self.state.apply(Event::Taken) {
+            shared.wake();
         }
-        if self.state.apply(Event::Ready) {
+    }
+
+    /// The back end has gone, and nobody knows what it did: the next one is offered all of it again.
+    pub(super) fn restart(&mut self, shared: &Shared) {
+        self.queue.restart();
+        if self.state.apply(Event::Restarted) {
             shared.wake();
         }
     }
@@ -47,12 +52,11 @@ impl Seat {
         self.queue.publish();
         match self.state.phase() {
             Phase::Running | Phase::Stopped => self.take_all(shared),
-            Phase::Lost => {
-                if shared.recovers() {
-                    self.take_all(shared);
-                }
-                self.make_ready(shared);
+            Phase::Recorded => {
+                self.take_all(shared);
+                self.taken(shared);
             }
+            Phase::Lost => self.restart(shared),
             Phase::GivenUp => self.empty(shared),
             Phase::Broken | Phase::Failing => {}
         }

@@ -22,8 +22,6 @@ pub(super) struct Shared {
     wake: EventFd,
     /// The bdev has gone.
     quit: AtomicBool,
-    /// The next back end recovers by itself what its predecessor had in flight.
-    recovers: AtomicBool,
     /// Bytes of the export.
     capacity: AtomicU64,
     watcher: OnceLock<Watcher>,
@@ -44,7 +42,6 @@ impl Shared {
             left,
             wake: EventFd::new()?,
             quit: AtomicBool::new(false),
-            recovers: AtomicBool::new(false),
             capacity: AtomicU64::new(capacity),
             watcher: OnceLock::new(),
             broken: ArrayQueue::new(1),
@@ -108,16 +105,6 @@ impl Shared {
     /// What a back end did to a ring, if it broke one since this was asked last.
     pub(super) fn take_broken(&self) -> Option<RingError> {
         self.broken.pop()
-    }
-
-    /// Says, before rings are lost, whether the next back end recovers what is in them.
-    pub(super) fn set_recovers(&self, recovers: bool) {
-        self.recovers.store(recovers, Ordering::SeqCst);
-    }
-
-    /// Whether the next back end recovers what is in the rings.
-    pub(super) fn recovers(&self) -> bool {
-        self.recovers.load(Ordering::SeqCst)
     }
 
     /// The export has grown; whoever watches is told.

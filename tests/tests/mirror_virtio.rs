@@ -88,6 +88,20 @@ fn wait_for_state(server: &mut Server, bdev: &str, state: &str) {
     }
 }
 
+/// Has the job switch over, and sees that it went well.
+fn complete(server: &mut Server) {
+    server.call("job_complete", json!({ "job_id": "move" }));
+    let job = server.wait_for_status("move", "concluded");
+    assert!(job.get("error").is_none_or(Value::is_null), "{job}");
+}
+
+/// The guest stops, then the targets; the file holds what the guest has written.
+fn end<const N: usize>(guest: Guest, servers: [Server; N], file: &Path) {
+    let generations = guest.finish().generations;
+    let _files = servers.map(Server::stop);
+    assert_holds(file, &blocks(), &generations);
+}
+
 /// Which disk was superseded by which.
 fn superseded(server: &mut Server) -> Vec<(PathBuf, PathBuf)> {
     let answer = server.call("state_get_records", json!({}));
@@ -124,9 +138,7 @@ fn a_disk_moves_to_an_export_that_is_killed_in_mid_copy_and_again_as_the_disk() 
     server.call("job_set_speed", json!({ "job_id": "move", "speed": 0 }));
     server.wait_for_status("move", "ready");
     guest.run_for(1000);
-    server.call("job_complete", json!({ "job_id": "move" }));
-    let job = server.wait_for_status("move", "concluded");
-    assert!(job.get("error").is_none_or(Value::is_null), "{job}");
+    complete(&mut server);
     assert_eq!(server.served_bdev("vm"), "remote");
     guest.run_for(100);
     assert_eq!(superseded(&mut server), [(source, export.socket.clone())]);
@@ -137,10 +149,7 @@ fn a_disk_moves_to_an_export_that_is_killed_in_mid_copy_and_again_as_the_disk() 
     export.start_again();
     guest.run_for(1000);
     assert_eq!(state_of(&mut server, "remote")["reconnects"], 2);
-    let generations = guest.finish().generations;
-    let _files = server.stop();
-    drop(export);
-    assert_holds(&target, &blocks(), &generations);
+    end(guest, [server], &target);
 }
 
 #[test]
@@ -167,9 +176,7 @@ fn a_disk_moves_from_an_export_to_a_file() {
     server.call("job_set_speed", json!({ "job_id": "move", "speed": 0 }));
     server.wait_for_status("move", "ready");
     guest.run_for(1000);
-    server.call("job_complete", json!({ "job_id": "move" }));
-    let job = server.wait_for_status("move", "concluded");
-    assert!(job.get("error").is_none_or(Value::is_null), "{job}");
+    complete(&mut server);
     assert_eq!(superseded(&mut server), [(export.socket.clone(), target.clone())]);
     // The export is left alone, and may go.
     export.kill();
@@ -180,9 +187,7 @@ fn a_disk_moves_from_an_export_to_a_file() {
     let again = json!({ "name": "again", "socket": export.socket });
     let refused = server.try_call("bdev_virtio_create", again).unwrap_err();
     assert!(refused.message.contains("was superseded by"), "{refused}");
-    let generations = guest.finish().generations;
-    let _files = server.stop();
-    assert_holds(&target, &blocks(), &generations);
+    end(guest, [server], &target);
 }
 
 #[test]
@@ -249,12 +254,10 @@ fn survives_its_targets_death(packed: bool) {
         guest.run_for(500);
         assert!(state_of(&mut server, "remote")["reconnects"].as_u64() >= Some(round));
     }
-    let generations = guest.finish().generations;
     // What it takes to make it again is in the configuration.
     let config = server.call("save_config", json!({}));
     assert!(config.to_string().contains("bdev_virtio_create"), "{config}");
-    let _files = (server.stop(), other.stop());
-    assert_holds(&file, &blocks(), &generations);
+    end(guest, [server, other], &file);
 }
 
 #[test]

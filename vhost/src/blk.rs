@@ -342,22 +342,37 @@ fn parse_ranges(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
+    /// What tests take for a disk.
+    pub(crate) const DEVICE: BlkDevice = BlkDevice {
+        limits: Limits {
+            block_size: 512,
+            num_blocks: 2048,
+            max_transfer: 1 << 20,
+            max_segments: 128,
+            max_unmap: 1 << 30,
+            unmap: true,
+            zeroes_unmap: true,
+            optimal_io: 4096,
+            read_only: false,
+        },
+        read_only: false,
+        num_queues: 2,
+        packed_ring: false,
+    };
+
+    /// One with large blocks.
     fn device() -> BlkDevice {
         let limits = Limits {
             block_size: 4096,
             num_blocks: 1000,
-            max_transfer: 1 << 20,
-            max_segments: 128,
             max_unmap: 1 << 40,
-            unmap: true,
-            zeroes_unmap: true,
             optimal_io: 65536,
-            read_only: false,
+            ..DEVICE.limits
         };
-        BlkDevice { limits, read_only: false, num_queues: 4, packed_ring: false }
+        BlkDevice { limits, num_queues: 4, ..DEVICE }
     }
 
     #[test]

@@ -177,23 +177,8 @@ fn crc32(bytes: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blk::tests::DEVICE;
     use proptest::prelude::*;
-    use resilver_bdev::Limits;
-
-    fn device() -> BlkDevice {
-        let limits = Limits {
-            block_size: 512,
-            num_blocks: 2048,
-            max_transfer: 1 << 20,
-            max_segments: 128,
-            max_unmap: 1 << 30,
-            unmap: true,
-            zeroes_unmap: true,
-            optimal_io: 4096,
-            read_only: false,
-        };
-        BlkDevice { limits, read_only: false, num_queues: 2, packed_ring: false }
-    }
 
     fn state() -> DeviceState {
         DeviceState {
@@ -211,7 +196,7 @@ mod tests {
         let bytes = state().encode();
         assert_eq!(bytes.len(), STATE_BYTES);
         assert_eq!(DeviceState::decode(&bytes), Ok(state()));
-        assert_eq!(state().fits(&device(), state().serial), Ok(()));
+        assert_eq!(state().fits(&DEVICE, state().serial), Ok(()));
         let logged = DeviceState { features: state().features | features::LOG_ALL, ..state() };
         assert_eq!(DeviceState::decode(&logged.encode()), Ok(state()), "a migration is no feature");
     }
@@ -224,7 +209,7 @@ mod tests {
     #[test]
     fn another_disk_is_refused() {
         let serial = state().serial;
-        let refused = |state: DeviceState| state.fits(&device(), serial).unwrap_err();
+        let refused = |state: DeviceState| state.fits(&DEVICE, serial).unwrap_err();
         let other = Serial::new("vm2\n");
         assert_eq!(
             refused(DeviceState { serial: other, ..state() }).to_string(),

@@ -44,17 +44,8 @@ const STATUS: u64 = 0x9000;
 const DATA: u64 = 0x1_0000;
 const POISON: u8 = 0xee;
 
-const LIMITS: Limits = Limits {
-    block_size: 512,
-    num_blocks: 512,
-    max_transfer: 1 << 20,
-    max_segments: 128,
-    max_unmap: 1 << 20,
-    unmap: true,
-    zeroes_unmap: true,
-    optimal_io: 4096,
-    read_only: false,
-};
+const LIMITS: Limits =
+    Limits { num_blocks: 512, max_unmap: 1 << 20, ..crate::blk::tests::DEVICE.limits };
 
 /// What a test sees of its disk.
 struct Medium {

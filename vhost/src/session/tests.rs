@@ -3,21 +3,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::blk::tests::DEVICE;
 
 fn session() -> Session {
-    let limits = Limits {
-        block_size: 512,
-        num_blocks: 2048,
-        max_transfer: 1 << 20,
-        max_segments: 128,
-        max_unmap: 1 << 30,
-        unmap: true,
-        zeroes_unmap: true,
-        optimal_io: 4096,
-        read_only: false,
-    };
-    let device = BlkDevice { limits, read_only: false, num_queues: 2, packed_ring: false };
-    Session::new(device, CacheMode::WriteBack)
+    Session::new(DEVICE, CacheMode::WriteBack)
 }
 
 const ADDRESSES: RingAddresses =

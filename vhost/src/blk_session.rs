@@ -27,7 +27,7 @@ use crate::blk::{CacheMode, RequestError, Serial};
 use crate::chain::Chain;
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::queue::{LiveQueue, QUEUE_SHIFT, Shared};
+use crate::queue::{LiveQueue, QUEUE_SHIFT, Retiring, Shared, Source};
 use crate::ring::{RingAreas, RingFault};
 use crate::stats::VhostStats;
 
@@ -165,8 +165,6 @@ pub struct BlkSession {
     used_queues: usize,
     shared: Shared,
     life: Life,
-    /// Who waits for the map before to be given up.
-    retiring: Option<MemoryReply>,
     /// The guest has reset its device, and the disk has not been told.
     reset: Option<Reply<()>>,
     commands: Receiver<Command>,
@@ -180,10 +178,9 @@ impl BlkSession {
         let SessionConfig { num_queues, read_only, serial, stats, on_fault } = config;
         let shared = Shared {
             memory: Box::default(),
-            old_memory: None,
+            retiring: None,
             log: None,
             epoch: 0,
-            stale: 0,
             cache: CacheMode::WriteThrough,
             read_only,
             serial,
@@ -196,7 +193,6 @@ impl BlkSession {
             used_queues: 0,
             shared,
             life: Life::Serving { on_fault: Some(on_fault) },
-            retiring: None,
             reset: None,
             commands,
         };
@@ -293,23 +289,20 @@ impl BlkSession {
         for (queue, areas) in rings {
             self.move_ring(queue, areas);
         }
-        self.shared.stale = self.live_queues().map(|live| u32::from(live.in_use())).sum();
+        let requests = self.live_queues().map(|live| u32::from(live.in_use())).sum();
         self.shared.epoch = self.shared.epoch.wrapping_add(1);
-        self.shared.old_memory = Some(std::mem::replace(&mut self.shared.memory, memory));
-        self.retiring = Some(reply);
+        let memory = std::mem::replace(&mut self.shared.memory, memory);
+        self.shared.retiring = Some(Retiring { memory, requests, reply });
         self.advance_retiring(cx);
     }
 
     /// Closes the regions of an earlier map when nothing uses them any more.
     fn advance_retiring(&mut self, cx: &Context<'_>) {
-        if self.shared.stale > 0 {
-            return;
-        }
-        if let Some(memory) = self.shared.old_memory.take() {
+        if let Some(Retiring { memory, reply, .. }) =
+            self.shared.retiring.take_if(|retiring| retiring.requests == 0)
+        {
             memory.leave(cx.memory, &self.shared.memory);
-            if let Some(reply) = self.retiring.take() {
-                reply(Ok(memory));
-            }
+            reply(Ok(memory));
         }
     }
 
@@ -339,16 +332,14 @@ impl BlkSession {
             if live.in_use() > 0 { live.pump(cx, &mut self.shared, port, queue) } else { 0 };
         // While the disk is held requests stay in the ring.
         let room = port.free(IoKind::Read) > 0 || port.free(IoKind::Write) > 0;
-        let fetched = match phase {
+        let source = match phase {
             _ if !room => return moved,
-            Phase::Running if live.owed() == 0 => live.fetch(cx, &mut self.shared, port, queue),
+            Phase::Running if live.owed() == 0 => Source::Ring,
             // A ring that stops ends what an earlier session has left it, or nobody would.
-            Phase::Running | Phase::Draining(_) => {
-                live.fetch_again(cx, &mut self.shared, port, queue)
-            }
+            Phase::Running | Phase::Draining(_) => Source::Owed,
             Phase::Disabled | Phase::Broken => return moved,
         };
-        match fetched {
+        match live.fetch(cx, &mut self.shared, port, queue, source) {
             Ok(fetched) => moved + fetched,
             Err(fault) => {
                 live.break_off();
@@ -440,9 +431,8 @@ impl Consumer for BlkSession {
 
     fn detach(&mut self, cx: &Context<'_>) {
         let nothing = GuestMemory::default();
-        self.retiring = None;
-        if let Some(memory) = self.shared.old_memory.take() {
-            memory.leave(cx.memory, &self.shared.memory);
+        if let Some(retiring) = self.shared.retiring.take() {
+            retiring.memory.leave(cx.memory, &self.shared.memory);
         }
         self.shared.memory.leave(cx.memory, &nothing);
     }

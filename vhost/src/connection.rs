@@ -107,8 +107,8 @@ pub(crate) struct Connection {
     serial: Serial,
     /// The device state that is saved or loaded.
     transfer: Option<Transfer>,
-    /// Rings that have been stopped on this connection, whose place the front end was told.
-    stopped: Vec<bool>,
+    /// What the region of each ring can hold when it starts next.
+    holds: Vec<Holds>,
     kicks: Vec<Option<Arc<EventFd>>>,
     calls: Vec<Option<Arc<EventFd>>>,
 }
@@ -134,7 +134,7 @@ impl Connection {
             inflight: None,
             serial,
             transfer: None,
-            stopped: vec![false; usize::from(num_queues)],
+            holds: vec![Holds::AnEarlierSession; usize::from(num_queues)],
             kicks: none.clone(),
             calls: none,
         }
@@ -279,8 +279,8 @@ impl Connection {
             Action::Stop(queue) => {
                 if let Some(live) = self.ask(|reply| Command::Stop { queue, reply }).await? {
                     self.session.stopped(queue, live.base());
-                    if let Some(stopped) = self.stopped.get_mut(usize::from(queue)) {
-                        *stopped = true;
+                    if let Some(holds) = self.holds.get_mut(usize::from(queue)) {
+                        *holds = Holds::Nothing;
                     }
                 }
             }
@@ -296,8 +296,8 @@ impl Connection {
                 let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
                 self.seat.set_back_channel(Some(BackChannel::new(fd)));
             }
-            Action::MakeInflight(layout, queues, entries) => {
-                let (description, file) = InflightMemory::make(layout, queues, entries)?;
+            Action::MakeInflight(format, queues, entries) => {
+                let (description, file) = InflightMemory::make(format, queues, entries)?;
                 return Ok(Some((Reply::Inflight(description), Some(file))));
             }
             Action::SetInflight(description) => {
@@ -385,10 +385,7 @@ impl Connection {
         let index = usize::from(queue);
         let (kick, call) = (self.kicks.get(index), self.calls.get(index));
         let mut live = Ring::new(ring.format, areas, ring.size, ring.base, ring.events)?;
-        let holds = match self.stopped.get(index) {
-            Some(true) => Holds::Nothing,
-            Some(false) | None => Holds::AnEarlierSession,
-        };
+        let holds = self.holds.get(index).copied().unwrap_or(Holds::AnEarlierSession);
         let again = match &self.inflight {
             Some(memory) => memory.take_over(queue, &mut live, holds)?,
             None => Box::default(),

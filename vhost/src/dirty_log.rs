@@ -137,7 +137,7 @@ impl Shared {
 
     fn log_slice(&self, log: &DirtyLog, slice: &BufferSlice) {
         // A request may have been translated under the map before; a slice of neither is of memory that has gone.
-        let old = || self.old_memory.as_ref()?.guest_address(slice);
+        let old = || self.retiring.as_ref()?.memory.guest_address(slice);
         if let Some(address) = self.memory.guest_address(slice).or_else(old) {
             log.mark(address, u64::from(slice.length));
         }

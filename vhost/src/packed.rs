@@ -138,7 +138,7 @@ impl EventArea<'_> {
 }
 
 /// A chain in the batch.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Used {
     id: u16,
     entries: u16,
@@ -157,10 +157,8 @@ pub struct PackedRing {
     next_used: Position,
     /// Descriptors taken and not published as used.
     outstanding: u16,
-    /// The batch, and how many chains and descriptors are in it.
-    batch: Box<[Used]>,
-    batched: usize,
-    batched_entries: u16,
+    /// The batch: room made once.
+    batch: Vec<Used>,
     tracker: Option<PackedInflight>,
 }
 
@@ -191,9 +189,7 @@ impl PackedRing {
             next_available,
             next_used,
             outstanding: 0,
-            batch: vec![Used::default(); usize::from(size)].into_boxed_slice(),
-            batched: 0,
-            batched_entries: 0,
+            batch: Vec::with_capacity(usize::from(size)),
             tracker: None,
         })
     }
@@ -296,10 +292,8 @@ impl PackedRing {
     #[inline]
     pub fn push_used(&mut self, taken: Taken, written: u32) {
         // There are never more chains out than descriptors, and never more descriptors than the ring has.
-        if let Some(room) = self.batch.get_mut(self.batched) {
-            *room = Used { id: taken.id, entries: taken.entries, written };
-            self.batched += 1;
-            self.batched_entries += taken.entries;
+        if self.batch.len() < self.batch.capacity() {
+            self.batch.push(Used { id: taken.id, entries: taken.entries, written });
             if let Some(tracker) = &mut self.tracker {
                 tracker.completed(taken.record);
             }
@@ -309,16 +303,17 @@ impl PackedRing {
     /// Makes the batch visible and says whether the driver wants to hear of it (virtio 2.8.6, 2.8.21).
     #[inline]
     pub fn publish(&mut self, log: Option<&DirtyLog>) -> Notify {
-        if self.batched == 0 {
+        if self.batch.is_empty() {
             return Notify::No;
         }
-        let after = self.next_used.ahead(self.batched_entries, self.size);
+        let entries = self.batch.iter().map(|used| used.entries).sum();
+        let after = self.next_used.ahead(entries, self.size);
         if let Some(tracker) = &mut self.tracker {
             tracker.publishing(after);
         }
         let (first, ring) = (self.next_used, &self.areas.descriptors);
         let mut at = first;
-        for used in self.batch.get(..self.batched).unwrap_or_default() {
+        for used in self.batch.drain(..) {
             let offset = usize::from(at.index) * DESCRIPTOR_BYTES;
             ring.store_u32(offset + LENGTH_AT, used.written.to_le(), Ordering::Relaxed);
             ring.store_u16(offset + ID_AT, used.id.to_le(), Ordering::Relaxed);
@@ -338,9 +333,7 @@ impl PackedRing {
             tracker.published(after);
         }
         self.next_used = after;
-        self.outstanding = self.outstanding.saturating_sub(self.batched_entries);
-        let entries = std::mem::take(&mut self.batched_entries);
-        self.batched = 0;
+        self.outstanding = self.outstanding.saturating_sub(entries);
         fence(Ordering::SeqCst);
         let wants = EventArea(&self.areas.driver).wants(self.events, after, entries, self.size);
         if wants { Notify::Yes } else { Notify::No }

@@ -10,6 +10,7 @@ use resilver_reactor::{Armed, Context};
 use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
+use crate::blk_session::MemoryReply;
 use crate::chain::{Chain, Indirect};
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
@@ -28,20 +29,36 @@ pub(crate) const QUEUE_SHIFT: u32 = 16;
 /// What all queues of a session share on the reactor.
 pub(crate) struct Shared {
     pub(crate) memory: Box<GuestMemory>,
-    /// The map before, while requests that were translated under it are in flight.
-    pub(crate) old_memory: Option<Box<GuestMemory>>,
+    /// The map before, while it is still used.
+    pub(crate) retiring: Option<Retiring>,
     /// Where to log what is written to guest memory, while the front end wants that.
     pub(crate) log: Option<Box<DirtyLog>>,
     /// Counts the memory maps; a request remembers under which it was translated.
     pub(crate) epoch: u32,
-    /// Requests in flight that were translated under an earlier map.
-    pub(crate) stale: u32,
     pub(crate) cache: CacheMode,
     pub(crate) read_only: bool,
     pub(crate) serial: Serial,
     pub(crate) stats: Arc<VhostStats>,
     pub(crate) chain: Chain,
     pub(crate) scratch: Box<[BufferSlice; SEGMENTS_MAX]>,
+}
+
+/// A map that was replaced, and has requests in flight that were translated under it.
+pub(crate) struct Retiring {
+    pub(crate) memory: Box<GuestMemory>,
+    /// How many.
+    pub(crate) requests: u32,
+    /// Who waits for it to be given up.
+    pub(crate) reply: MemoryReply,
+}
+
+/// Where requests come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// The ring.
+    Ring,
+    /// What an earlier session had taken from it, which is owed first.
+    Owed,
 }
 
 /// Slots in the order in which they came.
@@ -199,10 +216,10 @@ impl LiveQueue {
         moved
     }
 
-    /// Takes requests from the ring and submits them. Answers how many; at most [`HEADS_PER_TURN`].
+    /// Takes requests from their source and submits them. Answers how many; at most [`HEADS_PER_TURN`].
     ///
     /// # Errors
-    /// The driver broke the ring.
+    /// The driver broke the ring, or the chains that are owed.
     #[inline]
     pub(crate) fn fetch(
         &mut self,
@@ -210,10 +227,15 @@ impl LiveQueue {
         shared: &mut Shared,
         port: &mut Port<'_>,
         queue: u32,
+        source: Source,
     ) -> Result<usize, RingFault> {
         let mut count = 0;
         while count < HEADS_PER_TURN && self.free != NO_SLOT {
-            let Some(taken) = self.take(cx, shared)? else { break };
+            let taken = match source {
+                Source::Ring => self.take(cx, shared)?,
+                Source::Owed => self.take_again(cx, shared)?,
+            };
+            let Some(taken) = taken else { break };
             self.begin(cx, shared, port, queue, taken);
             count += 1;
         }
@@ -246,36 +268,26 @@ impl LiveQueue {
         }
     }
 
-    /// Begins requests of an earlier session again, as [`LiveQueue::fetch`] does those of the ring. They come first.
-    ///
-    /// # Errors
-    /// The driver broke their chains.
-    pub(crate) fn fetch_again(
+    /// Takes the next request that an earlier session had taken and gathers its chain.
+    fn take_again(
         &mut self,
         cx: &Context<'_>,
         shared: &mut Shared,
-        port: &mut Port<'_>,
-        queue: u32,
-    ) -> Result<usize, RingFault> {
-        let mut count = 0;
-        while count < HEADS_PER_TURN && self.free != NO_SLOT {
-            let Some(taken) = self.again.get(self.begun).copied() else { break };
-            self.begun += 1;
-            let Shared { chain, memory, .. } = shared;
-            let gathered = match &self.ring {
-                Ring::Split(ring) => chain.gather(cx, memory, ring.chain(taken.id), self.indirect),
-                // The ring's own descriptors may have been overwritten since.
-                Ring::Packed(ring) => match ring.recorded(taken) {
-                    Some(recorded) => chain.gather(cx, memory, recorded, self.indirect),
-                    None => Err(ChainFault::NextOutside),
-                },
-            };
-            gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?;
-            shared.stats.resubmitted.add(1);
-            self.begin(cx, shared, port, queue, taken);
-            count += 1;
-        }
-        Ok(count)
+    ) -> Result<Option<Taken>, RingFault> {
+        let Some(taken) = self.again.get(self.begun).copied() else { return Ok(None) };
+        self.begun += 1;
+        let Shared { chain, memory, .. } = shared;
+        let gathered = match &self.ring {
+            Ring::Split(ring) => chain.gather(cx, memory, ring.chain(taken.id), self.indirect),
+            // The ring's own descriptors may have been overwritten since.
+            Ring::Packed(ring) => match ring.recorded(taken) {
+                Some(recorded) => chain.gather(cx, memory, recorded, self.indirect),
+                None => Err(ChainFault::NextOutside),
+            },
+        };
+        gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?;
+        shared.stats.resubmitted.add(1);
+        Ok(Some(taken))
     }
 
     /// Begins the request that was gathered last.
@@ -419,8 +431,10 @@ impl LiveQueue {
     #[inline]
     fn release(&mut self, shared: &mut Shared, slot: u16) {
         let Some(request) = self.slots.get_mut(usize::from(slot)) else { return };
-        if request.epoch != shared.epoch {
-            shared.stale = shared.stale.saturating_sub(1);
+        if request.epoch != shared.epoch
+            && let Some(retiring) = &mut shared.retiring
+        {
+            retiring.requests = retiring.requests.saturating_sub(1);
         }
         request.next = self.free;
         request.rest = Rest::Nothing;

@@ -146,7 +146,7 @@ pub enum Action {
     GuestReset,
     /// The descriptor that came is the channel on which the back end sends.
     SetBackChannel,
-    /// Make memory to track requests in flight in, for so many queues of so many entries, and answer with it.
+    /// Make memory to track requests in flight in, for rings of a format: so many, of so many entries. Answer with it.
     MakeInflight(Format, u16, u16),
     /// Track requests in flight in the memory that came.
     SetInflight(InflightDescription),

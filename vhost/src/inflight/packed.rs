@@ -62,9 +62,8 @@ pub(crate) struct PackedInflight {
     next: Box<[u16]>,
     /// Of the first entry of a chain that is taken: its last.
     last: Box<[u16]>,
-    /// The batch that is not published yet: first entries, and how many.
-    batch: Box<[u16]>,
-    batched: usize,
+    /// The first entries of the batch that is not published yet: room made once.
+    batch: Vec<u16>,
 }
 
 impl PackedInflight {
@@ -86,8 +85,9 @@ impl PackedInflight {
     }
 
     fn new(area: Area, entries: u16, counter: u64, free: u16, next: Box<[u16]>) -> Self {
-        let none = vec![0; usize::from(entries)].into_boxed_slice();
-        Self { area, entries, counter, free, next, last: none.clone(), batch: none, batched: 0 }
+        let last = vec![0; usize::from(entries)].into_boxed_slice();
+        let batch = Vec::with_capacity(usize::from(entries));
+        Self { area, entries, counter, free, next, last, batch }
     }
 
     /// Goes on with a region, and moves the ring to where it stands by it.
@@ -232,19 +232,18 @@ impl PackedInflight {
     /// must not overwrite what would have to be executed again.
     #[inline]
     pub(crate) fn completed(&mut self, record: u16) {
-        if let Some(room) = self.batch.get_mut(self.batched) {
-            *room = record;
-            self.batched += 1;
+        if self.batch.len() < self.batch.capacity() {
+            self.batch.push(record);
         }
     }
 
     /// The batch is about to be published; the ring will stand at `used` then.
     #[inline]
     pub(crate) fn publishing(&mut self, used: Position) {
-        if self.batched == 0 {
+        if self.batch.is_empty() {
             return;
         }
-        for record in self.batch.get(..self.batched).unwrap_or_default() {
+        for record in &self.batch {
             let Some(last) = self.last.get(usize::from(*record)).copied() else { continue };
             self.area.store_u16(at(last) + NEXT, self.free, Ordering::Release);
             if let Some(next) = self.next.get_mut(usize::from(last)) {
@@ -259,13 +258,12 @@ impl PackedInflight {
     /// The batch was published.
     #[inline]
     pub(crate) fn published(&mut self, used: Position) {
-        if self.batched == 0 {
+        if self.batch.is_empty() {
             return;
         }
-        for record in self.batch.get(..self.batched).unwrap_or_default() {
-            self.area.store_u8(at(*record) + INFLIGHT, 0, Ordering::Release);
+        for record in self.batch.drain(..) {
+            self.area.store_u8(at(record) + INFLIGHT, 0, Ordering::Release);
         }
-        self.batched = 0;
         self.commit(used);
     }
 

@@ -39,15 +39,13 @@ pub(crate) struct SplitInflight {
     counter: u64,
     /// The head of the last batch, which the region has too: what it says there is not ours to believe.
     last_batch: u16,
-    /// The batch that is not published yet: heads, and how many.
-    batch: Box<[u16]>,
-    batched: usize,
+    /// The heads of the batch that is not published yet: room made once.
+    batch: Vec<u16>,
 }
 
 impl SplitInflight {
     fn new(area: Area, size: u16, counter: u64, last_batch: u16) -> Self {
-        let batch = vec![0; usize::from(size)].into_boxed_slice();
-        Self { area, counter, last_batch, batch, batched: 0 }
+        Self { area, counter, last_batch, batch: Vec::with_capacity(usize::from(size)) }
     }
 
     /// Begins with a region that nobody has used, on a ring whose used index is `used`. That index is written down at
@@ -100,19 +98,17 @@ impl SplitInflight {
         self.last_batch = head;
         // A driver that offers a head twice may have more come back than the ring has entries. Those stay marked: it will see
         // them executed again, and nobody else will.
-        if let Some(room) = self.batch.get_mut(self.batched) {
-            *room = head;
-            self.batched += 1;
+        if self.batch.len() < self.batch.capacity() {
+            self.batch.push(head);
         }
     }
 
     /// The used index says that the batch was given back.
     #[inline]
     pub(crate) fn published(&mut self, used: u16) {
-        for head in self.batch.get(..self.batched).unwrap_or_default() {
-            self.area.store_u8(entry(*head) + INFLIGHT, 0, Ordering::Release);
+        for head in self.batch.drain(..) {
+            self.area.store_u8(entry(head) + INFLIGHT, 0, Ordering::Release);
         }
-        self.batched = 0;
         self.area.store_u16(USED_AT, used, Ordering::Release);
     }
 }

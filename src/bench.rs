@@ -2,8 +2,8 @@
 //!
 //! A *cell* is one combination of pattern, block size, depth and queues. Each cell is run on every socket in turn, again
 //! and again, in changing order, so that what a machine does meanwhile falls on all of them alike; what is compared is the
-//! pairs of one round. A run that others disturbed is not thrown away: how much of the client's time was taken is shown
-//! beside it.
+//! pairs of one round. A run that others disturbed is not thrown away: how much of the time of client and server was taken
+//! is shown beside it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,10 +16,12 @@ use crate::{Session, output};
 
 mod client;
 mod life;
+mod machine;
 mod plot;
 mod report;
 
 use client::{Client, Run};
+use machine::{Paused, Server};
 use report::{Cell, Report, Target};
 
 const EXAMPLES: &str = "\
@@ -27,7 +29,7 @@ Examples:
   resilver bench --socket /run/resilver/vm1 --rw randread --iodepth 1,32
   resilver bench --socket ours=/run/resilver/a --socket qemu=/tmp/qsd.sock --rw randread,randwrite --overwrite \\
       --iodepth 1,32,128 --repeat 10 --markdown out.md --plot out.svg
-
+  resilver bench --socket /run/resilver/vm1 --job randread:4k:1 --job randrw:128k:32:4 --overwrite
   resilver bench --socket /run/resilver/vm1 --rw randwrite --overwrite --iodepth 32 --mirror vm1 --mirror-target /mnt/b/vm1.raw \
       --plot life.svg
 
@@ -36,6 +38,8 @@ Back ends serve one front end at a time: a disk must not be in use by a machine 
 
 /// The most requests in flight.
 const DEPTH_MAX: u16 = 4096;
+/// The most queues.
+const QUEUES_MAX: u16 = 64;
 /// The largest request.
 const BLOCK_MAX: u64 = 1 << 20;
 
@@ -100,8 +104,12 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u16).range(1..=i64::from(DEPTH_MAX)))]
     iodepth: Vec<u16>,
     /// Queues.
-    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     queues: Vec<u16>,
+    /// One cell instead of all combinations: pattern, block size, depth, and queues if not 1; may be repeated.
+    #[arg(long = "job", value_name = "RW:BS:DEPTH[:QUEUES]", value_parser = job_words,
+        conflicts_with_all = ["rw", "bs", "iodepth", "queues"])]
+    cells: Vec<JobWords>,
     /// How long one run is measured.
     #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
     time: Duration,
@@ -117,6 +125,9 @@ pub(crate) struct BenchArgs {
     /// Pin the client to this core; give it one that no reactor uses.
     #[arg(long, value_name = "N")]
     core: Option<usize>,
+    /// Stop the servers of the other sockets while one is measured (SIGSTOP): for servers that poll when nobody asks anything.
+    #[arg(long)]
+    pause_others: bool,
     /// The disk's content may be destroyed: needed for whatever writes.
     #[arg(long)]
     overwrite: bool,
@@ -167,41 +178,48 @@ impl BenchArgs {
         Ok(())
     }
 
-    /// Every combination.
+    /// The cells that are named, or every combination.
     fn jobs(&self) -> anyhow::Result<Vec<Job>> {
+        if !self.cells.is_empty() {
+            return self.cells.iter().map(|words| self.job(*words)).collect();
+        }
         let mut jobs = Vec::new();
         for pattern in &self.rw {
-            let read_percent = pattern.read_percent(self.rwmixread);
-            if read_percent < 100 && !self.overwrite {
-                bail!(
-                    "{} destroys what is on the disk; say --overwrite if that is wanted",
-                    pattern.name()
-                );
-            }
             for block in &self.bs {
-                let bytes = block.as_u64();
-                ensure!(
-                    bytes > 0 && bytes.is_multiple_of(512) && bytes <= BLOCK_MAX,
-                    "--bs {block}: a request is a multiple of 512 bytes, at most {}",
-                    ByteSize(BLOCK_MAX)
-                );
                 for depth in &self.iodepth {
                     for queues in &self.queues {
-                        jobs.push(Job {
-                            pattern: *pattern,
-                            read_percent,
-                            block: u32::try_from(bytes)?,
-                            depth: *depth,
-                            queues: *queues,
-                            interrupts: self.interrupts,
-                            warmup: self.warmup,
-                            time: self.time,
-                        });
+                        jobs.push(self.job((*pattern, *block, *depth, *queues))?);
                     }
                 }
             }
         }
         Ok(jobs)
+    }
+
+    fn job(&self, (pattern, block, depth, queues): JobWords) -> anyhow::Result<Job> {
+        let read_percent = pattern.read_percent(self.rwmixread);
+        if read_percent < 100 && !self.overwrite {
+            bail!(
+                "{} destroys what is on the disk; say --overwrite if that is wanted",
+                pattern.name()
+            );
+        }
+        let bytes = block.as_u64();
+        ensure!(
+            bytes > 0 && bytes.is_multiple_of(512) && bytes <= BLOCK_MAX,
+            "--bs {block}: a request is a multiple of 512 bytes, at most {}",
+            ByteSize(BLOCK_MAX)
+        );
+        Ok(Job {
+            pattern,
+            read_percent,
+            block: u32::try_from(bytes)?,
+            depth,
+            queues,
+            interrupts: self.interrupts,
+            warmup: self.warmup,
+            time: self.time,
+        })
     }
 }
 
@@ -209,6 +227,8 @@ impl BenchArgs {
 pub(crate) fn run(session: &Session, args: &BenchArgs) -> anyhow::Result<()> {
     let json = session.json;
     let jobs = args.jobs()?;
+    // Before this thread is pinned: then it sees its own core only.
+    let other_core = other_core(args);
     if let Some(core) = args.core {
         let pinned = core_affinity::set_for_current(core_affinity::CoreId { id: core });
         ensure!(pinned, "the client cannot be pinned to core {core}");
@@ -216,15 +236,19 @@ pub(crate) fn run(session: &Session, args: &BenchArgs) -> anyhow::Result<()> {
     if let (Some(source), Some(target)) = (&args.mirror, &args.mirror_target) {
         return run_life(session, args, &jobs, source, target);
     }
+    let mut bench = Bench::new(args, other_core)?;
     let mut cells = Vec::new();
     for job in &jobs {
-        let cell = measure(args, job)?;
+        let cell = bench.measure(job)?;
         if !json {
             cell.lines().iter().for_each(|line| output::say(line));
         }
         cells.push(cell);
     }
-    let report = Report::new(cells);
+    let report = bench.report(cells);
+    if !json {
+        report.machine().iter().for_each(|line| output::say(line));
+    }
     if json {
         output::json(&report.to_json());
     }
@@ -255,22 +279,96 @@ fn run_life(
     args.write(&format!("{:#}\n", life.to_json()), &life.to_markdown(), &plot::timeline(&life))
 }
 
-/// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.
-fn measure(args: &BenchArgs, job: &Job) -> anyhow::Result<Cell> {
-    let mut targets: Vec<Target> =
-        args.sockets.iter().map(|(name, _)| Target::new(name.clone())).collect();
-    for round in 0..args.repeat as usize {
-        for turn in 0..args.sockets.len() {
-            let at = (round + turn) % args.sockets.len();
-            let (name, path) = &args.sockets[at];
-            let seed = round as u64 + 1;
-            let run = Client::connect(path, job, seed)
-                .and_then(Client::run)
-                .map_err(|error| error.context(format!("{name}, {}", report::heading(job))))?;
-            targets[at].add(run);
+/// A core that a server may be on, to look how far from it the client is; none unless both are free meanwhile.
+fn other_core(args: &BenchArgs) -> Option<usize> {
+    let core = args.core.filter(|_| args.pause_others)?;
+    core_affinity::get_core_ids()?.into_iter().map(|it| it.id).find(|id| *id != core)
+}
+
+/// A comparison under way.
+struct Bench<'a> {
+    args: &'a BenchArgs,
+    /// Who is behind each socket.
+    servers: Vec<Server>,
+    other_core: Option<usize>,
+    round_trips: Vec<f64>,
+}
+
+impl<'a> Bench<'a> {
+    fn new(args: &'a BenchArgs, other_core: Option<usize>) -> anyhow::Result<Self> {
+        let servers =
+            args.sockets.iter().map(|(_, path)| Server::of(path)).collect::<Result<_, _>>()?;
+        Ok(Self { args, servers, other_core, round_trips: Vec::new() })
+    }
+
+    /// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.
+    fn measure(&mut self, job: &Job) -> anyhow::Result<Cell> {
+        let sockets = &self.args.sockets;
+        let mut targets: Vec<Target> =
+            sockets.iter().map(|(name, _)| Target::new(name.clone())).collect();
+        for round in 0..self.args.repeat as usize {
+            self.look_at_cores()?;
+            for turn in 0..sockets.len() {
+                let at = (round + turn) % sockets.len();
+                let run = self
+                    .run(at, job, round as u64 + 1)
+                    .with_context(|| format!("{}, {}", sockets[at].0, report::heading(job)))?;
+                targets[at].add(run);
+            }
+        }
+        Ok(Cell::new(*job, targets))
+    }
+
+    fn run(&self, at: usize, job: &Job, seed: u64) -> anyhow::Result<Run> {
+        let server = self.servers[at];
+        let paused = self.pause(Some(server))?;
+        let run = Client::connect(&self.args.sockets[at].1, job, seed)?.run(server);
+        drop(paused);
+        run
+    }
+
+    fn pause(&self, measured: Option<Server>) -> anyhow::Result<Paused> {
+        if self.args.pause_others {
+            Paused::all_but(&self.servers, measured)
+        } else {
+            Ok(Paused::default())
         }
     }
-    Ok(Cell::new(*job, targets))
+
+    fn look_at_cores(&mut self) -> anyhow::Result<()> {
+        if let Some(core) = self.other_core {
+            let _paused = self.pause(None)?;
+            self.round_trips.extend(machine::round_trip(core));
+        }
+        Ok(())
+    }
+
+    fn report(self, cells: Vec<Cell>) -> Report {
+        Report::new(cells, self.round_trips)
+    }
+}
+
+/// What makes a cell: pattern, bytes of a request, requests in flight, queues.
+type JobWords = (Pattern, ByteSize, u16, u16);
+
+/// Reads `RW:BS:DEPTH[:QUEUES]`.
+fn job_words(text: &str) -> Result<JobWords, String> {
+    let words: Vec<&str> = text.split(':').collect();
+    let (pattern, block, depth, queues) = match words.as_slice() {
+        [pattern, block, depth] => (*pattern, *block, *depth, "1"),
+        [pattern, block, depth, queues] => (*pattern, *block, *depth, *queues),
+        _ => return Err("a job is RW:BS:DEPTH or RW:BS:DEPTH:QUEUES".to_owned()),
+    };
+    let number = |what: &str, word: &str, most: u16| match word.parse() {
+        Ok(number) if (1..=most).contains(&number) => Ok(number),
+        _ => Err(format!("{what} is 1 to {most}, not '{word}'")),
+    };
+    Ok((
+        Pattern::from_str(pattern, false)?,
+        block_size(block)?,
+        number("the depth", depth, DEPTH_MAX)?,
+        number("the number of queues", queues, QUEUES_MAX)?,
+    ))
 }
 
 /// Reads a size as fio does, where bare letters mean powers of 1024, or with its unit written out.

@@ -15,6 +15,7 @@ use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, Driver
 
 use super::Job;
 use super::life::{Recorder, Shared};
+use super::machine::{Disturbance, Server, Watch};
 use crate::content::Random;
 
 /// Latencies above this are counted as this, nanoseconds.
@@ -27,6 +28,9 @@ const SLEEP: u64 = 20_000_000;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a timeline goes on before it looks whether it is to stop.
 const STRETCH: Duration = Duration::from_millis(5);
+/// How long a run goes on between reading the kernel's accounts and being measured: what ended while they were read waited for
+/// them, and is not the server's.
+const SETTLE: Duration = Duration::from_millis(1);
 /// Turns without an end before the clock is read all the same.
 const TURNS_BETWEEN_LOOKS: u32 = 1024;
 
@@ -38,8 +42,7 @@ pub(crate) struct Run {
     pub(crate) time: Duration,
     /// Nanoseconds.
     pub(crate) latency: Histogram<u64>,
-    /// How often another process took the client's core.
-    pub(crate) preempted: u64,
+    pub(crate) disturbance: Disturbance,
 }
 
 impl Run {
@@ -119,27 +122,34 @@ impl Client {
     }
 
     /// Warms up, measures, and ends.
-    pub(crate) fn run(mut self) -> anyhow::Result<Run> {
+    pub(crate) fn run(mut self, server: Server) -> anyhow::Result<Run> {
         let begun = Instant::now();
         for slot in 0..self.slots.len() {
             self.submit(slot, begun)?;
         }
         self.publish();
         self.turns_until(begun + self.job.warmup)?;
+        let watch = Watch::begin(server);
+        self.turns_until(Instant::now() + SETTLE)?;
         self.histogram.reset();
         self.requests = 0;
-        let (from, preempted) = (Instant::now(), preemptions());
+        let from = Instant::now();
         let until = self.turns_until(from + self.job.time)?;
-        let preempted = preemptions().saturating_sub(preempted);
+        let disturbance = watch.end();
         let (requests, time) = (self.requests, until - from);
         let latency = self.histogram.clone();
         self.drain()?;
         let bytes = requests * u64::from(self.job.block);
-        Ok(Run { requests, bytes, time, latency, preempted })
+        Ok(Run { requests, bytes, time, latency, disturbance })
     }
 
     /// Keeps the depth until it is told to stop, and records all the while.
-    pub(crate) fn run_life(mut self, shared: &Arc<Shared>) -> anyhow::Result<Recorder> {
+    pub(crate) fn run_life(
+        mut self,
+        shared: &Arc<Shared>,
+        server: Server,
+    ) -> anyhow::Result<(Recorder, Disturbance)> {
+        let watch = Watch::begin(server);
         self.recorder = Some(Recorder::new(shared, &self.histogram));
         let begun = Instant::now();
         for slot in 0..self.slots.len() {
@@ -149,8 +159,10 @@ impl Client {
         while !shared.stops() {
             self.turns_until(Instant::now() + STRETCH)?;
         }
+        let disturbance = watch.end();
         self.drain()?;
-        self.recorder.context("a client that has recorded nothing")
+        let recorder = self.recorder.context("a client that has recorded nothing")?;
+        Ok((recorder, disturbance))
     }
 
     /// Keeps the depth until then; says when it stopped.
@@ -255,11 +267,4 @@ impl Client {
         }
         self.queues.iter_mut().for_each(DriverQueue::disarm);
     }
-}
-
-/// How often this thread lost its core to another.
-fn preemptions() -> u64 {
-    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("nonvoluntary_ctxt_switches:"));
-    line.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
 }

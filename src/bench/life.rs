@@ -14,6 +14,7 @@ use resilver_rpc::Client as Rpc;
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::machine::{Disturbance, Server};
 use super::report::{PERCENTILES, micros};
 use super::{Job, report};
 use crate::load::Phase;
@@ -89,6 +90,7 @@ pub(crate) struct Life {
     pub(crate) ends: Vec<Duration>,
     /// The job's last words.
     job_info: Value,
+    disturbance: Disturbance,
 }
 
 /// Which disk is mirrored, and where to.
@@ -102,22 +104,23 @@ pub(crate) struct Plan<'a> {
 /// Runs it: the load on a thread, the operator here.
 pub(crate) fn run(socket: &Path, job: &Job, plan: &Plan<'_>, mut rpc: Rpc) -> anyhow::Result<Life> {
     let shared = Arc::new(Shared::default());
+    let server = Server::of(socket)?;
     let client = Client::connect(socket, job, 1)?;
     let its_shared = Arc::clone(&shared);
     let begun = Instant::now();
     let load = std::thread::Builder::new()
         .name("load".to_owned())
-        .spawn(move || client.run_life(&its_shared))?;
+        .spawn(move || client.run_life(&its_shared, server))?;
     let told = tell(&mut rpc, plan, &shared, begun, &|| load.is_finished());
     shared.stop.store(true, Ordering::Relaxed);
     let recorder = load.join().map_err(|_| anyhow!("the load's thread panicked"))?;
     // A load that failed explains a story that broke off.
-    let recorder = recorder.context("the load failed")?;
+    let (recorder, disturbance) = recorder.context("the load failed")?;
     let (ends, job_info) = told?;
     let last = ends.last().map_or(0, |end| end.as_nanos() / SLICE.as_nanos());
     let mut slices = recorder.slices;
     slices.truncate(usize::try_from(last)?);
-    Ok(Life { job: *job, slices, phases: recorder.phases, ends, job_info })
+    Ok(Life { job: *job, slices, phases: recorder.phases, ends, job_info, disturbance })
 }
 
 /// What the operator does, and when each phase ended.
@@ -215,6 +218,7 @@ impl Life {
                 micros(latency.max()),
             ));
         }
+        lines.push(self.disturbance.verdict());
         lines
     }
 
@@ -239,7 +243,7 @@ impl Life {
             self.slices.iter().map(|it| json!([it.requests, it.longest])).collect();
         json!({
             "rw": self.job.pattern.name(), "bs": self.job.block, "iodepth": self.job.depth,
-            "phases": phases, "job": self.job_info,
+            "phases": phases, "job": self.job_info, "machine": self.disturbance.to_json(),
             "slice_seconds": SLICE.as_secs_f64(), "slices_requests_and_longest_ns": slices,
         })
     }

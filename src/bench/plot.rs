@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use hdrhistogram::Histogram;
 
 use super::life::{Life, SLICE};
-use super::report::{Cell, Report, heading, micros};
+use super::report::{Cell, Report, heading};
 use crate::load::Phase;
 
 const WIDTH: f64 = 760.0;
@@ -118,9 +118,19 @@ impl Scale {
             let nanoseconds = 10_f64.powf(power) as u64;
             let y = self.y(nanoseconds);
             line(svg, LEFT, y, right, y);
-            text(svg, LEFT - 8.0, y + 4.0, "end", "#555", &format!("{} us", micros(nanoseconds)));
+            text(svg, LEFT - 8.0, y + 4.0, "end", "#555", &tick(nanoseconds));
             power += 1.0;
         }
+    }
+}
+
+/// A power of ten of nanoseconds, as an axis names it.
+fn tick(nanoseconds: u64) -> String {
+    match nanoseconds {
+        0..1_000 => format!("{nanoseconds} ns"),
+        1_000..1_000_000 => format!("{} µs", nanoseconds / 1_000),
+        1_000_000..1_000_000_000 => format!("{} ms", nanoseconds / 1_000_000),
+        _ => format!("{} s", nanoseconds / 1_000_000_000),
     }
 }
 
@@ -132,7 +142,7 @@ fn line(svg: &mut String, x1: f64, y1: f64, x2: f64, y2: f64) {
 }
 
 fn text(svg: &mut String, x: f64, y: f64, anchor: &str, colour: &str, words: &str) {
-    let words = words.replace('&', "&amp;").replace('<', "&lt;");
+    let words = words.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     let _ = writeln!(
         svg,
         "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" fill=\"{colour}\">{words}</text>"
@@ -183,14 +193,18 @@ pub(crate) fn timeline(life: &Life) -> String {
         let at = (nanoseconds.max(1000.0).log10() - 3.0) / (high - 3.0).max(1.0);
         height - BOTTOM - (PANEL - BOTTOM - 10.0) * at
     };
-    curve(&mut svg, &columns, total, COLOURS[0], |column| rate(column.0), x);
-    curve(&mut svg, &columns, total, COLOURS[1], |column| latency(column.1), x);
+    curve(&mut svg, &columns, total, COLOURS[0], |column| Some(rate(column.0)), x);
+    // Where nothing ended there is no latency: a gap, not a low one.
+    let longest = |column: &(f64, f64)| (column.1 > 0.0).then(|| latency(column.1));
+    curve(&mut svg, &columns, total, COLOURS[1], longest, x);
+    text(&mut svg, WIDTH - 26.0, TOP + 16.0, "end", COLOURS[0], "requests a second");
+    text(&mut svg, WIDTH - 26.0, PANEL + 22.0, "end", COLOURS[1], "longest latency");
     text(&mut svg, LEFT - 8.0, rate(most) + 10.0, "end", COLOURS[0], &format!("{most:.0}/s"));
     text(&mut svg, LEFT - 8.0, rate(0.0), "end", COLOURS[0], "0");
     let mut power = 3.0;
     while power <= high {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // at most a minute
-        let label = format!("{} us", micros(10_f64.powf(power) as u64));
+        let label = tick(10_f64.powf(power) as u64);
         let y = latency(10_f64.powf(power));
         line(&mut svg, LEFT, y, WIDTH - 20.0, y);
         text(&mut svg, LEFT - 8.0, y + 4.0, "end", COLOURS[1], &label);
@@ -217,18 +231,27 @@ fn curve(
     columns: &[(f64, f64)],
     total: f64,
     colour: &str,
-    y: impl Fn(&(f64, f64)) -> f64,
+    y: impl Fn(&(f64, f64)) -> Option<f64>,
     x: impl Fn(f64) -> f64,
 ) {
     let mut path = String::new();
+    let mut letter = 'M';
     for (index, column) in columns.iter().enumerate() {
+        let Some(y) = y(column) else {
+            letter = 'M';
+            continue;
+        };
         #[allow(clippy::cast_precision_loss)] // a few hundred
         let at = total * (index as f64 + 0.5) / columns.len() as f64;
-        let letter = if index == 0 { 'M' } else { 'L' };
-        let _ = write!(path, "{letter}{:.1} {:.1}", x(at), y(column));
+        let _ = write!(path, "{letter}{:.1} {y:.1}", x(at));
+        if letter == 'M' {
+            // A column alone between gaps is a dot: a line of no length with round ends.
+            path.push_str("h0");
+        }
+        letter = 'L';
     }
     let _ = writeln!(
         svg,
-        "<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.2\"/>"
+        "<path d=\"{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.2\" stroke-linecap=\"round\"/>"
     );
 }

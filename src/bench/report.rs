@@ -5,11 +5,12 @@ use std::fmt::Write as _;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
+use super::machine::Disturbance;
 use super::{Job, Run};
 
 /// The percentiles that are told, and their names.
-pub(crate) const PERCENTILES: [(f64, &str); 4] =
-    [(50.0, "p50"), (99.0, "p99"), (99.9, "p99.9"), (99.99, "p99.99")];
+pub(crate) const PERCENTILES: [(f64, &str); 5] =
+    [(50.0, "p50"), (90.0, "p90"), (99.0, "p99"), (99.9, "p99.9"), (99.99, "p99.99")];
 
 /// Median, least and most of something.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,6 +76,11 @@ impl Target {
         Spread::of(rates).map(|it| it.median)
     }
 
+    /// What all its runs had to share.
+    fn disturbance(&self) -> Disturbance {
+        self.runs.iter().map(|run| run.disturbance).fold(Disturbance::default(), Disturbance::plus)
+    }
+
     /// Against another, run by run of the same round.
     fn ratio(&self, base: &Self) -> Option<Spread> {
         Spread::of(
@@ -98,7 +104,7 @@ impl Target {
                 json!({
                     "iops": run.iops(), "requests": run.requests, "seconds": run.time.as_secs_f64(),
                     "p50_ns": run.latency.value_at_percentile(50.0), "p99_ns": run.latency.value_at_percentile(99.0),
-                    "preempted": run.preempted,
+                    "machine": run.disturbance.to_json(),
                 })
             })
             .collect();
@@ -117,7 +123,6 @@ impl Target {
         let latency = self.latency();
         let iops = self.iops();
         let spread = iops.map(|it| (it.max - it.min) / it.median * 100.0);
-        let preempted: u64 = self.runs.iter().map(|run| run.preempted).sum();
         let ratio = self.ratio(base).filter(|_| !std::ptr::eq(self, base));
         let mut row = vec![
             self.name.clone(),
@@ -134,7 +139,7 @@ impl Target {
             );
         }
         row.push(latency.as_ref().map_or_else(String::new, |it| micros(it.max())));
-        row.push(preempted.to_string());
+        row.push(format!("{:.1}%", self.disturbance().taken() * 100.0));
         row.push(ratio.map_or_else(
             || "1".to_owned(),
             |it| format!("{:.2} ({:.2}-{:.2})", it.median, it.min, it.max),
@@ -144,17 +149,18 @@ impl Target {
 }
 
 /// Heads of a table of targets.
-const HEADS: [&str; 11] = [
+const HEADS: [&str; 12] = [
     "socket",
     "IOPS",
     "spread",
     "MiB/s",
     "p50 us",
+    "p90 us",
     "p99 us",
     "p99.9 us",
     "p99.99 us",
     "max us",
-    "preempted",
+    "taken",
     "to the first",
 ];
 
@@ -201,11 +207,18 @@ impl Cell {
 /// A whole benchmark.
 pub(crate) struct Report {
     pub(crate) cells: Vec<Cell>,
+    /// A cache line to the other core and back, before each round, nanoseconds.
+    round_trip: Option<Spread>,
 }
 
 impl Report {
-    pub(crate) fn new(cells: Vec<Cell>) -> Self {
-        Self { cells }
+    pub(crate) fn new(cells: Vec<Cell>, round_trips: Vec<f64>) -> Self {
+        Self { cells, round_trip: Spread::of(round_trips) }
+    }
+
+    fn disturbance(&self) -> Disturbance {
+        let targets = self.cells.iter().flat_map(|cell| &cell.targets);
+        targets.map(Target::disturbance).fold(Disturbance::default(), Disturbance::plus)
     }
 
     pub(crate) fn to_json(&self) -> Value {
@@ -224,16 +237,38 @@ impl Report {
                 })
             })
             .collect();
-        json!({ "kernel": kernel(), "cpus": cpus(), "cells": cells })
+        json!({
+            "kernel": kernel(), "cpu": cpu(), "cpus": cpus(),
+            "round_trip_ns": self.round_trip.map(Spread::to_json),
+            "machine": self.disturbance().to_json(), "cells": cells,
+        })
     }
 
+    /// What it was measured on, and how busy that was.
+    pub(crate) fn machine(&self) -> Vec<String> {
+        let mut lines = vec![
+            format!("Linux {}; CPUs: {} of {}.", kernel(), cpus(), cpu()),
+            self.disturbance().verdict(),
+        ];
+        if let Some(it) = self.round_trip {
+            lines.push(format!(
+                "A cache line to the other core and back took {:.0} ns ({:.0} to {:.0}).",
+                it.median, it.min, it.max
+            ));
+        }
+        lines
+    }
+
+    /// One table of all cells: a row for each server in each.
     pub(crate) fn to_markdown(&self) -> String {
-        let mut text = format!("Linux {}, {} CPUs.\n", kernel(), cpus());
+        let mut text = self.machine().join("\n");
+        let _ = writeln!(text, "\n\n| cell | {} |", HEADS.join(" | "));
+        let _ = writeln!(text, "| --- | --- |{}", " ---: |".repeat(HEADS.len() - 1));
         for cell in &self.cells {
-            let _ = writeln!(text, "\n**{}**\n\n| {} |", heading(&cell.job), HEADS.join(" | "));
-            let _ = writeln!(text, "|{}", " --- |".repeat(HEADS.len()));
-            for row in cell.rows() {
-                let _ = writeln!(text, "| {} |", row.join(" | "));
+            for (index, row) in cell.rows().iter().enumerate() {
+                // The name of a cell stands once.
+                let name = if index == 0 { heading(&cell.job) } else { String::new() };
+                let _ = writeln!(text, "| {name} | {} |", row.join(" | "));
             }
         }
         text
@@ -261,8 +296,17 @@ fn kernel() -> String {
     rustix::system::uname().release().to_string_lossy().into_owned()
 }
 
+/// What the processor calls itself.
+fn cpu() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    model.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// CPUs that the machine has, whatever core this thread is pinned to.
 fn cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, Into::into)
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    text.lines().filter(|line| line.starts_with("processor")).count().max(1)
 }
 
 /// Nanoseconds as microseconds, with as many digits as mean something.

@@ -72,8 +72,9 @@ fn two_back_ends_are_measured_in_turn_and_told_in_every_form() {
         "--repeat",
         "2",
     ]);
-    let cells = args.jobs().unwrap().iter().map(|job| measure(&args, job).unwrap()).collect();
-    let report = Report::new(cells);
+    let mut bench = Bench::new(&args, None).unwrap();
+    let cells = args.jobs().unwrap().iter().map(|job| bench.measure(job).unwrap()).collect();
+    let report = bench.report(cells);
     let json = report.to_json();
     for cell in 0..2 {
         for target in 0..2 {
@@ -105,4 +106,114 @@ fn a_timeline_is_asked_for_with_both_ends_of_the_move() {
     assert!(one.is_err());
     let both = args(&["--socket", "s", "--mirror", "a", "--mirror-target", "b"]);
     assert_eq!(both.copy_mode, "write-blocking");
+}
+
+/// A run of so many requests a second whose latencies are one of each microsecond up to `most`.
+fn made_up(iops: u64, most: u64) -> Run {
+    let mut latency = hdrhistogram::Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
+    (1..=most).for_each(|micros| latency.record(micros * 1000).unwrap());
+    let time = Duration::from_secs(1);
+    Run { requests: iops, bytes: iops * 4096, time, latency, disturbance: Default::default() }
+}
+
+/// Two servers, the second twice as fast; the first has a name that XML would misread.
+fn made_up_report() -> Report {
+    let args = args(&["--socket", "s", "--job", "randread:4k:8:2"]);
+    let job = args.jobs().unwrap()[0];
+    let (mut one, mut other) = (Target::new("<a & b>".to_owned()), Target::new("b".to_owned()));
+    for round in 1..=3 {
+        one.add(made_up(1000 * round, 10_000));
+        other.add(made_up(2000 * round, 1000));
+    }
+    Report::new(vec![Cell::new(job, vec![one, other])], vec![90.0, 450.0, 100.0])
+}
+
+#[test]
+fn percentiles_ratios_and_rates_are_those_of_the_runs() {
+    let json = made_up_report().to_json();
+    let [one, other] = [0, 1].map(|at| json["cells"][0]["targets"][at].clone());
+    let near = |value: &serde_json::Value, wanted: f64| {
+        let value = value.as_f64().unwrap();
+        // Three significant digits.
+        assert!((value / wanted - 1.0).abs() < 0.001, "{value} is not {wanted}");
+    };
+    for (name, micros) in
+        [("p50", 5000.0), ("p90", 9000.0), ("p99", 9900.0), ("p99.9", 9990.0), ("max", 10_000.0)]
+    {
+        near(&one["latency_ns"][name], micros * 1000.0);
+        near(&other["latency_ns"][name], micros * 100.0);
+    }
+    near(&one["iops"]["median"], 2000.0);
+    near(&one["iops"]["max"], 3000.0);
+    near(&other["iops_to_first"]["median"], 2.0);
+    near(&json["round_trip_ns"]["median"], 100.0);
+}
+
+#[test]
+fn a_job_is_named_by_its_words() {
+    let words = ["--job", "randread:512:1", "--job", "randrw:128k:32:4"];
+    let named = [["--socket", "s"].as_slice(), &words, &["--overwrite"]].concat();
+    let jobs = args(&named).jobs().unwrap();
+    let told: Vec<_> = jobs.iter().map(|job| (job.block, job.depth, job.queues)).collect();
+    assert_eq!(told, [(512, 1, 1), (131_072, 32, 4)]);
+    // The same rules as for lists, and no lists beside them.
+    assert!(args(&["--socket", "s", "--job", "write:4k:1"]).jobs().is_err());
+    for wrong in [
+        "randread",
+        "randread:4k",
+        "none:4k:1",
+        "read:4k:0",
+        "read:4k:1:65",
+        "read:x:1",
+        "read:4k:1:1:1",
+    ] {
+        let refused = Line::try_parse_from(["bench", "--socket", "s", "--job", wrong]);
+        assert!(refused.is_err(), "{wrong}");
+    }
+    let both = ["bench", "--socket", "s", "--job", "read:4k:1", "--iodepth", "2"];
+    assert!(Line::try_parse_from(both).is_err());
+}
+
+#[test]
+fn a_table_has_a_row_for_each_server_and_says_what_the_machine_did() {
+    let markdown = made_up_report().to_markdown();
+    let rows: Vec<&str> = markdown.lines().filter(|line| line.starts_with('|')).collect();
+    assert_eq!(rows.len(), 4, "{markdown}");
+    let columns = |row: &str| row.matches('|').count();
+    assert!(rows.iter().all(|row| columns(row) == columns(rows[0])), "{markdown}");
+    assert!(rows[3].contains("2.00 (2.00-2.00)"), "{markdown}");
+    assert!(markdown.contains("This machine was"), "{markdown}");
+    assert!(markdown.contains("100 ns (90 to 450)"), "{markdown}");
+}
+
+/// Every tag is closed in its turn, every attribute is quoted, and nothing stands bare that XML would read otherwise (XML 1.0, 2.1).
+fn assert_well_formed(svg: &str) {
+    let mut open = Vec::new();
+    let mut rest = svg;
+    while let Some(begin) = rest.find('<') {
+        let text = &rest[..begin];
+        assert!(!text.contains('>'), "{text}");
+        let bare = text.replace("&amp;", "").replace("&lt;", "").replace("&gt;", "");
+        assert!(!bare.contains('&'), "{text}");
+        let end = begin + rest[begin..].find('>').expect("a tag that ends");
+        let tag = &rest[begin + 1..end];
+        assert!(!tag.contains('<') && tag.matches('"').count().is_multiple_of(2), "{tag}");
+        assert!(!tag.contains("NaN") && !tag.contains("inf"), "{tag}");
+        let name = tag.trim_matches('/').split_whitespace().next().expect("a name");
+        if tag.starts_with('/') {
+            assert_eq!(open.pop(), Some(name));
+        } else if !tag.ends_with('/') {
+            open.push(name);
+        }
+        rest = &rest[end + 1..];
+    }
+    assert!(open.is_empty() && rest.trim().is_empty(), "{open:?}");
+}
+
+#[test]
+fn pictures_are_xml_whatever_a_socket_is_called() {
+    let svg = plot::distributions(&made_up_report());
+    assert_well_formed(&svg);
+    assert!(svg.contains("&lt;a &amp; b&gt;"), "{svg}");
+    assert_well_formed(&plot::distributions(&Report::new(Vec::new(), Vec::new())));
 }

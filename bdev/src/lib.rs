@@ -29,7 +29,6 @@ pub mod mirror;
 pub mod null;
 pub mod passthru;
 pub mod sectors;
-pub mod slices;
 pub mod slots;
 pub mod stable_hash;
 pub mod stats;

@@ -21,13 +21,12 @@ use std::io;
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context};
-use resilver_sys::{BufferSlice, Mapping, RegionId, WaitSet, usize_from};
+use resilver_sys::{BufferSlice, Mapping, RegionId, Slices, WaitSet, usize_from};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;
-use crate::slices::Slices;
 use crate::slots::Slots;
 use crate::stats::IoStats;
 

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::region::{BadSlice, BufferSlice, RegionTable};
 use crate::vector::{Direction, Vector};
+use crate::zeroed::{Zeroed, zeroed};
 
 /// The most operations of one commit. The host's `fs.aio-max-nr`, 65536 unless somebody changed it, counts this much for each queue.
 const BATCH: usize = 128;
@@ -176,8 +177,9 @@ impl Drop for Context {
 
 /// Whether the kernel may be using a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 enum SlotState {
-    Idle,
+    Idle = 0,
     Busy,
 }
 
@@ -189,11 +191,8 @@ struct Slot {
     buffers: Vector,
 }
 
-impl Slot {
-    fn new() -> Self {
-        Self { state: SlotState::Idle, iocb: Iocb::default(), bytes: 0, buffers: Vector::new() }
-    }
-}
+// SAFETY: an idle slot, integers and an empty vector.
+unsafe impl Zeroed for Slot {}
 
 /// Linux AIO for one file.
 pub struct Aio {
@@ -231,7 +230,7 @@ impl Aio {
     pub fn new(file: &Arc<OwnedFd>, slots: u32) -> io::Result<Self> {
         Ok(Self {
             context: ManuallyDrop::new(Context::new()?),
-            slots: ManuallyDrop::new((0..slots).map(|_| Slot::new()).collect()),
+            slots: ManuallyDrop::new(zeroed(slots as usize)),
             file: ManuallyDrop::new(Arc::clone(file)),
             pushed: VecDeque::with_capacity(slots as usize),
             batch: Box::new([ptr::null_mut(); BATCH]),

@@ -21,15 +21,18 @@ pub mod mapping;
 pub mod nudge;
 pub mod region;
 pub mod sigbus;
+pub mod slices;
 pub mod uring;
 mod vector;
 pub mod wait;
+mod zeroed;
 
 pub use aio::Aio;
 pub use area::Area;
 pub use mapping::{Mapping, MappingError};
 pub use nudge::Nudge;
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
+pub use slices::Slices;
 pub use uring::{Ring, RingMode, SubmissionThread};
 pub use vector::{Direction, SEGMENTS};
 pub use wait::{EventFd, WaitSet};

@@ -29,6 +29,7 @@ use io_uring::{IoUring, Probe, opcode};
 
 use crate::region::{BadSlice, BufferSlice, RegionTable};
 use crate::vector::{Direction, Vector};
+use crate::zeroed::{Zeroed, zeroed};
 
 /// The most slots of one ring: the kernel takes 32768 entries at most.
 pub const SLOTS_MAX: u32 = 8192;
@@ -97,8 +98,9 @@ pub enum RangeOp {
 
 /// Whether the kernel may be using a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 enum SlotState {
-    Idle,
+    Idle = 0,
     Busy,
 }
 
@@ -166,7 +168,7 @@ impl Ring {
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         Ok(Self {
             ring: ManuallyDrop::new(ring),
-            slots: ManuallyDrop::new((0..slots).map(|_| Slot::new()).collect()),
+            slots: ManuallyDrop::new(zeroed(slots as usize)),
             file: ManuallyDrop::new(Arc::clone(file)),
             mode,
             in_flight: 0,
@@ -353,11 +355,8 @@ impl Drop for Ring {
     }
 }
 
-impl Slot {
-    fn new() -> Self {
-        Self { state: SlotState::Idle, buffers: Vector::new() }
-    }
-}
+// SAFETY: an idle slot with an empty vector.
+unsafe impl Zeroed for Slot {}
 
 /// The length of a vector, as the kernel counts it.
 fn count(iovecs: &[libc::iovec]) -> u32 {

@@ -3,9 +3,8 @@
 //! Each queue to the kernel keeps one in every slot. The rule of this crate is here: what is leased stays mapped until the
 //! queue has reaped the operation's completion and says so with [`Vector::release`].
 
-use std::ptr;
-
 use crate::region::{BadSlice, BufferSlice, RegionId, RegionTable};
+use crate::zeroed::Zeroed;
 
 /// The most buffer slices of one operation.
 pub const SEGMENTS: usize = 128;
@@ -19,7 +18,7 @@ pub enum Direction {
     Write,
 }
 
-/// Leased buffers. An empty one is not in use.
+/// Leased buffers. One of zeroes is empty: not in use.
 pub(crate) struct Vector {
     /// The table that the leases are in.
     table: u64,
@@ -28,12 +27,10 @@ pub(crate) struct Vector {
     iovecs: [libc::iovec; SEGMENTS],
 }
 
-impl Vector {
-    pub(crate) fn new() -> Self {
-        let empty = libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 };
-        Self { table: 0, leased: 0, regions: [RegionId::NONE; SEGMENTS], iovecs: [empty; SEGMENTS] }
-    }
+// SAFETY: integers and null pointers.
+unsafe impl Zeroed for Vector {}
 
+impl Vector {
     /// Leases every region of the payload and fills the vector; all or nothing. Panics if the payload has more than
     /// [`SEGMENTS`] slices.
     #[inline]

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BadSlice, BufferSlice, Mapping, RegionId, WaitSet, usize_from};
+use resilver_sys::{BadSlice, BufferSlice, Mapping, RegionId, Slices, WaitSet, usize_from};
 
 use super::bugs::{Bug, planted};
 use super::core::{Action, BOUNCE_UNIT, BOUNCE_UNITS_MAX, Core, CoreConfig, Leg, OpState, Slot};
@@ -27,7 +27,6 @@ use crate::job::{
     BlockJob, Dissolved, JobEvent, JobInfo, JobStatus, JobVerb, JobWants, ScanReport, Side,
     VerbError,
 };
-use crate::slices::Slices;
 
 /// Slots for requests: those of the guest, and as many as may have been given up and not ended.
 const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
@@ -71,11 +70,10 @@ pub enum ChunkState {
     Shut,
 }
 
-/// A request's payload as it came, and where it was copied to.
+/// A request as it came, and where its payload was copied to.
 #[derive(Clone, Copy)]
 struct Held {
     io: BdevIo,
-    payload: Slices,
     units: [u16; BOUNCE_UNITS_MAX as usize],
     units_len: usize,
 }
@@ -83,7 +81,6 @@ struct Held {
 impl Held {
     const NONE: Self = Self {
         io: BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 },
-        payload: Slices::NONE,
         units: [0; BOUNCE_UNITS_MAX as usize],
         units_len: 0,
     };
@@ -122,6 +119,8 @@ pub struct Mirror {
     copy_source: Box<dyn IoChannel>,
     target: Box<dyn IoChannel>,
     held: Box<[Held]>,
+    /// What each of them carries.
+    payloads: Box<[Slices]>,
     /// The guest's tags, and when its reads came.
     reads: Box<[(Tag, Nanos)]>,
     free_reads: Vec<u16>,
@@ -152,6 +151,7 @@ impl Mirror {
             job_id: config.job_id,
             bitmap: config.bitmap,
             held: vec![Held::NONE; usize::from(core.ops)].into_boxed_slice(),
+            payloads: Slices::array(usize::from(core.ops)),
             core: Core::new(core),
             limits,
             source,
@@ -285,7 +285,7 @@ impl Mirror {
     fn send_source(&mut self, cx: &Context<'_>, op: Slot, sent: IoKind) {
         let held = &self.held[usize::from(op)];
         let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, ..held.io };
-        self.source.submit(cx, io, held.payload.as_slice());
+        self.source.submit(cx, io, self.payloads[usize::from(op)].as_slice());
         self.uncommitted = true;
     }
 
@@ -308,12 +308,16 @@ impl Mirror {
         let copied = if planted(Bug::NoBounceCopy) {
             Ok(())
         } else {
-            copy_slices(cx, bounced, held.payload.as_slice())
+            copy_slices(cx, bounced, self.payloads[usize::from(op)].as_slice())
         };
         if copied.is_err() {
             return self.core.payload_gone(op, cx.now);
         }
-        let payload = if planted(Bug::NoBounceCopy) { held.payload.as_slice() } else { bounced };
+        let payload = if planted(Bug::NoBounceCopy) {
+            self.payloads[usize::from(op)].as_slice()
+        } else {
+            bounced
+        };
         // A discard is sent as zeroes that may be deallocated; to the target only as far as the operator lets it.
         let may_unmap = held.io.may_unmap || held.io.kind == IoKind::Unmap;
         let io = BdevIo { tag: Tag(u32::from(op)), kind: sent, may_unmap, ..held.io };
@@ -564,7 +568,7 @@ impl IoChannel for Mirror {
         let slot = self.core.guest(&io, cx.now);
         let held = &mut self.held[usize::from(slot)];
         held.io = io;
-        held.payload.set(payload);
+        self.payloads[usize::from(slot)].set(payload);
         self.perform(cx);
     }
 

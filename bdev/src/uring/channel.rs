@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, WaitSet};
+use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, Slices, WaitSet};
 
 use super::engine::Queues;
 use super::file::{Alignment, FileKind};
@@ -22,7 +22,6 @@ use crate::bounce::{Bounce, CHUNK, CHUNKS_MAX, Chunks};
 use crate::channel::{CompletionBatch, IoChannel, Limits, YOUNG};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;
-use crate::slices::Slices;
 use crate::slots::Slots;
 
 /// Largest read or write, bytes: what the chunks of one request hold.
@@ -57,7 +56,6 @@ struct Request {
     step: Step,
     /// Bytes transferred.
     done: u64,
-    payload: Slices,
     chunks: Chunks,
 }
 
@@ -65,7 +63,7 @@ impl Request {
     fn new() -> Self {
         let io =
             BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 };
-        Self { io, step: Step::Idle, done: 0, payload: Slices::NONE, chunks: Chunks::NONE }
+        Self { io, step: Step::Idle, done: 0, chunks: Chunks::NONE }
     }
 
     fn direction(&self) -> Direction {
@@ -121,6 +119,8 @@ pub(super) struct UringChannel {
     ledger: Ledger,
     queues: Queues,
     requests: Slots<Request>,
+    /// What each request carries, by its slot.
+    payloads: Box<[Slices]>,
     /// Requests that wait for bounce memory, oldest first.
     waiting: VecDeque<u32>,
     bounce: Bounce,
@@ -152,6 +152,7 @@ impl UringChannel {
             ledger: Ledger::new(depth),
             queues: parts.queues,
             requests: Slots::new(slots, Request::new),
+            payloads: Slices::array(slots),
             waiting: VecDeque::with_capacity(slots),
             bounce: parts.bounce,
             alignment: parts.alignment,
@@ -167,7 +168,7 @@ impl UringChannel {
         let request = &self.requests[slot];
         let step = match request.io.kind {
             IoKind::Read | IoKind::Write
-                if self.fits_direct(memory, request.payload.as_slice()) =>
+                if self.fits_direct(memory, self.payloads[slot as usize].as_slice()) =>
             {
                 Step::Direct
             }
@@ -205,11 +206,11 @@ impl UringChannel {
             request.chunks = chunks;
             request.step = Step::Bounced;
             let copied = match request.io.kind {
-                IoKind::Write => {
-                    self.bounce.pair(&chunks, request.payload.as_slice(), |guest, pool| {
-                        memory.copy(pool, guest)
-                    })
-                }
+                IoKind::Write => self.bounce.pair(
+                    &chunks,
+                    self.payloads[slot as usize].as_slice(),
+                    |guest, pool| memory.copy(pool, guest),
+                ),
                 _ => Ok(()),
             };
             match copied {
@@ -234,11 +235,12 @@ impl UringChannel {
         let left = request.io.length.saturating_sub(request.done);
         match request.step {
             Step::Direct if request.done == 0 => {
-                let (direction, payload) = (request.direction(), request.payload.as_slice());
+                let (direction, payload) =
+                    (request.direction(), self.payloads[slot as usize].as_slice());
                 return self.queues.push_transfer(memory, slot, direction, at, payload);
             }
             Step::Direct => {
-                let count = skip(request.payload.as_slice(), request.done, gathered);
+                let count = skip(self.payloads[slot as usize].as_slice(), request.done, gathered);
                 let (direction, rest) = (request.direction(), &gathered[..count]);
                 return self.queues.push_transfer(memory, slot, direction, at, rest);
             }
@@ -295,10 +297,11 @@ impl UringChannel {
         let request = &mut self.requests[slot];
         if matches!(request.step, Step::Bounced) {
             if request.io.kind == IoKind::Read && result.is_ok() {
-                let copied =
-                    self.bounce.pair(&request.chunks, request.payload.as_slice(), |guest, pool| {
-                        memory.copy(guest, pool)
-                    });
+                let copied = self.bounce.pair(
+                    &request.chunks,
+                    self.payloads[slot as usize].as_slice(),
+                    |guest, pool| memory.copy(guest, pool),
+                );
                 result = copied.map_err(|_| IoError::FAULT);
             }
             self.bounce.give_back(request.chunks);
@@ -345,7 +348,7 @@ impl IoChannel for UringChannel {
         let request = &mut self.requests[slot];
         request.io = io;
         request.done = 0;
-        request.payload.set(payload);
+        self.payloads[slot as usize].set(payload);
         self.youngest = cx.now;
         self.start(cx.memory, slot);
     }

@@ -16,13 +16,12 @@ use std::sync::Arc;
 use resilver_bdev::bounce::{CHUNKS_MAX, Chunks};
 use resilver_bdev::channel::YOUNG;
 use resilver_bdev::ledger::Ledger;
-use resilver_bdev::slices::Slices;
 use resilver_bdev::slots::Slots;
 use resilver_bdev::{
     BdevIo, CompletionBatch, IoChannel, IoError, IoKind, Limits, SEGMENTS_MAX, Tag,
 };
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BufferSlice, RegionTable, WaitSet};
+use resilver_sys::{BufferSlice, RegionTable, Slices, WaitSet};
 
 use super::device::Device;
 use super::ring_state::Phase;
@@ -53,7 +52,6 @@ struct Request {
     /// Bytes of a range that are done, and that are in the ring.
     done: u64,
     asked: u64,
-    payload: Slices,
     chunks: Chunks,
 }
 
@@ -61,14 +59,7 @@ impl Request {
     fn new() -> Self {
         let io =
             BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 };
-        Self {
-            io,
-            step: Step::Idle,
-            done: 0,
-            asked: 0,
-            payload: Slices::NONE,
-            chunks: Chunks::NONE,
-        }
+        Self { io, step: Step::Idle, done: 0, asked: 0, chunks: Chunks::NONE }
     }
 }
 
@@ -123,6 +114,8 @@ pub(super) struct VirtioChannel {
     limits: Limits,
     ledger: Ledger,
     requests: Slots<Request>,
+    /// What each request carries, by its slot.
+    payloads: Box<[Slices]>,
     /// Requests that wait for room, oldest first.
     waiting: VecDeque<u32>,
     seat: Lent,
@@ -142,6 +135,7 @@ impl VirtioChannel {
             limits: device.limits(),
             ledger: Ledger::new(depth),
             requests: Slots::new(slots, Request::new),
+            payloads: Slices::array(slots),
             waiting: VecDeque::with_capacity(slots),
             seat,
             youngest: Nanos::ZERO,
@@ -202,10 +196,11 @@ impl VirtioChannel {
                 if io.kind == IoKind::Read {
                     Order::Read { offset }
                 } else {
-                    let copied =
-                        pool.pair(&request.chunks, request.payload.as_slice(), |from, to| {
-                            memory.copy(to, from)
-                        });
+                    let copied = pool.pair(
+                        &request.chunks,
+                        self.payloads[slot as usize].as_slice(),
+                        |from, to| memory.copy(to, from),
+                    );
                     copied.map_err(|_| Refusal::Ends(IoError::FAULT))?;
                     Order::Write { offset }
                 }
@@ -252,9 +247,11 @@ impl VirtioChannel {
             }
             Verdict::Ended(Ok(())) if request.io.kind == IoKind::Read => {
                 let pool = &self.seat.pool;
-                let copied = pool.pair(&request.chunks, request.payload.as_slice(), |to, from| {
-                    memory.copy(to, from)
-                });
+                let copied = pool.pair(
+                    &request.chunks,
+                    self.payloads[slot as usize].as_slice(),
+                    |to, from| memory.copy(to, from),
+                );
                 self.end(slot, copied.map_err(|_| IoError::FAULT));
             }
             Verdict::Ended(result) => self.end(slot, result),
@@ -339,7 +336,7 @@ impl IoChannel for VirtioChannel {
         };
         let request = &mut self.requests[slot];
         (request.io, request.step, request.done, request.asked) = (io, step, 0, 0);
-        request.payload.set(payload);
+        self.payloads[slot as usize].set(payload);
         self.youngest = cx.now;
         self.waiting.push_back(slot);
         self.serve_waiting(cx.memory);

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail, ensure};
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
+use resilver_vhost::front_end::ConnectionConfig;
 
 use crate::{Session, output};
 
@@ -296,8 +297,9 @@ struct Bench<'a> {
 
 impl<'a> Bench<'a> {
     fn new(args: &'a BenchArgs, other_core: Option<usize>) -> anyhow::Result<Self> {
-        let servers =
-            args.sockets.iter().map(|(_, path)| Server::of(path)).collect::<Result<_, _>>()?;
+        let patience = ConnectionConfig::default().deadline;
+        let servers = args.sockets.iter().map(|(_, path)| Server::of(path, patience));
+        let servers = servers.collect::<Result<_, _>>()?;
         Ok(Self { args, servers, other_core, round_trips: Vec::new() })
     }
 

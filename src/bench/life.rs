@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, anyhow, ensure};
 use hdrhistogram::Histogram;
 use resilver_rpc::Client as Rpc;
+use resilver_vhost::front_end::ConnectionConfig;
 use serde_json::{Value, json};
 
 use super::client::Client;
@@ -104,7 +105,7 @@ pub(crate) struct Plan<'a> {
 /// Runs it: the load on a thread, the operator here.
 pub(crate) fn run(socket: &Path, job: &Job, plan: &Plan<'_>, mut rpc: Rpc) -> anyhow::Result<Life> {
     let shared = Arc::new(Shared::default());
-    let server = Server::of(socket)?;
+    let server = Server::of(socket, ConnectionConfig::default().deadline)?;
     let client = Client::connect(socket, job, 1)?;
     let its_shared = Arc::clone(&shared);
     let begun = Instant::now();

@@ -8,6 +8,7 @@
 //! A server that polls while nobody asks it anything takes its core from the one that is measured next: [`Server::pause`]
 //! stops the others meanwhile.
 
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,6 +23,8 @@ const FOREIGN_BUSY: f64 = 0.05;
 const WAITED_BUSY: f64 = 0.01;
 /// A tick of `/proc/stat`, milliseconds: USER_HZ is 100 in the kernel's interface, whatever it runs at itself.
 const TICK_MS: u64 = 10;
+/// How often a socket that is not there yet is looked for.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Turns of one look at how far two cores are from each other.
 const BOUNCES: u32 = 2_000;
 
@@ -30,10 +33,23 @@ const BOUNCES: u32 = 2_000;
 pub(crate) struct Server(Option<Pid>);
 
 impl Server {
-    /// Asks the socket, by a connection that says nothing.
-    pub(crate) fn of(socket: &Path) -> anyhow::Result<Self> {
-        let stream = UnixStream::connect(socket)
-            .with_context(|| format!("cannot connect to {}", socket.display()))?;
+    /// Asks the socket, by a connection that says nothing. One that is not there yet is waited for, as the client waits.
+    pub(crate) fn of(socket: &Path, patience: Duration) -> anyhow::Result<Self> {
+        let begun = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(socket) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::ConnectionRefused
+                    ) && begun.elapsed() < patience =>
+                {
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                connected => break connected,
+            }
+        };
+        let stream = stream.with_context(|| format!("cannot connect to {}", socket.display()))?;
         let credentials = rustix::net::sockopt::socket_peercred(&stream)?;
         // A server in our own process, as in tests, is nobody whom one could stop.
         let pid = Some(credentials.pid).filter(|pid| *pid != rustix::process::getpid());
@@ -332,13 +348,19 @@ mod tests {
     fn a_socket_says_whose_it_is() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sock");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        // It comes a moment later.
+        let late = path.clone();
+        let binder = std::thread::spawn(move || {
+            std::thread::sleep(3 * LOOK_EVERY);
+            std::os::unix::net::UnixListener::bind(late).unwrap()
+        });
         // Ours: nobody pauses himself.
-        let server = Server::of(&path).unwrap();
+        let server = Server::of(&path, Duration::from_secs(30)).unwrap();
+        let listener = binder.join().unwrap();
         assert_eq!(server, Server(None));
         assert!(server.pause().is_err());
         drop(listener);
-        assert!(Server::of(&path).is_err());
+        assert!(Server::of(&path, Duration::ZERO).is_err());
     }
 
     #[test]

@@ -134,8 +134,8 @@ fn percentiles_ratios_and_rates_are_those_of_the_runs() {
     let [one, other] = [0, 1].map(|at| json["cells"][0]["targets"][at].clone());
     let near = |value: &serde_json::Value, wanted: f64| {
         let value = value.as_f64().unwrap();
-        // Three significant digits.
-        assert!((value / wanted - 1.0).abs() < 0.001, "{value} is not {wanted}");
+        // Three significant digits, and the next of a thousand values where a rank is rounded up.
+        assert!((value / wanted - 1.0).abs() < 0.002, "{value} is not {wanted}");
     };
     for (name, micros) in
         [("p50", 5000.0), ("p90", 9000.0), ("p99", 9900.0), ("p99.9", 9990.0), ("max", 10_000.0)]

@@ -23,9 +23,16 @@ fn served() -> Server {
     server
 }
 
+/// Interrupts reach it even where whoever started the tests has them ignored, as a shell has for what it puts in the background.
 fn mirror(server: &Server, arguments: &[&str]) -> Child {
-    let mut command = Command::new(binary());
-    command.arg("--rpc-socket").arg(server.path("rpc.sock")).arg("mirror").args(arguments);
+    let mut command = Command::new("env");
+    command
+        .arg("--default-signal=INT")
+        .arg(binary())
+        .arg("--rpc-socket")
+        .arg(server.path("rpc.sock"))
+        .arg("mirror")
+        .args(arguments);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 

@@ -181,6 +181,8 @@ pub struct Control {
     heard: Arc<Mutex<VecDeque<Heard>>>,
     /// Disks that a job is done with and that may have I/O in flight.
     pub retired: Vec<SimDisk>,
+    /// The disk that the last switch-over left: what failed there may be heard of by a guest only afterwards.
+    pub left: Option<SimDisk>,
     /// The disk is being held for a mirror.
     holding: bool,
     releasing: usize,
@@ -204,6 +206,7 @@ impl Control {
             job: None,
             heard: Arc::default(),
             retired: Vec::new(),
+            left: None,
             holding: false,
             releasing: 0,
             disks: 0,
@@ -502,7 +505,9 @@ impl World {
             Side::Target => {
                 job.target.set_failed_flush(FailedFlush::Keeps);
                 job.target.find_base();
-                std::mem::replace(&mut self.source, job.target)
+                let old = std::mem::replace(&mut self.source, job.target);
+                self.control.left = Some(old.clone());
+                old
             }
         };
         self.control.retired.push(loser);

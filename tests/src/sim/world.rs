@@ -279,11 +279,12 @@ impl World {
         if self.rng.chance(900) { Nanos(self.rng.between(1_000, 50_000)) } else { LONGEST_SLEEP }
     }
 
-    /// A request may fail only if the disk that serves the guests failed one like it meanwhile.
+    /// A request may fail only if a disk that served the guests failed one like it meanwhile.
     fn judge_failures(&mut self) {
         for seat in &self.seats {
             for Failure { since, io, error } in seat.guest.take_failures() {
-                if !self.source.failed_since(since, &io) {
+                let mut serving = self.control.left.iter().chain([&self.source]);
+                if !serving.any(|disk| disk.failed_since(since, &io)) {
                     self.trace.finding(format_args!("{io:?} failed with {error} for no reason"));
                 }
             }

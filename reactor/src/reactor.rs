@@ -1,9 +1,10 @@
 //! The reactor: one pinned thread, its pollers, and when it may sleep.
 //!
-//! A turn reads the clock, takes messages, polls every poller once; those that are quiet for long less often ([`crate::roster`]). Under [`Idle::Spin`] that is all. Under
-//! [`Idle::Adaptive`], after [`ReactorConfig::spin_for`] without work, every poller is armed, everything is looked at once
-//! more, and the thread sleeps until a descriptor, a message or the nearest deadline. The first sleep after arming lasts at
-//! most [`FIRST_SLEEP`], because some drivers check for notifications without a fence and may have missed that we armed.
+//! A turn reads the clock, takes messages, and polls every poller once, those that have been quiet for long less often
+//! ([`crate::roster`]). Under [`Idle::Spin`] that is all. Under [`Idle::Adaptive`], after [`ReactorConfig::spin_for`] without
+//! work, every poller is armed, everything is looked at once more, and the thread sleeps until a descriptor, a message or the
+//! nearest deadline. The first sleep after arming lasts at most [`FIRST_SLEEP`], because some drivers check for notifications
+//! without a fence and may have missed that we armed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

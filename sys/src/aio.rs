@@ -175,16 +175,7 @@ impl Drop for Context {
     }
 }
 
-/// Whether the kernel may be using a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum SlotState {
-    Idle = 0,
-    Busy,
-}
-
 struct Slot {
-    state: SlotState,
     iocb: Iocb,
     /// Bytes of the operation: an [`Iocb`] of several buffers does not say.
     bytes: u64,
@@ -275,7 +266,6 @@ impl Aio {
     ) -> Result<(), BadSlice> {
         let file = self.file.as_raw_fd().cast_unsigned();
         let state = &mut self.slots[slot as usize];
-        assert!(state.state == SlotState::Idle, "a slot was used while the kernel has it");
         state.buffers.lease(memory, payload)?;
         let (opcode, buffer, length) = match (direction, state.buffers.as_slice()) {
             (Direction::Read, [one]) => (PREAD, one.iov_base.expose_provenance(), one.iov_len),
@@ -293,7 +283,7 @@ impl Aio {
             ..Iocb::default()
         };
         state.bytes = payload.iter().map(|slice| u64::from(slice.length)).sum();
-        state.state = SlotState::Busy;
+        state.buffers.occupy();
         self.pushed.push_back(slot);
         self.in_flight += 1;
         Ok(())
@@ -358,13 +348,9 @@ impl Aio {
     /// The kernel is done with a slot, if it had it.
     fn release(&mut self, memory: &RegionTable, slot: u32) -> bool {
         let Some(slot) = self.slots.get_mut(slot as usize) else { return false };
-        if slot.state == SlotState::Idle {
-            return false;
-        }
-        slot.buffers.release(memory);
-        slot.state = SlotState::Idle;
-        self.in_flight -= 1;
-        true
+        let had = slot.buffers.release(memory);
+        self.in_flight -= u32::from(had);
+        had
     }
 }
 
@@ -385,7 +371,7 @@ impl Drop for Aio {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Mapping, RegionId};
+    use crate::region::tests::memory;
     use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
 
     const LEN: u64 = 4 << 20;
@@ -395,13 +381,6 @@ mod tests {
         let file = memfd_create("scratch", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, LEN).unwrap();
         Arc::new(file)
-    }
-
-    fn memory() -> (RegionTable, RegionId, Arc<Mapping>) {
-        let table = RegionTable::with_capacity(2);
-        let mapping = Mapping::anonymous(4 << 20).unwrap();
-        let region = table.insert(Arc::clone(&mapping)).unwrap();
-        (table, region, mapping)
     }
 
     /// Commits once; what has ended by then.
@@ -414,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_batch_has_been_carried_out_when_its_commit_returns() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let slice = |offset, length| BufferSlice { region, length, offset };
         table.write(slice(0, 5), b"hello").unwrap();
         let mut aio = Aio::new(&scratch(), 4).unwrap();
@@ -442,7 +421,7 @@ mod tests {
 
     #[test]
     fn the_ring_comes_round_many_times() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let mut aio = Aio::new(&scratch(), 100).unwrap();
         for round in 0..200u64 {
             for slot in 0..100u32 {
@@ -463,7 +442,7 @@ mod tests {
 
     #[test]
     fn a_turn_takes_no_more_operations_and_bytes_than_are_good_for_it() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let mut aio = Aio::new(&scratch(), 300).unwrap();
         let push = |aio: &mut Aio, slot, length| {
             let at = BufferSlice { region, length, offset: 0 };
@@ -486,7 +465,7 @@ mod tests {
 
     #[test]
     fn an_operation_that_the_kernel_refuses_ends_with_its_error_and_holds_nobody_up() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let at = BufferSlice { region, length: 8, offset: 0 };
         let mut aio = Aio::new(&scratch(), 3).unwrap();
         aio.push_transfer(&table, 0, Direction::Write, 0, &[at]).unwrap();
@@ -499,7 +478,7 @@ mod tests {
 
     #[test]
     fn one_that_fails_while_it_is_carried_out_fails_alone() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let file = scratch();
         let mut aio = Aio::new(&file, 3).unwrap();
         let at = BufferSlice { region, length: 8, offset: 0 };
@@ -512,7 +491,7 @@ mod tests {
 
     #[test]
     fn a_bad_slice_leaves_no_lease_and_an_idle_slot() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let mut aio = Aio::new(&scratch(), 1).unwrap();
         let good = BufferSlice { region, length: 8, offset: 0 };
         let bad = BufferSlice { region, length: 8, offset: 4 << 20 };
@@ -526,7 +505,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "while the kernel has it")]
     fn a_busy_slot_cannot_be_used_again() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let mut aio = Aio::new(&scratch(), 1).unwrap();
         let at = BufferSlice { region, length: 8, offset: 0 };
         for _ in 0..2 {
@@ -536,7 +515,7 @@ mod tests {
 
     #[test]
     fn what_was_not_reaped_keeps_its_memory_and_its_file() {
-        let (file, (table, region, mapping)) = (scratch(), memory());
+        let (file, (table, region, mapping)) = (scratch(), memory(4 << 20));
         let mut aio = Aio::new(&file, 1).unwrap();
         let at = BufferSlice { region, length: 8, offset: 0 };
         aio.push_transfer(&table, 0, Direction::Read, 0, &[at]).unwrap();
@@ -548,7 +527,7 @@ mod tests {
 
     #[test]
     fn the_file_is_let_go_with_the_queue() {
-        let (file, (table, region, _mapping)) = (scratch(), memory());
+        let (file, (table, region, _mapping)) = (scratch(), memory(4 << 20));
         let mut aio = Aio::new(&file, 1).unwrap();
         let at = BufferSlice { region, length: 8, offset: 0 };
         aio.push_transfer(&table, 0, Direction::Write, 0, &[at]).unwrap();
@@ -566,7 +545,7 @@ mod tests {
         let file = rustix::fs::open(path.path(), flags | OFlags::DIRECT, Mode::empty())
             .or_else(|_| rustix::fs::open(path.path(), flags, Mode::empty()))
             .unwrap();
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(4 << 20);
         let mut aio = Aio::new(&Arc::new(file), 8).unwrap();
         for slot in 0..8 {
             let offset = u64::from(slot) * 65536;

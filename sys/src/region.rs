@@ -378,13 +378,20 @@ unsafe fn raw_is_zero(start: *const u8, length: usize) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn table_with(len: usize) -> (RegionTable, RegionId) {
+    /// A table with one region of `len` bytes.
+    pub(crate) fn memory(len: usize) -> (RegionTable, RegionId, Arc<Mapping>) {
         let table = RegionTable::with_capacity(4);
-        let id = table.insert(Mapping::anonymous(len).unwrap()).unwrap();
-        (table, id)
+        let mapping = Mapping::anonymous(len).unwrap();
+        let region = table.insert(Arc::clone(&mapping)).unwrap();
+        (table, region, mapping)
+    }
+
+    fn table_with(len: usize) -> (RegionTable, RegionId) {
+        let (table, region, _) = memory(len);
+        (table, region)
     }
 
     fn slice(region: RegionId, offset: u64, length: u32) -> BufferSlice {

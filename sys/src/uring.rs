@@ -29,7 +29,7 @@ use io_uring::{IoUring, Probe, opcode};
 
 use crate::region::{BadSlice, BufferSlice, RegionTable};
 use crate::vector::{Direction, Vector};
-use crate::zeroed::{Zeroed, zeroed};
+use crate::zeroed::zeroed;
 
 /// The most slots of one ring: the kernel takes 32768 entries at most.
 pub const SLOTS_MAX: u32 = 8192;
@@ -96,23 +96,10 @@ pub enum RangeOp {
     Discard,
 }
 
-/// Whether the kernel may be using a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum SlotState {
-    Idle = 0,
-    Busy,
-}
-
-struct Slot {
-    state: SlotState,
-    buffers: Vector,
-}
-
 /// io_uring for one file.
 pub struct Ring {
     ring: ManuallyDrop<IoUring>,
-    slots: ManuallyDrop<Box<[Slot]>>,
+    slots: ManuallyDrop<Box<[Vector]>>,
     /// The file outlives every operation on it.
     file: ManuallyDrop<Arc<OwnedFd>>,
     mode: RingMode,
@@ -209,7 +196,7 @@ impl Ring {
         offset: u64,
         payload: &[BufferSlice],
     ) -> Result<(), BadSlice> {
-        let buffers = &mut self.idle_slot(slot).buffers;
+        let buffers = &mut self.slots[slot as usize];
         buffers.lease(memory, payload)?;
         let entry = match (direction, buffers.as_slice()) {
             (Direction::Read, [one]) => {
@@ -236,14 +223,14 @@ impl Ring {
     /// Pushes an fdatasync: everything whose completion was reaped is durable when it succeeds. Panics if the slot is busy.
     #[inline]
     pub fn push_sync(&mut self, slot: u32) {
-        self.idle_slot(slot);
+        self.slots[slot as usize].assert_idle();
         self.push(slot, opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build());
     }
 
     /// Pushes a [`RangeOp`] on `length` bytes at `offset`. Panics if the slot is busy.
     #[inline]
     pub fn push_range(&mut self, slot: u32, operation: RangeOp, offset: u64, length: u64) {
-        self.idle_slot(slot);
+        self.slots[slot as usize].assert_idle();
         let allocate =
             |mode| opcode::Fallocate::new(FILE, length).offset(offset).mode(mode).build();
         let entry = match operation {
@@ -286,9 +273,7 @@ impl Ring {
         for completion in self.ring.completion() {
             let Ok(index) = u32::try_from(completion.user_data()) else { continue };
             let Some(slot) = self.slots.get_mut(index as usize) else { continue };
-            if slot.state == SlotState::Busy {
-                slot.buffers.release(memory);
-                slot.state = SlotState::Idle;
+            if slot.release(memory) {
                 self.in_flight -= 1;
                 each(index, completion.result());
             }
@@ -307,15 +292,9 @@ impl Ring {
         let _ = self.ring.submitter().register_iowq_aff(&others);
     }
 
-    fn idle_slot(&mut self, slot: u32) -> &mut Slot {
-        let slot = &mut self.slots[slot as usize];
-        assert!(slot.state == SlotState::Idle, "a ring slot was used while the kernel has it");
-        slot
-    }
-
     fn push(&mut self, slot: u32, entry: Entry) {
         self.push_raw(entry.user_data(u64::from(slot)));
-        self.slots[slot as usize].state = SlotState::Busy;
+        self.slots[slot as usize].occupy();
         self.in_flight += 1;
     }
 
@@ -355,9 +334,6 @@ impl Drop for Ring {
     }
 }
 
-// SAFETY: an idle slot with an empty vector.
-unsafe impl Zeroed for Slot {}
-
 /// The length of a vector, as the kernel counts it.
 fn count(iovecs: &[libc::iovec]) -> u32 {
     #[allow(clippy::cast_possible_truncation)] // at most SEGMENTS
@@ -394,20 +370,13 @@ fn other_cores() -> Option<libc::cpu_set_t> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Mapping, RegionId};
+    use crate::region::tests::memory;
     use rustix::event::{EventfdFlags, eventfd};
 
     fn scratch(len: u64) -> Arc<OwnedFd> {
         let file = tempfile::tempfile().unwrap();
         file.set_len(len).unwrap();
         Arc::new(file.into())
-    }
-
-    fn memory() -> (RegionTable, RegionId, Arc<Mapping>) {
-        let table = RegionTable::with_capacity(2);
-        let mapping = Mapping::anonymous(1 << 20).unwrap();
-        let region = table.insert(Arc::clone(&mapping)).unwrap();
-        (table, region, mapping)
     }
 
     /// Commits and waits for everything in flight; slots with their results, sorted.
@@ -424,7 +393,7 @@ mod tests {
 
     fn write_then_read_back(mode: RingMode) {
         let file = scratch(65536);
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(1 << 20);
         let slice = |offset, length| BufferSlice { region, length, offset };
         table.write(slice(0, 5), b"hello").unwrap();
         let mut ring = Ring::new(&file, 4, mode).unwrap();
@@ -472,7 +441,7 @@ mod tests {
 
     #[test]
     fn a_bad_slice_leaves_no_lease_and_an_idle_slot() {
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(1 << 20);
         let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
         let good = BufferSlice { region, length: 8, offset: 0 };
         let bad = BufferSlice { region, length: 8, offset: 1 << 20 };
@@ -497,7 +466,7 @@ mod tests {
         // A read of an event counter ends when somebody adds to it.
         let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let file = Arc::new(event.try_clone().unwrap());
-        let (table, region, mapping) = memory();
+        let (table, region, mapping) = memory(1 << 20);
         let mut ring = Ring::new(&file, 1, RingMode::Enter).unwrap();
         let into = BufferSlice { region, length: 8, offset: 0 };
         ring.push_transfer(&table, 0, Direction::Read, 0, &[into]).unwrap();
@@ -521,7 +490,7 @@ mod tests {
     fn a_dropped_ring_lets_go_of_its_file_and_lock_at_once() {
         use crate::file::{Lock, try_lock};
         let scratch = tempfile::NamedTempFile::new().unwrap();
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(1 << 20);
         for _ in 0..20 {
             let file = Arc::new(OwnedFd::from(scratch.reopen().unwrap()));
             try_lock(file.as_fd(), Lock::Exclusive).unwrap();
@@ -535,7 +504,7 @@ mod tests {
     #[test]
     fn the_descriptor_of_a_ring_wakes_a_sleeper() {
         let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let (table, region, _mapping) = memory();
+        let (table, region, _mapping) = memory(1 << 20);
         let file = Arc::new(event.try_clone().unwrap());
         let mut ring = Ring::new(&file, 1, RingMode::Enter).unwrap();
         let into = BufferSlice { region, length: 8, offset: 0 };
@@ -585,7 +554,7 @@ mod tests {
             return; // there is nowhere else to go
         }
         std::thread::spawn(move || {
-            let (table, _, _mapping) = memory();
+            let (table, _, _mapping) = memory(1 << 20);
             let mut ring = Ring::new(&scratch(4096), 1, RingMode::Enter).unwrap();
             assert_eq!(pin(0), 0);
             ring.keep_workers_off_this_core();

@@ -36,6 +36,13 @@ fn in_time<T: Send + 'static>(call: impl FnOnce() -> T + Send + 'static) -> T {
     result.recv_timeout(HANGS).expect("it hangs")
 }
 
+/// A bdev of the export at `socket` that waits for it for ever.
+fn remote(socket: PathBuf) -> Virtio {
+    let name = "remote".to_owned();
+    Virtio::connect(VirtioConfig { name, socket, num_queues: None, reconnect_timeout: None })
+        .unwrap()
+}
+
 #[test]
 fn an_answer_that_comes_byte_by_byte_is_late() {
     let (_directory, socket) = scratch();
@@ -78,13 +85,7 @@ fn a_device_that_takes_no_buffers_to_a_request_takes_one() {
     let (_directory, socket) = scratch();
     let _back_end =
         FakeBackEnd::listen(&socket, Face::of_sectors(SECTORS).and(features::SEG_MAX, 0));
-    let config = VirtioConfig {
-        name: "remote".to_owned(),
-        socket,
-        num_queues: None,
-        reconnect_timeout: None,
-    };
-    let bdev = Virtio::connect(config).unwrap();
+    let bdev = remote(socket);
     assert_eq!(Driver::new(&bdev, 1).limits().max_transfer, 65536);
 }
 
@@ -95,13 +96,7 @@ fn a_ring_that_no_back_end_was_shown_is_in_no_record() {
     let (_directory, socket) = scratch();
     let face = Face::of_sectors(SECTORS).and(0, protocol_features::INFLIGHT_SHMFD);
     let back_end = FakeBackEnd::listen(&socket, face);
-    let config = VirtioConfig {
-        name: "remote".to_owned(),
-        socket,
-        num_queues: None,
-        reconnect_timeout: None,
-    };
-    let bdev = Virtio::connect(config).unwrap();
+    let bdev = remote(socket);
     let mut driver = Driver::new(&bdev, 8);
     let mut ring = back_end.ring(1, 0);
     let payload = [driver.slice(0, 4096)];

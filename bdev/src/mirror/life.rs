@@ -644,19 +644,20 @@ impl Core {
             Stage::Running if self.scope_is_known() && self.flushed_in_sync(now) => {
                 self.enter(Stage::Ready);
             }
-            Stage::Waiting(goal) if self.settled(now) && self.verified(goal, now) => {
+            Stage::Waiting(goal) if self.flushed_in_sync(now) && self.verified(goal, now) => {
                 self.enter(Stage::Pending(goal, Step::AwaitFinalize));
                 if self.config.auto_finalize {
                     self.finalize(goal);
                 }
             }
-            Stage::Pending(goal, Step::Settling) if self.settled(now) => {
+            Stage::Pending(goal, Step::Settling) if self.flushed_in_sync(now) => {
                 self.enter(Stage::Pending(goal, Step::Recording));
                 self.record = Record::Requested;
                 self.tell(JobEvent::CommitRequest);
             }
             Stage::Pending(_, Step::Recording) => {
-                self.settled(now);
+                // Only asks again where a copy has spoilt the flush: `survivor` waits for it.
+                self.flushed_in_sync(now);
             }
             Stage::Pending(_, Step::Freezing) if self.both_flying == 0 && self.flushed(now) => {
                 self.leave(Ending::Finished, now);
@@ -672,11 +673,6 @@ impl Core {
         {
             self.ask_to_retract();
         }
-    }
-
-    /// Whether the legs are equal, and the target has durably what was copied there; asks for the flush that it takes.
-    fn settled(&mut self, now: Nanos) -> bool {
-        self.flushed_in_sync(now) && self.in_sync()
     }
 
     /// Whether a flush that was begun in sync has gone well; begins one.

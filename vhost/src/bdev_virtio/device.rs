@@ -99,12 +99,38 @@ impl Device {
         if now.size() < then.size() {
             return Err(format!("it has {} bytes now, and had {}", now.size(), then.size()));
         }
-        if (Self { geometry: then, ..next }) != *self || now.block_size != then.block_size {
-            return Err(format!(
-                "it describes itself otherwise than before: {next:?} now, {self:?} then"
-            ));
+        for ((what, now), (_, then)) in next.properties().into_iter().zip(self.properties()) {
+            if now != then {
+                return Err(format!("its {what} is {now} now, and was {then}"));
+            }
         }
         Ok(next)
+    }
+
+    /// What must stay as it is while the bdev lives, by the words of a message: all but the size.
+    fn properties(&self) -> [(&'static str, u64); 9] {
+        let Self {
+            geometry: Geometry { block_size, num_blocks: _ },
+            read_only,
+            flush,
+            discard_max,
+            zeroes_max,
+            zeroes_unmap,
+            segments,
+            segment_bytes,
+            max_transfer,
+        } = *self;
+        [
+            ("block size", block_size.into()),
+            ("being read-only (0 no, 1 yes)", read_only.into()),
+            ("taking flushes (0 no, 1 yes)", flush.into()),
+            ("longest discard", discard_max),
+            ("longest write of zeroes", zeroes_max),
+            ("deallocating zeroes (0 no, 1 yes)", zeroes_unmap.into()),
+            ("number of segments", segments.into()),
+            ("longest segment", segment_bytes.into()),
+            ("longest transfer", max_transfer.into()),
+        ]
     }
 }
 

@@ -19,6 +19,7 @@ pub mod file;
 pub mod foreign;
 pub mod mapping;
 pub mod nudge;
+mod prefetch;
 pub mod region;
 pub mod sigbus;
 pub mod slices;

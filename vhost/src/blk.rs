@@ -290,6 +290,7 @@ pub fn parse(
     }
 }
 
+#[inline]
 fn transfer(limits: &Limits, kind: IoKind, sector: u64, length: u64) -> Result<Ask, RequestError> {
     let offset = sector.checked_mul(SECTOR).ok_or(RequestError::OutOfRange)?;
     fits(limits, kind, offset, length)?;
@@ -297,9 +298,9 @@ fn transfer(limits: &Limits, kind: IoKind, sector: u64, length: u64) -> Result<A
 }
 
 /// Whether a range is one of the disk's.
+#[inline]
 fn fits(limits: &Limits, kind: IoKind, offset: u64, length: u64) -> Result<(), RequestError> {
-    let block = u64::from(limits.block_size);
-    if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
+    if !limits.aligns(offset, length) {
         return Err(RequestError::Misaligned);
     }
     let io = BdevIo { tag: Tag(0), kind, may_unmap: false, offset, length };

@@ -20,8 +20,6 @@ use crate::ring::{ChainFault, DESCRIPTOR_BYTES, Descriptor, Descriptors, Format}
 pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 /// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
 pub const INDIRECT_ENTRIES_MAX: u32 = 1024;
-/// Descriptors of an indirect table that are fetched at a time: all of a usual request.
-const WINDOW: usize = 8;
 
 /// Whether indirect tables were negotiated (VIRTIO_F_RING_INDIRECT_DESC).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,10 +87,6 @@ struct Table {
     entries: u32,
     /// The next descriptor.
     index: u32,
-    /// Descriptors `at` and up, `count` of them.
-    window: [u8; WINDOW * DESCRIPTOR_BYTES],
-    at: u32,
-    count: usize,
 }
 
 impl Chain {
@@ -184,9 +178,26 @@ impl Chain {
             &mut self.readable_bytes
         };
         *total += u64::from(descriptor.length);
-        let (mut address, mut left) = (descriptor.address, descriptor.length);
+        let (writable, length) = (descriptor.is_writable(), descriptor.length);
+        match memory.translate(descriptor.address, length) {
+            Some(slice) if slice.length == length && self.buffers == Buffers::Gathered => {
+                self.push(slice, writable);
+            }
+            first => self.add_pieces(memory, descriptor, first),
+        }
+    }
+
+    /// Adds a buffer that lies in several regions, of which `first` is what the first one has.
+    #[cold]
+    fn add_pieces(
+        &mut self,
+        memory: &GuestMemory,
+        descriptor: &Descriptor,
+        first: Option<BufferSlice>,
+    ) {
+        let (mut address, mut left, mut piece) = (descriptor.address, descriptor.length, first);
         while left > 0 && self.buffers == Buffers::Gathered {
-            let Some(slice) = memory.translate(address, left) else {
+            let Some(slice) = piece else {
                 self.buffers = Buffers::Wild;
                 return;
             };
@@ -197,6 +208,7 @@ impl Chain {
                 self.buffers = Buffers::Wild;
             }
             address = next;
+            piece = memory.translate(address, left);
         }
     }
 
@@ -310,22 +322,13 @@ impl Table {
         if index >= self.entries {
             return Err(ChainFault::NextOutside);
         }
-        let mut inside = index.wrapping_sub(self.at) as usize;
-        if inside >= self.count {
-            self.count = ((self.entries - index) as usize).min(WINDOW);
-            let bytes = self.window.get_mut(..self.count * DESCRIPTOR_BYTES);
-            let from = u64::from(index)
-                .checked_mul(DESCRIPTOR_BYTES as u64)
-                .and_then(|skip| self.address.checked_add(skip));
-            bytes
-                .zip(from)
-                .and_then(|(bytes, from)| read_guest(memory, cx.memory, from, bytes))
-                .ok_or(ChainFault::Indirect)?;
-            (self.at, inside) = (index, 0);
-        }
-        let (descriptors, _) = self.window.as_chunks::<DESCRIPTOR_BYTES>();
-        let bytes = descriptors.get(inside).ok_or(ChainFault::NextOutside)?;
-        let descriptor = Descriptor::from_bytes(format, bytes);
+        let mut bytes = [0; DESCRIPTOR_BYTES];
+        let skip = u64::from(index) * DESCRIPTOR_BYTES as u64; // of at most 2^32 entries
+        self.address
+            .checked_add(skip)
+            .and_then(|from| read_guest(memory, cx.memory, from, &mut bytes))
+            .ok_or(ChainFault::Indirect)?;
+        let descriptor = Descriptor::from_bytes(format, &bytes);
         let more = match format {
             Format::Split => {
                 self.index = u32::from(descriptor.link);
@@ -350,8 +353,6 @@ impl Table {
         if !valid {
             return Err(ChainFault::Indirect);
         }
-        let window = [0; WINDOW * DESCRIPTOR_BYTES];
-        let address = descriptor.address;
-        Ok(Self { address, entries, index: 0, window, at: 0, count: 0 })
+        Ok(Self { address: descriptor.address, entries, index: 0 })
     }
 }

@@ -200,7 +200,7 @@ impl Request {
         tag: Tag,
         scratch: &mut [BufferSlice; SEGMENTS_MAX],
     ) {
-        let limits = *port.limits();
+        let limits = port.limits();
         let nothing =
             BdevIo { tag, kind: self.next_kind(), may_unmap: false, offset: 0, length: 0 };
         match self.rest {
@@ -219,7 +219,7 @@ impl Request {
                 let slices = self.slices.get(..self.segments).unwrap_or_default();
                 submit(cx, port, io, slices, &mut self.outstanding, &mut self.result);
             }
-            Rest::Transfer { offset, .. } => match self.cut(&limits, scratch) {
+            Rest::Transfer { offset, .. } => match self.cut(limits, scratch) {
                 Some((length, slices)) => {
                     let io = BdevIo { offset, length, ..nothing };
                     let slices = scratch.get(..slices).unwrap_or_default();

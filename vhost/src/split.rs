@@ -140,31 +140,57 @@ impl SplitRing {
         self.disarm(log);
     }
 
+    /// How many chains are available; the index is read again only where none is known.
+    ///
+    /// # Errors
+    /// The driver broke the ring.
+    #[inline]
+    pub fn available(&mut self) -> Result<u16, RingFault> {
+        if self.known_available == self.next_available {
+            let (index, next, size) = (self.available_index(), self.next_available, self.size);
+            if index.wrapping_sub(next) > size {
+                return Err(RingFault::IndexJump { index, next, size });
+            }
+            self.known_available = index;
+        }
+        Ok(self.known_available.wrapping_sub(self.next_available))
+    }
+
     /// The head of the next chain that the driver has made available.
     ///
     /// # Errors
     /// The driver broke the ring.
     #[inline]
     pub fn pop(&mut self) -> Result<Option<u16>, RingFault> {
-        if self.known_available == self.next_available {
-            let index = self.available_index();
-            if index == self.next_available {
-                return Ok(None);
-            }
-            let (next, size) = (self.next_available, self.size);
-            if index.wrapping_sub(next) > size {
-                return Err(RingFault::IndexJump { index, next, size });
-            }
-            self.known_available = index;
+        if self.available()? == 0 {
+            return Ok(None);
         }
-        let at = available_entry(self.next_available, self.size);
-        let head = self.areas.driver.load_u16(at, Ordering::Relaxed);
-        let (head, size) = (u16::from_le(head), self.size);
+        let (head, size) = (self.head(0), self.size);
         if head >= size {
             return Err(RingFault::BadHead { head, size });
         }
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(head))
+    }
+
+    /// What the driver wrote into the entry that comes `ahead` of the next one.
+    #[inline]
+    fn head(&self, ahead: u16) -> u16 {
+        let at = available_entry(self.next_available.wrapping_add(ahead), self.size);
+        u16::from_le(self.areas.driver.load_u16(at, Ordering::Relaxed))
+    }
+
+    /// Has the first descriptor of a chain prefetched that comes `ahead` of the next one.
+    #[inline]
+    pub fn prefetch(&self, ahead: u16) {
+        self.areas.descriptors.prefetch(usize::from(self.head(ahead)) * DESCRIPTOR_BYTES);
+    }
+
+    /// That descriptor as it is now, to prefetch what it names. When the chain is taken it is fetched again.
+    #[inline]
+    #[must_use]
+    pub fn peek(&self, ahead: u16) -> Option<Descriptor> {
+        self.chain(self.head(ahead)).fetch()
     }
 
     /// The request at `head` is about to be executed.

@@ -63,6 +63,9 @@ macro_rules! accessors {
 }
 
 impl Area {
+    /// Nothing: a model has no caches.
+    pub fn prefetch(&self, _offset: usize) {}
+
     /// `len` bytes of zeroes. Within a model only.
     #[must_use]
     pub fn words(len: usize) -> Self {

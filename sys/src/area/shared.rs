@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use super::AreaError;
 use crate::mapping::Mapping;
+use crate::prefetch::prefetch_to_read;
 use crate::usize_from;
 
 /// A checked, aligned piece of shared memory.
@@ -86,6 +87,15 @@ impl Area {
         self.assert_fits::<u8>(offset);
         // SAFETY: as in the loads.
         unsafe { AtomicU8::from_ptr(self.base.add(offset)) }.fetch_or(bits, Ordering::Release);
+    }
+
+    /// Has the cache line of byte `offset` fetched, if it is inside: a hint, for what will be read soon.
+    #[inline]
+    pub fn prefetch(&self, offset: usize) {
+        if offset < self.len {
+            // SAFETY: inside the area.
+            prefetch_to_read(unsafe { self.base.add(offset) });
+        }
     }
 
     #[inline]

@@ -845,6 +845,9 @@ fn a_turn_takes_a_bounded_number_of_heads() {
     }
     bench.turn();
     assert_eq!(bench.used_index(), 64);
-    bench.turn();
-    assert_eq!(bench.used_index(), 128);
+    // Two thirds of the 64 that are left; of few, all.
+    for used in [107, 121, 128] {
+        bench.turn();
+        assert_eq!(bench.used_index(), used);
+    }
 }

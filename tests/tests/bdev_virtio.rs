@@ -405,6 +405,27 @@ fn a_channel_has_a_ring_to_itself_and_the_one_too_many_is_refused() {
     assert!(two.drain().values().all(Result::is_ok));
 }
 
+/// Some serve none before they have all.
+#[test]
+fn a_ring_that_no_channel_has_is_shown_to_the_next_back_end_like_the_others() {
+    for face in [plain(), recording()] {
+        let scratch = Scratch::new();
+        let mut face = face.and(features::MQ, protocol_features::MQ);
+        face.queues = 3;
+        let back_end = scratch.listen(face);
+        let bdev = scratch.connect(|_| ()).unwrap();
+        // The first ring has had a channel, the second has one, the third never had any.
+        let first = Driver::new(&bdev, 4);
+        let mut second = Driver::new(&bdev, 4);
+        drop(first);
+        for connection in 2..4 {
+            back_end.hang_up();
+            turn_until_served(&mut second, &back_end, connection, 1);
+            let _free = [back_end.ring(connection, 0), back_end.ring(connection, 2)];
+        }
+    }
+}
+
 #[test]
 fn a_back_end_that_cannot_zero_is_written_zeroes_and_one_that_cannot_discard_is_not_asked() {
     let scratch = Scratch::new();

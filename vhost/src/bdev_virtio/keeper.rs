@@ -174,8 +174,9 @@ impl Keeper {
                 Some(at) if at <= Instant::now() => self.attempt(),
                 Some(_) => {}
             }
-            self.look_after_left();
             self.give_up();
+            self.look_after_left();
+            self.look_after_free();
             self.sleep(&mut set);
         }
         self.connection.hang_up();
@@ -334,6 +335,19 @@ impl Keeper {
             } else {
                 at += 1;
             }
+        }
+    }
+
+    /// Makes rings ready that no channel has. Nobody would miss those, but a back end may serve none before it has all that
+    /// come before it: SPDK does not (`vhost_blk_start`).
+    fn look_after_free(&self) {
+        let waits_for_owner = |ring: &Ring| {
+            matches!(ring.state.phase(), Phase::Recorded | Phase::Lost | Phase::GivenUp)
+        };
+        if self.rings.iter().any(waits_for_owner) {
+            self.shared.each_free(|seat| {
+                seat.clear(&self.shared);
+            });
         }
     }
 

@@ -47,7 +47,7 @@ impl Seat {
         }
     }
 
-    /// Moves on a seat whose channel has gone, so that what that left in flight ends and harms nobody; whether it is free.
+    /// Moves on a seat that no channel has, so that what the last one left in flight ends and harms nobody; whether it is free.
     pub(super) fn clear(&mut self, shared: &Shared) -> bool {
         self.queue.publish();
         match self.state.phase() {

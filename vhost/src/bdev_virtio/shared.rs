@@ -53,6 +53,16 @@ impl Shared {
         self.free.pop()
     }
 
+    /// Shows `visitor` every seat that no channel has, one after the other; who asks for a seat at that instant does not find it.
+    pub(super) fn each_free(&self, mut visitor: impl FnMut(&mut Seat)) {
+        for _ in 0..self.free.len() {
+            let Some(mut seat) = self.free.pop() else { return };
+            visitor(&mut seat);
+            // There is room for all.
+            let _ = self.free.push(seat);
+        }
+    }
+
     /// A channel has gone. There is room in both queues for all seats that there are.
     pub(super) fn take_back(&self, mut seat: Seat) {
         if seat.queue.in_flight() == 0 {

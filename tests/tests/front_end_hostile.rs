@@ -57,6 +57,23 @@ fn an_answer_that_comes_byte_by_byte_is_late() {
     );
 }
 
+/// SPDK dies of memory that is not of huge pages.
+#[test]
+fn who_loses_a_back_end_over_ordinary_memory_is_told_of_huge_pages() {
+    let (_directory, socket) = scratch();
+    let back_end = FakeBackEnd::listen(&socket, Face::of_sectors(SECTORS));
+    // Two queries, two acknowledgements, one query about the disk; then the memory.
+    let mut twists = vec![Twist::None; 5];
+    twists.push(Twist::Cut(0));
+    back_end.twist(twists);
+    let refused = Connection::connect(&socket, config()).err().unwrap();
+    let told = refused.to_string();
+    assert!(told.contains("lost at SET_MEM_TABLE"), "{told}");
+    if matches!(refused, FrontEndError::OrdinaryPages { .. }) {
+        assert!(told.contains("2 MiB") && told.contains("nr_hugepages"), "{told}");
+    }
+}
+
 #[test]
 fn a_socket_whose_queue_is_full_is_an_error_and_no_wait() {
     let (_directory, socket) = scratch();

@@ -150,10 +150,11 @@ impl Serial {
         Self::padded(given.bytes())
     }
 
-    /// What a device answered, whatever it left behind the first zero.
+    /// What a device answered, whatever it left behind the first zero; some pad with spaces, as SPDK does.
     #[must_use]
     pub fn answered(bytes: [u8; SERIAL_BYTES]) -> Self {
-        Self::padded(bytes.into_iter().take_while(|byte| *byte != 0))
+        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        Self::padded(text.trim_ascii_end().iter().copied())
     }
 
     fn padded(bytes: impl Iterator<Item = u8>) -> Self {
@@ -427,5 +428,6 @@ pub(crate) mod tests {
         let long = Serial::new("a-name-longer-than-twenty-bytes");
         assert_eq!(long.to_string(), "a-name-longer-than-t");
         assert_eq!(Serial::answered(*b"vm1\0what was there b"), Serial::new("vm1"));
+        assert_eq!(Serial::answered(*b"vm1                 "), Serial::new("vm1"));
     }
 }

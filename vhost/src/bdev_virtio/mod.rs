@@ -12,7 +12,7 @@
 //!
 //! **Memory.** The back end sees the rings and a bounce pool for each, in one sealed memory descriptor, and nothing else: a guest's
 //! memory is not handed on. That costs one copy for each request and keeps a guest's memory out of the reach of a second
-//! process.
+//! process. It is of huge pages where the host has them, which SPDK needs.
 //!
 //! **When the back end goes**, requests in flight stay where they are and the keeper connects again, with growing pauses, for
 //! ever. A back end that records what is in flight is given its record and carries on; to any other all that was not
@@ -81,6 +81,8 @@ pub struct Virtio {
     records_inflight: bool,
     serial: Option<Serial>,
     format: Format,
+    /// The memory that the export sees is of huge pages.
+    huge_pages: bool,
     export: FileIdentity,
     /// Blocks of the disk: the export may have grown further.
     num_blocks: AtomicU64,
@@ -127,7 +129,7 @@ impl Virtio {
         let (connection, queues) = opened.map_err(|error| refused(error.to_string()))?;
         let device = device.map_err(refused)?;
         let (records_inflight, serial) = (connection.records_inflight(), connection.serial());
-        let format = connection.format();
+        let (format, huge_pages) = (connection.format(), connection.memory().huge_pages());
         let seats = seats(&connection, queues);
         let kept = seats.iter().map(|seat| (seat.queue.handle().clone(), Arc::clone(&seat.state)));
         let kept = kept.collect();
@@ -150,6 +152,7 @@ impl Virtio {
             records_inflight,
             serial,
             format,
+            huge_pages,
             stats: Arc::default(),
         })
     }
@@ -279,6 +282,7 @@ impl Bdev for Virtio {
             ("num_queues", number(rings)),
             ("free_queues", number(free)),
             ("packed_ring", Detail::Flag(self.format == Format::Packed)),
+            ("huge_pages", Detail::Flag(self.huge_pages)),
             ("inflight_recorded", Detail::Flag(self.records_inflight)),
             ("flush", Detail::Flag(self.device.flush)),
             ("unmap", Detail::Flag(self.device.discard_max > 0)),

@@ -128,6 +128,18 @@ pub enum FrontEndError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The back end went when it was given memory of ordinary pages, which is what kills SPDK.
+    #[error(
+        "the connection was lost at SET_MEM_TABLE: {source}; SPDK needs memory of huge pages, and {} MiB of those are not free \
+         here: reserve more (/proc/sys/vm/nr_hugepages)",
+        bytes.div_ceil(1 << 20)
+    )]
+    OrdinaryPages {
+        /// Bytes of memory that the front end shares.
+        bytes: usize,
+        /// The kernel's reason.
+        source: io::Error,
+    },
     /// The answer is not what the protocol says.
     #[error("the back end's answer to {message} is malformed: {what}")]
     Malformed {
@@ -347,7 +359,12 @@ impl Connection {
             link.give_back_channel(&self.negotiated, theirs.as_fd())?;
             self.back_channel = Some(channel);
         }
-        link.share(&self.negotiated, &self.memory)?;
+        link.share(&self.negotiated, &self.memory).map_err(|error| match error {
+            FrontEndError::Lost { source, .. } if !self.memory.huge_pages() => {
+                FrontEndError::OrdinaryPages { bytes: self.memory.mapping().len(), source }
+            }
+            error => error,
+        })?;
         if has(protocol_features::INFLIGHT_SHMFD) && self.inflight.is_none() {
             self.inflight = link.make_inflight(self.config.queues, self.config.queue_size)?;
         }

@@ -2,12 +2,17 @@
 //!
 //! The caller's data comes first; rings and headers are carved from what follows. Guest-physical and user addresses are
 //! chosen freely and differ from each other and from where the memory is mapped: only offsets mean anything to us.
+//!
+//! It is of huge pages where the host has some reserved. A back end whose drivers do DMA from it wants it so: SPDK looks at the
+//! memory in steps of 2 MiB from a multiple of 2 MiB on, and dies where there is none (`vhost_session_mem_register`); only huge
+//! pages are mapped there in every process. A file on a hugetlbfs that the operator names was rejected: it would be one more
+//! thing to set up, for the same pages.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use resilver_sys::{Area, Mapping, PAGE_SIZE, usize_from};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 
 use super::connection::FrontEndError;
 use crate::message::RegionDescription;
@@ -16,6 +21,8 @@ use crate::message::RegionDescription;
 const GUEST_BASE: u64 = 1 << 30;
 /// User address of the first byte, as ring addresses name it.
 const USER_BASE: u64 = 1 << 46;
+/// Bytes of the huge pages that are asked for: of another size a host may have few and large ones.
+const HUGE_PAGE: u64 = 2 << 20;
 
 /// What the parts of a ring are aligned to: a cache line, more than virtio asks.
 pub(super) const RING_ALIGNMENT: usize = 64;
@@ -36,6 +43,7 @@ pub struct SharedMemory {
     mapping: Arc<Mapping>,
     data_bytes: u64,
     next: u64,
+    huge_pages: bool,
 }
 
 /// A piece carved for a ring: where it is for us and for the device.
@@ -64,20 +72,13 @@ impl SharedMemory {
     pub(super) fn new(data_bytes: usize, ring_bytes: usize) -> Result<Self, FrontEndError> {
         let data_bytes = data_bytes.next_multiple_of(PAGE_SIZE) as u64;
         let length = data_bytes + ring_bytes.next_multiple_of(PAGE_SIZE) as u64;
-        let create = || -> rustix::io::Result<OwnedFd> {
-            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-            let fd = rustix::fs::memfd_create(c"resilver-front-end", flags)?;
-            rustix::fs::ftruncate(&fd, length)?;
-            rustix::fs::fcntl_add_seals(
-                &fd,
-                SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL,
-            )?;
-            Ok(fd)
-        };
-        let fd = create()
+        let huge = descriptor(length.next_multiple_of(HUGE_PAGE), true);
+        let huge_pages = huge.is_ok();
+        let (fd, length) = huge
+            .or_else(|_| descriptor(length, false))
             .map_err(|error| FrontEndError::Os { what: "share memory", source: error.into() })?;
         let mapping = Mapping::shared(fd.as_fd(), 0, length)?;
-        Ok(Self { fd, mapping, data_bytes, next: data_bytes })
+        Ok(Self { fd, mapping, data_bytes, next: data_bytes, huge_pages })
     }
 
     /// Takes `length` bytes for a ring, at a multiple of `alignment`.
@@ -104,6 +105,12 @@ impl SharedMemory {
         usize_from(self.data_bytes)
     }
 
+    /// Whether it is of huge pages.
+    #[must_use]
+    pub fn huge_pages(&self) -> bool {
+        self.huge_pages
+    }
+
     /// The guest-physical address of the caller's first byte.
     pub(super) fn data_address(&self) -> u64 {
         GUEST_BASE
@@ -123,4 +130,21 @@ impl SharedMemory {
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// A sealed descriptor with its length in bytes, which is a multiple of the page; an error where huge pages are wanted and
+/// fewer are free.
+fn descriptor(length: u64, huge: bool) -> rustix::io::Result<(OwnedFd, u64)> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if huge {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let fd = rustix::fs::memfd_create(c"resilver-front-end", flags)?;
+    rustix::fs::ftruncate(&fd, length)?;
+    if huge {
+        // All of them now: a page that is not there when it is touched is a bus error.
+        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, length)?;
+    }
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok((fd, length))
 }

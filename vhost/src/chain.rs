@@ -125,6 +125,7 @@ impl Chain {
     }
 
     /// Follows the descriptors; answers the last one that the device may write to.
+    #[inline]
     fn walk<D: Descriptors>(
         &mut self,
         cx: &Context<'_>,
@@ -132,59 +133,77 @@ impl Chain {
         mut descriptors: D,
         indirect: Indirect,
     ) -> Result<(Option<Descriptor>, Extent), ChainFault> {
-        let (mut table, mut extent) = (None::<Table>, Extent::default());
-        let mut left = u32::from(descriptors.most());
-        let mut last_writable = None;
-        loop {
-            left = left.checked_sub(1).ok_or(ChainFault::Loop)?;
-            let (descriptor, more) = match &mut table {
-                None => {
-                    let descriptor = descriptors.fetch().ok_or(ChainFault::NextOutside)?;
-                    extent.entries += 1;
-                    extent.last_link = descriptor.link;
-                    (descriptor, descriptor.has(descriptor_flags::NEXT))
-                }
-                Some(table) => table.fetch(cx, memory, D::FORMAT)?,
-            };
+        let (mut extent, mut last_writable) = (Extent::default(), None);
+        for _ in 0..descriptors.most() {
+            let descriptor = descriptors.fetch().ok_or(ChainFault::NextOutside)?;
+            extent.entries += 1;
+            extent.last_link = descriptor.link;
             if descriptor.has(descriptor_flags::INDIRECT) {
-                if table.is_some() || indirect == Indirect::Refused {
+                if indirect == Indirect::Refused {
                     return Err(ChainFault::Indirect);
                 }
-                let entered = Table::enter(&descriptor)?;
-                left = entered.entries;
-                table = Some(entered);
-                continue;
+                let table = Table::enter(&descriptor)?;
+                self.walk_table(cx, memory, table, D::FORMAT, &mut last_writable)?;
+                return Ok((last_writable, extent));
             }
-            if descriptor.length > 0 {
-                if descriptor.is_writable() {
-                    last_writable = Some(descriptor);
-                } else if last_writable.is_some() {
-                    return Err(ChainFault::Order);
-                }
-                self.add(memory, &descriptor);
-            }
-            if !more {
+            self.add(memory, descriptor, &mut last_writable)?;
+            if !descriptor.has(descriptor_flags::NEXT) {
                 return Ok((last_writable, extent));
             }
         }
+        Err(ChainFault::Loop)
+    }
+
+    /// Follows the descriptors of a table.
+    #[inline]
+    fn walk_table(
+        &mut self,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        mut table: Table,
+        format: Format,
+        last_writable: &mut Option<Descriptor>,
+    ) -> Result<(), ChainFault> {
+        for _ in 0..table.entries {
+            let (descriptor, more) = table.fetch(cx, memory, format)?;
+            if descriptor.has(descriptor_flags::INDIRECT) {
+                return Err(ChainFault::Indirect);
+            }
+            self.add(memory, descriptor, last_writable)?;
+            if !more {
+                return Ok(());
+            }
+        }
+        Err(ChainFault::Loop)
     }
 
     /// Adds one buffer, as the slices that its regions make of it.
     #[inline]
-    fn add(&mut self, memory: &GuestMemory, descriptor: &Descriptor) {
-        let total = if descriptor.is_writable() {
-            &mut self.writable_bytes
-        } else {
-            &mut self.readable_bytes
-        };
-        *total += u64::from(descriptor.length);
+    fn add(
+        &mut self,
+        memory: &GuestMemory,
+        descriptor: Descriptor,
+        last_writable: &mut Option<Descriptor>,
+    ) -> Result<(), ChainFault> {
         let (writable, length) = (descriptor.is_writable(), descriptor.length);
+        if length == 0 {
+            return Ok(());
+        }
+        if writable {
+            self.writable_bytes += u64::from(length);
+            *last_writable = Some(descriptor);
+        } else if last_writable.is_some() {
+            return Err(ChainFault::Order);
+        } else {
+            self.readable_bytes += u64::from(length);
+        }
         match memory.translate(descriptor.address, length) {
             Some(slice) if slice.length == length && self.buffers == Buffers::Gathered => {
                 self.push(slice, writable);
             }
-            first => self.add_pieces(memory, descriptor, first),
+            first => self.add_pieces(memory, &descriptor, first),
         }
+        Ok(())
     }
 
     /// Adds a buffer that lies in several regions, of which `first` is what the first one has.

@@ -243,6 +243,9 @@ impl LiveQueue {
             (_, Source::Owed) => most,
             (Ring::Split(ring), Source::Ring) => {
                 let available = ring.available()?;
+                if available == 0 {
+                    return Ok(0);
+                }
                 (available - available / 3).clamp(fewest, most)
             }
             // How many there are only each of them tells.

@@ -5,6 +5,7 @@
 //! pairs of one round. A run that others disturbed is not thrown away: how much of the time of client and server was taken
 //! is shown beside it.
 
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use resilver_vhost::front_end::ConnectionConfig;
 
-use crate::{Session, output};
+use crate::interrupt::{self, Interrupt};
+use crate::{Interrupted, Session, output};
 
 mod client;
 mod life;
@@ -135,9 +137,12 @@ pub(crate) struct BenchArgs {
     /// Mirror this bdev to --mirror-target and switch over meanwhile: one timeline of the first cell.
     #[arg(long, value_name = "BDEV", requires = "mirror_target", conflicts_with_all = ["repeat", "interrupts"])]
     mirror: Option<String>,
-    /// The file to mirror to; it is made.
+    /// The file to mirror to, which is made, or a block device.
     #[arg(long, value_name = "FILE", requires = "mirror")]
     mirror_target: Option<PathBuf>,
+    /// The guest's 99th percentile that the mirror is to keep under, by copying less.
+    #[arg(long, value_name = "TIME", requires = "mirror", value_parser = humantime::parse_duration)]
+    latency_ceiling: Option<Duration>,
     /// How guest writes reach the target meanwhile.
     #[arg(long, value_name = "MODE", default_value = "write-blocking", value_parser = ["background", "write-blocking"])]
     copy_mode: String,
@@ -226,6 +231,14 @@ impl BenchArgs {
 
 /// Measures, and reports.
 pub(crate) fn run(session: &Session, args: &BenchArgs) -> anyhow::Result<()> {
+    let interrupt = Interrupt::watch(interrupt::ANY, machine::resume_all)?;
+    // A signal ends whatever waits, in its own words.
+    measure(session, args, &interrupt).map_err(|error| {
+        if interrupt.is_there() { Interrupted("interrupted".to_owned()).into() } else { error }
+    })
+}
+
+fn measure(session: &Session, args: &BenchArgs, interrupt: &Interrupt) -> anyhow::Result<()> {
     let json = session.json;
     let jobs = args.jobs()?;
     // Before this thread is pinned: then it sees its own core only.
@@ -235,9 +248,9 @@ pub(crate) fn run(session: &Session, args: &BenchArgs) -> anyhow::Result<()> {
         ensure!(pinned, "the client cannot be pinned to core {core}");
     }
     if let (Some(source), Some(target)) = (&args.mirror, &args.mirror_target) {
-        return run_life(session, args, &jobs, source, target);
+        return run_life(session, args, &jobs, source, target, interrupt);
     }
-    let mut bench = Bench::new(args, other_core)?;
+    let mut bench = Bench::new(args, other_core, interrupt.clone())?;
     let mut cells = Vec::new();
     for job in &jobs {
         let cell = bench.measure(job)?;
@@ -267,6 +280,7 @@ fn run_life(
     jobs: &[Job],
     source: &str,
     target: &Path,
+    interrupt: &Interrupt,
 ) -> anyhow::Result<()> {
     let ([job], [(_, socket)]) = (jobs, args.sockets.as_slice()) else {
         bail!(
@@ -274,8 +288,15 @@ fn run_life(
         );
     };
     let (copy_mode, interlude) = (args.copy_mode.as_str(), args.time);
-    let plan = life::Plan { source, target, copy_mode, interlude };
-    let life = life::run(socket, job, &plan, session.connect()?)?;
+    let on_device = std::fs::metadata(target).is_ok_and(|it| it.file_type().is_block_device());
+    ensure!(
+        args.overwrite || !on_device,
+        "the mirror destroys what is on {}; say --overwrite if that is wanted",
+        target.display()
+    );
+    let ceiling = args.latency_ceiling;
+    let plan = life::Plan { source, target, on_device, copy_mode, ceiling, interlude };
+    let life = life::run(socket, job, &plan, session.connect()?, interrupt)?;
     life.show(session.json);
     args.write(&format!("{:#}\n", life.to_json()), &life.to_markdown(), &plot::timeline(&life))
 }
@@ -293,14 +314,19 @@ struct Bench<'a> {
     servers: Vec<Server>,
     other_core: Option<usize>,
     round_trips: Vec<f64>,
+    interrupt: Interrupt,
 }
 
 impl<'a> Bench<'a> {
-    fn new(args: &'a BenchArgs, other_core: Option<usize>) -> anyhow::Result<Self> {
+    fn new(
+        args: &'a BenchArgs,
+        other_core: Option<usize>,
+        interrupt: Interrupt,
+    ) -> anyhow::Result<Self> {
         let patience = ConnectionConfig::default().deadline;
         let servers = args.sockets.iter().map(|(_, path)| Server::of(path, patience));
         let servers = servers.collect::<Result<_, _>>()?;
-        Ok(Self { args, servers, other_core, round_trips: Vec::new() })
+        Ok(Self { args, servers, other_core, round_trips: Vec::new(), interrupt })
     }
 
     /// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.
@@ -324,7 +350,8 @@ impl<'a> Bench<'a> {
     fn run(&self, at: usize, job: &Job, seed: u64) -> anyhow::Result<Run> {
         let server = self.servers[at];
         let paused = self.pause(Some(server))?;
-        let run = Client::connect(&self.args.sockets[at].1, job, seed)?.run(server);
+        let client = Client::connect(&self.args.sockets[at].1, job, seed, &self.interrupt)?;
+        let run = client.run(server);
         drop(paused);
         run
     }

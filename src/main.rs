@@ -13,6 +13,7 @@ mod cmd_serve;
 mod content;
 mod cut;
 mod demo;
+mod interrupt;
 mod load;
 mod output;
 mod watch;

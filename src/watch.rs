@@ -5,8 +5,6 @@
 //! watches: interrupted, it is left running.
 
 use std::io::IsTerminal as _;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
@@ -15,6 +13,7 @@ use resilver_rpc::error::code;
 use resilver_rpc::{Client, ClientError};
 use serde_json::{Value, json};
 
+use crate::interrupt::{self, Interrupt};
 use crate::output::{self, bytes};
 use crate::{Interrupted, Session, TimedOut};
 
@@ -54,7 +53,7 @@ pub(crate) struct Watch {
     /// The last error that was told.
     told: String,
     /// Set by Ctrl-C, where that is taken for a cancel.
-    interrupted: Option<Arc<AtomicBool>>,
+    interrupted: Option<Interrupt>,
     /// How it ended, if it had before.
     ended: Option<Value>,
 }
@@ -82,7 +81,9 @@ enum Outcome {
 impl Watch {
     /// Follows a job that was just started, from an event on.
     pub(crate) fn of_new(client: Client, job: &str, seen: u64) -> Self {
-        Self { interrupted: Some(watch_interrupts()), ..Self::from_event(client, job, seen) }
+        // Where the system refuses, Ctrl-C ends the process, as if nobody had asked.
+        let interrupted = Interrupt::watch(interrupt::CTRL_C, || ()).ok();
+        Self { interrupted, ..Self::from_event(client, job, seen) }
     }
 
     fn from_event(client: Client, job: &str, seen: u64) -> Self {
@@ -177,7 +178,7 @@ impl Watch {
                     }
                 }
             }
-            if self.interrupted.as_ref().is_some_and(|it| it.load(Ordering::Relaxed)) {
+            if self.interrupted.as_ref().is_some_and(Interrupt::is_there) {
                 let end = self.cancel(what.asynchronous)?;
                 return Err(Interrupted(format!("interrupted: {end}")).into());
             }
@@ -340,23 +341,4 @@ fn message(job: &Value) -> String {
     let slower = status == "running" && job["converging"] == false;
     let note = if slower { ", the guest writes faster than is copied" } else { "" };
     format!("{status}, {rate}/s{}{note}", eta.unwrap_or_default())
-}
-
-/// Takes Ctrl-C from here on: the first sets what is returned, the second ends the process.
-fn watch_interrupts() -> Arc<AtomicBool> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        // Without it Ctrl-C ends the process, as if nobody had asked.
-        let Ok(runtime) = runtime else { return };
-        runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
-                if flag.swap(true, Ordering::Relaxed) {
-                    std::process::exit(i32::from(crate::INTERRUPTED));
-                }
-            }
-        });
-    });
-    interrupted
 }

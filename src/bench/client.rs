@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use hdrhistogram::Histogram;
-use resilver_sys::WaitSet;
+use resilver_sys::{BufferSlice, RegionTable, WaitSet, usize_from};
 use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, DriverQueue, Request};
 
 use super::Job;
 use super::life::{Recorder, Shared};
 use super::machine::{Disturbance, Server, Watch};
 use crate::content::Random;
+use crate::interrupt::Interrupt;
 
 /// Latencies above this are counted as this, nanoseconds.
 const LATENCY_MAX: u64 = 60_000_000_000;
@@ -75,11 +76,17 @@ pub(crate) struct Client {
     requests: u64,
     /// Where latencies go besides, on a timeline.
     recorder: Option<Recorder>,
+    interrupt: Interrupt,
 }
 
 impl Client {
     /// Connects to a back end.
-    pub(crate) fn connect(path: &Path, job: &Job, seed: u64) -> anyhow::Result<Self> {
+    pub(crate) fn connect(
+        path: &Path,
+        job: &Job,
+        seed: u64,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
         let per_queue = job.depth.div_ceil(job.queues);
         // Three descriptors a request where there are no indirect ones.
         let queue_size = per_queue.saturating_mul(3).next_power_of_two().max(16);
@@ -87,11 +94,12 @@ impl Client {
             queues: job.queues,
             queue_size,
             segments: 1,
-            data_bytes: usize::from(job.depth) * resilver_sys::usize_from(u64::from(job.block)),
+            data_bytes: usize::from(job.depth) * usize_from(u64::from(job.block)),
             ..ConnectionConfig::default()
         };
         let (connection, queues) = Connection::connect(path, config)?;
         let device = *connection.device();
+        fill(&connection, seed)?;
         ensure!(
             job.read_percent == 100 || !device.read_only,
             "the disk can only be read; measure read or randread"
@@ -118,6 +126,7 @@ impl Client {
             histogram: Histogram::new_with_bounds(1, LATENCY_MAX, DIGITS)?,
             requests: 0,
             recorder: None,
+            interrupt: interrupt.clone(),
         })
     }
 
@@ -199,6 +208,9 @@ impl Client {
         if self.connection.is_closed() {
             bail!("the back end closed the connection");
         }
+        if self.interrupt.is_there() {
+            bail!("interrupted");
+        }
         ensure!(now - last < PATIENCE, "the back end ended nothing for {PATIENCE:?}");
         Ok(())
     }
@@ -210,7 +222,7 @@ impl Client {
             while let Some(finished) = self.queues[queue].pop()? {
                 finished.result.context("a request failed")?;
                 let now = *now.get_or_insert_with(Instant::now);
-                let slot = resilver_sys::usize_from(finished.tag);
+                let slot = usize_from(finished.tag);
                 let begun = self.slots.get(slot).context("a request that nobody made")?.begun;
                 let latency = u64::try_from((now - begun).as_nanos()).unwrap_or(LATENCY_MAX);
                 self.histogram.saturating_record(latency);
@@ -267,4 +279,22 @@ impl Client {
         }
         self.queues.iter_mut().for_each(DriverQueue::disarm);
     }
+}
+
+/// Fills the buffers with what nobody can compress or leave out: zeroes would be skipped by a copier, and make holes.
+fn fill(connection: &Connection, seed: u64) -> anyhow::Result<()> {
+    /// Bytes that are written at once.
+    const PART: usize = 4096;
+    let memory = connection.memory();
+    let table = RegionTable::with_capacity(1);
+    let region = table.insert(Arc::clone(memory.mapping()))?;
+    let mut random = Random::new(seed);
+    let mut bytes = [0; PART];
+    for offset in (0..memory.data_bytes()).step_by(PART) {
+        bytes.chunks_exact_mut(8).for_each(|it| it.copy_from_slice(&random.next().to_le_bytes()));
+        let part = &bytes[..PART.min(memory.data_bytes() - offset)];
+        let length = u32::try_from(part.len())?;
+        table.write(BufferSlice { region, length, offset: offset as u64 }, part)?;
+    }
+    Ok(())
 }

@@ -18,6 +18,7 @@ use super::client::Client;
 use super::machine::{Disturbance, Server};
 use super::report::{PERCENTILES, micros};
 use super::{Job, report};
+use crate::interrupt::Interrupt;
 use crate::load::Phase;
 use crate::output;
 
@@ -25,8 +26,10 @@ use crate::output;
 pub(crate) const SLICE: Duration = Duration::from_millis(10);
 /// Slices that are made room for beforehand: a timeline of half an hour.
 const SLICES: usize = 180_000;
-/// How often the job is asked how it is.
-const ASK_EVERY: Duration = Duration::from_millis(1);
+/// How long one look at the job's events lasts. Whoever asks again and again instead takes a core from those that are measured.
+const LOOK_MS: u64 = 250;
+/// How often it is looked whether the load goes on.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// One slice.
 #[derive(Debug, Clone, Copy, Default)]
@@ -86,27 +89,37 @@ impl Recorder {
 pub(crate) struct Life {
     pub(crate) job: Job,
     pub(crate) slices: Vec<Slice>,
-    phases: Vec<Histogram<u64>>,
+    pub(super) phases: Vec<Histogram<u64>>,
     /// When each phase ended, from the beginning.
     pub(crate) ends: Vec<Duration>,
     /// The job's last words.
-    job_info: Value,
-    disturbance: Disturbance,
+    pub(super) job_info: Value,
+    pub(super) disturbance: Disturbance,
 }
 
 /// Which disk is mirrored, and where to.
 pub(crate) struct Plan<'a> {
     pub(crate) source: &'a str,
     pub(crate) target: &'a Path,
+    /// The target is a block device, which is not made.
+    pub(crate) on_device: bool,
     pub(crate) copy_mode: &'a str,
+    /// What the guest's 99th percentile is to keep under.
+    pub(crate) ceiling: Option<Duration>,
     pub(crate) interlude: Duration,
 }
 
 /// Runs it: the load on a thread, the operator here.
-pub(crate) fn run(socket: &Path, job: &Job, plan: &Plan<'_>, mut rpc: Rpc) -> anyhow::Result<Life> {
+pub(crate) fn run(
+    socket: &Path,
+    job: &Job,
+    plan: &Plan<'_>,
+    mut rpc: Rpc,
+    interrupt: &Interrupt,
+) -> anyhow::Result<Life> {
     let shared = Arc::new(Shared::default());
     let server = Server::of(socket, ConnectionConfig::default().deadline)?;
-    let client = Client::connect(socket, job, 1)?;
+    let client = Client::connect(socket, job, 1, interrupt)?;
     let its_shared = Arc::clone(&shared);
     let begun = Instant::now();
     let load = std::thread::Builder::new()
@@ -137,37 +150,58 @@ fn tell(
         shared.phase.store(phase as u8, Ordering::Relaxed);
         ends.push(begun.elapsed());
     };
-    std::thread::sleep(plan.interlude);
+    let interlude = || -> anyhow::Result<()> {
+        let begun = Instant::now();
+        while begun.elapsed() < plan.interlude {
+            ensure!(!broken(), "the load broke off");
+            std::thread::sleep(LOOK_EVERY.min(plan.interlude));
+        }
+        Ok(())
+    };
+    interlude()?;
     enter(Phase::Copying);
-    let started = rpc.call(
-        "bdev_mirror_start",
-        json!({
-            "source": plan.source, "target_path": plan.target, "target_mode": "create",
-            "copy_mode": plan.copy_mode, "auto_dismiss": false,
-        }),
-    )?;
+    let mode = if plan.on_device { "existing" } else { "create" };
+    let mut params = json!({
+        "source": plan.source, "target_path": plan.target, "target_mode": mode, "copy_mode": plan.copy_mode,
+        "auto_dismiss": false,
+    });
+    if let Some(ceiling) = plan.ceiling {
+        params["latency_ceiling_us"] = u64::try_from(ceiling.as_micros())?.into();
+    }
+    let started = rpc.call("bdev_mirror_start", params)?;
     let id = started.result["job_id"].as_str().context("a job without a name")?.to_owned();
-    await_status(rpc, &id, "ready", broken)?;
-    enter(Phase::InSync);
-    std::thread::sleep(plan.interlude);
-    enter(Phase::Switching);
-    rpc.call("job_complete", json!({ "job_id": id }))?;
-    let ended = await_status(rpc, &id, "concluded", broken)?;
+    let moved = (|| {
+        await_status(rpc, &id, "ready", broken)?;
+        enter(Phase::InSync);
+        interlude()?;
+        enter(Phase::Switching);
+        rpc.call("job_complete", json!({ "job_id": id }))?;
+        await_status(rpc, &id, "concluded", broken)
+    })();
+    let ended = match moved {
+        Ok(ended) => ended,
+        Err(error) => {
+            // Nobody is left who waits for it; one that has failed by itself is over already.
+            let _ = rpc.call("job_cancel", json!({ "job_id": id }));
+            return Err(error);
+        }
+    };
     enter(Phase::After);
     ensure!(ended["error"].is_null(), "the mirror failed: {}", ended["error"]);
     rpc.call("job_dismiss", json!({ "job_id": id }))?;
-    std::thread::sleep(plan.interlude);
+    interlude()?;
     ends.push(begun.elapsed());
     Ok((ends, ended))
 }
 
-/// Asks for the job until it has the status. A job that ends otherwise says why.
+/// Waits until the job has the status. One that ends otherwise says why.
 fn await_status(
     rpc: &mut Rpc,
     id: &str,
     status: &str,
     broken: &dyn Fn() -> bool,
 ) -> anyhow::Result<Value> {
+    let mut seen = rpc.call("job_get_events", json!({ "after": u64::MAX }))?.result;
     loop {
         let jobs = rpc.call("job_get_list", json!({ "job_id": id }))?.result;
         let job = jobs.get(0).cloned().context("the job is gone")?;
@@ -177,7 +211,9 @@ fn await_status(
         }
         ensure!(now != "concluded", "the mirror failed: {}", job["error"]);
         ensure!(!broken(), "the load broke off while the mirror was {now}");
-        std::thread::sleep(ASK_EVERY);
+        // What has changed since the look before is among these events, or the next.
+        let after = json!({ "after": seen["sequence"], "timeout_ms": LOOK_MS, "job_id": id });
+        seen = rpc.call("job_get_events", after)?.result;
     }
 }
 

@@ -5,13 +5,14 @@
 //! thread in nanoseconds, running and waiting for a core (Documentation/scheduler/sched-stats.rst). Whose socket it is, the
 //! socket says (SO_PEERCRED, unix(7)).
 //!
-//! A server that polls while nobody asks it anything takes its core from the one that is measured next: [`Server::pause`]
-//! stops the others meanwhile.
+//! A server that polls while nobody asks it anything takes its core from the one that is measured next: [`Paused`]
+//! stops the others meanwhile. Whatever ends the benchmark, they go on: also an interrupt, which drops nothing.
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -74,6 +75,14 @@ impl Server {
 #[derive(Debug, Default)]
 pub(crate) struct Paused(Vec<Server>);
 
+/// The same for a process that ends without dropping anything.
+static STOPPED: Mutex<Vec<Server>> = Mutex::new(Vec::new());
+
+/// Lets all go on that are stopped. Only for a process that is about to end.
+pub(crate) fn resume_all() {
+    STOPPED.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|it| it.resume());
+}
+
 impl Paused {
     /// Stops all servers but one; `None` for all.
     ///
@@ -82,7 +91,9 @@ impl Paused {
     pub(crate) fn all_but(servers: &[Server], measured: Option<Server>) -> anyhow::Result<Self> {
         let mut paused = Self::default();
         for server in servers.iter().filter(|server| Some(**server) != measured) {
+            let mut stopped = STOPPED.lock().unwrap_or_else(PoisonError::into_inner);
             server.pause()?;
+            stopped.push(*server);
             paused.0.push(*server);
         }
         Ok(paused)
@@ -91,7 +102,9 @@ impl Paused {
 
 impl Drop for Paused {
     fn drop(&mut self) {
+        let mut stopped = STOPPED.lock().unwrap_or_else(PoisonError::into_inner);
         self.0.iter().for_each(|server| server.resume());
+        stopped.retain(|server| !self.0.contains(server));
     }
 }
 

@@ -3,7 +3,9 @@
 use clap::Parser;
 use resilver_tests::e2e::StorageDaemon;
 
+use super::life::{Life, Slice};
 use super::*;
+use crate::load::Phase;
 
 #[derive(Debug, Parser)]
 struct Line {
@@ -72,7 +74,7 @@ fn two_back_ends_are_measured_in_turn_and_told_in_every_form() {
         "--repeat",
         "2",
     ]);
-    let mut bench = Bench::new(&args, None).unwrap();
+    let mut bench = Bench::new(&args, None, Interrupt::default()).unwrap();
     let cells = args.jobs().unwrap().iter().map(|job| bench.measure(job).unwrap()).collect();
     let report = bench.report(cells);
     let json = report.to_json();
@@ -216,4 +218,52 @@ fn pictures_are_xml_whatever_a_socket_is_called() {
     assert_well_formed(&svg);
     assert!(svg.contains("&lt;a &amp; b&gt;"), "{svg}");
     assert_well_formed(&plot::distributions(&Report::new(Vec::new(), Vec::new())));
+}
+
+/// A life of five phases of a tenth of a second; while it switches over nothing ends for two slices.
+fn made_up_life() -> Life {
+    let mut quiet = vec![Slice { requests: 100, longest: 20_000 }; 50];
+    quiet[31..33].fill(Slice::default());
+    quiet[33].longest = 20_000_000;
+    Life {
+        job: args(&["--socket", "s", "--job", "randwrite:4k:32", "--overwrite"]).jobs().unwrap()[0],
+        slices: quiet,
+        phases: (0..5).map(|phase| made_up(1000, 10 * (phase + 1)).latency).collect(),
+        ends: (1..=5).map(|end| Duration::from_millis(100 * end)).collect(),
+        job_info: serde_json::json!({ "status": "concluded" }),
+        disturbance: Default::default(),
+    }
+}
+
+#[test]
+fn a_timeline_is_a_picture_with_the_names_of_the_mirrors_states() {
+    let svg = plot::timeline(&made_up_life());
+    assert_well_formed(&svg);
+    for phase in Phase::ALL {
+        assert!(svg.contains(&format!(">{}</text>", phase.name())), "{} in {svg}", phase.name());
+    }
+    // A line of what was done, and one of the longest latency, which has a gap where nothing ended.
+    let curves: Vec<&str> = svg.lines().filter(|line| line.starts_with("<path")).collect();
+    assert_eq!(curves.len(), 2, "{svg}");
+    let strokes = |curve: &str| curve.matches('M').count();
+    assert_eq!((strokes(curves[0]), strokes(curves[1])), (1, 2), "{curves:?}");
+    // One that broke off before it began is a picture too.
+    let nothing = Life { slices: Vec::new(), ends: Vec::new(), ..made_up_life() };
+    assert_well_formed(&plot::timeline(&nothing));
+}
+
+#[test]
+fn a_life_tells_each_phase_by_what_was_done_in_it() {
+    let json = made_up_life().to_json();
+    let phases = json["phases"].as_array().unwrap();
+    assert_eq!(phases.len(), 5);
+    for (index, phase) in phases.iter().enumerate() {
+        assert_eq!(phase["phase"], Phase::ALL[index].name());
+        let (seconds, requests) = (phase["seconds"].as_f64().unwrap(), phase["requests"].as_u64());
+        assert!((seconds - 0.1).abs() < 1e-9, "{phase}");
+        assert_eq!(requests, Some(10 * (index as u64 + 1)));
+        let iops = phase["iops"].as_f64().unwrap();
+        assert!((iops - 100.0 * (index as f64 + 1.0)).abs() < 1e-6, "{phase}");
+    }
+    assert_eq!(json["slices_requests_and_longest_ns"][33], serde_json::json!([100, 20_000_000]));
 }

@@ -68,6 +68,11 @@ impl Server {
         self.directory.path().join(name)
     }
 
+    /// Its process.
+    pub fn process(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
     /// The socket of a controller.
     pub fn controller(&self, name: &str) -> PathBuf {
         self.path("vhost").join(name)

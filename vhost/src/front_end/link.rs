@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -303,12 +304,17 @@ impl Link {
         into: &mut [u8; HEADER_BYTES],
         until: Instant,
     ) -> io::Result<Option<OwnedFd>> {
-        self.wait_at_most(until)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(into)];
         let flags = RecvFlags::CMSG_CLOEXEC;
-        let came = rustix::net::recvmsg(&self.socket, &mut parts, &mut control, flags)?;
+        let came = loop {
+            self.wait_at_most(until)?;
+            match rustix::net::recvmsg(&self.socket, &mut parts, &mut control, flags) {
+                Err(Errno::INTR) => {}
+                came => break came?,
+            }
+        };
         let rights = control.drain().filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
             _ => None,
@@ -368,7 +374,7 @@ pub(super) fn is_closed(socket: &UnixStream) -> bool {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     match rustix::net::recv(socket, &mut [0u8; 1], flags) {
         Ok(_) => true,
-        Err(error) => error != rustix::io::Errno::AGAIN && error != rustix::io::Errno::INTR,
+        Err(error) => error != Errno::AGAIN && error != Errno::INTR,
     }
 }
 

@@ -162,6 +162,12 @@ pub trait IoChannel: Send {
     /// I/O submitted and not yet handed over as completed.
     fn in_flight(&self) -> u32;
 
+    /// Whether reads and writes are done when [`Self::commit`] returns, because the reactor itself carries them out. More of
+    /// them at once gain nothing then, and each keeps everybody else of the reactor waiting. A hint.
+    fn works_inline(&self) -> bool {
+        false
+    }
+
     /// Called on the reactor's thread when the channel has moved in: register memory.
     fn attach(&mut self, cx: &Context<'_>) {
         let _ = cx;

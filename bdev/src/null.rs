@@ -118,6 +118,10 @@ impl IoChannel for NullChannel {
         self.ledger.hand_over(done);
     }
 
+    fn works_inline(&self) -> bool {
+        true
+    }
+
     fn in_flight(&self) -> u32 {
         self.ledger.in_flight()
     }

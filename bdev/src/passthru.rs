@@ -94,6 +94,10 @@ impl IoChannel for PassthruChannel {
         self.base.in_flight()
     }
 
+    fn works_inline(&self) -> bool {
+        self.base.works_inline()
+    }
+
     fn attach(&mut self, cx: &Context<'_>) {
         self.base.attach(cx);
     }

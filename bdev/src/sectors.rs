@@ -546,6 +546,10 @@ impl IoChannel for SectorChannel {
         self.ledger.in_flight()
     }
 
+    fn works_inline(&self) -> bool {
+        self.base.works_inline()
+    }
+
     fn attach(&mut self, cx: &Context<'_>) {
         self.base.attach(cx);
         // Without a place in the table every partial I/O fails with an error of its buffers, which says so.

@@ -144,7 +144,11 @@ impl Mirror {
         validate(&config, &channels)?;
         let MirrorChannels { source, copy_source, target } = channels;
         let limits = combined_limits(source.limits(), target.limits());
-        let core = core_config(&config, &limits, copy_source.limits(), target.limits());
+        let inline = copy_source.works_inline() && target.works_inline();
+        let core = CoreConfig {
+            inline,
+            ..core_config(&config, &limits, copy_source.limits(), target.limits())
+        };
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
@@ -502,6 +506,7 @@ fn core_config(
         run: u64::from(window),
         hole_run: if target.zeroes_unmap && unmap { HOLE_RUN } else { u64::from(window) },
         window,
+        inline: false,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
     }
@@ -561,6 +566,7 @@ impl IoChannel for Mirror {
         if io.kind == IoKind::Read {
             let slot = self.free_reads.pop().expect("free() was asked before");
             self.reads[usize::from(slot)] = (io.tag, cx.now);
+            self.core.guest_asks(&io);
             self.source.submit(cx, BdevIo { tag: Tag(READ | u32::from(slot)), ..io }, payload);
             self.uncommitted = true;
             return;

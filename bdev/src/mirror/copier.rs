@@ -5,6 +5,10 @@
 //! and nothing where the target reads zero already. A run inside a hole is not read at all. If anything fails, all of the
 //! run is dirty again.
 //!
+//! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight. Where
+//! the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
+//! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs.
+//!
 //! A copy holds its chunks against guest writes for as long as it lasts. The copier looks for chunks where no guest write
 //! is; only if it finds none does a copy get in line behind one, so that a chunk written without pause is copied too.
 
@@ -20,7 +24,7 @@ use super::pieces::{Kind, Plan, UnitMap};
 use super::ranges::Entered;
 use super::tables::{Failed, Mirroring};
 use super::throttle::WINDOW_MAX;
-use crate::io::{IoError, IoKind};
+use crate::io::{BdevIo, IoError, IoKind};
 use crate::job::{CopyMode, JobEvent, WriteCounts};
 
 /// How much room the copier takes on the device.
@@ -38,8 +42,9 @@ pub(super) enum Pace {
 
 impl Pace {
     /// Copies in flight.
-    fn copies(self) -> usize {
+    fn copies(self, inline: bool) -> usize {
         match self {
+            _ if inline => 1,
             Self::Alone => usize::MAX,
             Self::Gentle => 1,
             Self::Firm => 4,
@@ -56,6 +61,10 @@ impl Pace {
         }
     }
 }
+
+/// Where the reactor does the work: bytes that the copier reads at once where no guest is at work, few enough to be still in the
+/// core's cache when they are written.
+const INLINE_ALONE: u64 = 256 << 10;
 
 /// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
 /// between two requests of a guest that makes one at a time.
@@ -249,7 +258,7 @@ impl Core {
             self.copier_due = Some(self.bad.until());
             return;
         }
-        let most = pace.copies();
+        let most = pace.copies(self.config.inline);
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let (mut busy, mut looks) = (None, 0);
         let mut sweep = Sweep { from: self.cursor, wrapped: false };
@@ -306,7 +315,7 @@ impl Core {
         let largest = match (hole, pace) {
             (true, Pace::Alone) => self.config.hole_run,
             (true, Pace::Gentle | Pace::Firm | Pace::Held) => self.config.run,
-            (false, _) => self.config.run.min(pace.run()).min(self.limiter.largest()),
+            (false, _) => self.config.run.min(self.run(pace)).min(self.limiter.largest()),
         };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
@@ -505,8 +514,43 @@ impl Core {
         self.act(Action::CopyWrite { copy, offset, length: short, skip });
     }
 
+    /// The guest has asked for something.
+    pub(super) fn guest_asks(&mut self, io: &BdevIo) {
+        if io.kind.has_payload() {
+            self.asked = self.asked.saturating_add(io.length);
+        }
+    }
+
+    /// Bytes that are to be read at once where the reactor does the work.
+    fn inline_window(&self) -> u64 {
+        match self.pace {
+            Pace::Alone => INLINE_ALONE,
+            // In a window, a read and a write, the guest has asked twice; and a copied byte costs the core about as much as one that
+            // the guest writes. So of its time the copier has something like a third.
+            Pace::Gentle | Pace::Held => self.asked / 4 * 3,
+            Pace::Firm => self.asked.saturating_mul(2),
+        }
+    }
+
+    /// Bytes of one copy of data.
+    fn run(&self, pace: Pace) -> u64 {
+        match (self.config.inline, pace) {
+            (false, _) | (_, Pace::Alone) => pace.run(),
+            // A window, or the guest would meet it for long.
+            (true, _) => self.inline_window(),
+        }
+    }
+
+    /// Bytes that are read at once now: whole units of zero detection.
+    fn window(&mut self) -> u64 {
+        let (most, unit) = (u64::from(self.config.window), u64::from(self.config.zero_unit));
+        let inline = self.inline_window();
+        self.asked = 0;
+        if self.config.inline { inline.next_multiple_of(unit).clamp(unit, most) } else { most }
+    }
+
     fn read_window(&mut self, copy: u16, now: Nanos) {
-        let (window, unit) = (u64::from(self.config.window), self.config.zero_unit);
+        let (window, unit) = (self.window(), self.config.zero_unit);
         let slot = &mut self.copies[usize::from(copy)];
         slot.state = CopyState::Reading;
         slot.since = now;

@@ -21,7 +21,7 @@ use std::ops::Range;
 use resilver_reactor::Nanos;
 
 use super::bugs::{Bug, planted};
-use super::copier::{Copy, Counters};
+use super::copier::{Copy, Counters, Pace};
 use super::durable::FlushLine;
 use super::errors::{BadSpots, ErrorLog};
 use super::life::{JobFlush, Record, Stage, Wish};
@@ -80,8 +80,10 @@ pub(super) struct CoreConfig {
     pub run: u64,
     /// The same inside a hole.
     pub hole_run: u64,
-    /// Bytes that the copier reads at once.
+    /// The most bytes that the copier reads at once.
     pub window: u32,
+    /// Both legs work inline: what the copier does takes its time from the guest, byte by byte.
+    pub inline: bool,
     /// Bytes that zero detection looks at as one.
     pub zero_unit: u32,
     /// The most bytes of one zeroing of the target.
@@ -273,6 +275,9 @@ pub(super) struct Core {
     pub chase: Chase,
     /// When the guest last had something in flight.
     pub guest_seen: Option<Nanos>,
+    /// What the guest has asked for since the copier last read, bytes; and how much room the copier takes.
+    pub asked: u64,
+    pub pace: Pace,
     /// Where the copier looks next, a chunk.
     pub cursor: u64,
     /// The copier may go so far, bytes.
@@ -335,6 +340,8 @@ impl Core {
             io_status: IoStatus::Ok,
             copier_due: None,
             guest_seen: None,
+            asked: 0,
+            pace: Pace::Alone,
             shrinking: Shrinking::default(),
             chase: Chase::default(),
             cursor: 0,
@@ -376,6 +383,7 @@ impl Core {
     pub(super) fn guest(&mut self, io: &BdevIo, now: Nanos) -> Slot {
         let slot = self.free_ops.pop().expect("free() was asked before");
         self.guest_live += 1;
+        self.guest_asks(io);
         self.ops[usize::from(slot)] = Op {
             state: OpState::Waiting,
             tag: io.tag,

@@ -154,6 +154,7 @@ impl World {
             run: chunk,
             hole_run: chunk,
             window: u32::try_from(chunk).unwrap(),
+            inline: false,
             zero_unit: u32::try_from(BLOCK).unwrap(),
             max_zeroes: 1 << 20,
         });

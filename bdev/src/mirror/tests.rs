@@ -18,6 +18,7 @@ use crate::job::{
 };
 use crate::malloc::Malloc;
 
+mod inline;
 mod scope;
 mod throttle;
 mod verify;

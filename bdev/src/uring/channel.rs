@@ -374,6 +374,10 @@ impl IoChannel for UringChannel {
         self.ledger.in_flight()
     }
 
+    fn works_inline(&self) -> bool {
+        self.queues.work_inline()
+    }
+
     fn attach(&mut self, cx: &Context<'_>) {
         self.bounce.attach(cx.memory);
         self.queues.keep_workers_off_this_core();

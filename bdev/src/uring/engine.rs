@@ -70,6 +70,11 @@ impl Queues {
         Self { ring, transfers }
     }
 
+    /// Whether reads and writes are carried out while they are told to the kernel.
+    pub(super) fn work_inline(&self) -> bool {
+        self.transfers.is_some()
+    }
+
     /// As [`Ring::push_transfer`].
     #[inline]
     pub(super) fn push_transfer(

@@ -33,7 +33,16 @@ impl Driver {
     /// If the channel cannot be had; as everything here, because it is a test's.
     #[must_use]
     pub fn new(bdev: &dyn Bdev, depth: u32) -> Self {
-        Self::with_batch(bdev, depth, 256)
+        Self::with_memory(bdev, depth, MEMORY)
+    }
+
+    /// The same, with so many bytes of memory for payloads: many drivers one after the other are cheaper with less.
+    ///
+    /// # Panics
+    /// As [`Driver::new`].
+    #[must_use]
+    pub fn with_memory(bdev: &dyn Bdev, depth: u32, memory: usize) -> Self {
+        Self::build(bdev, depth, 256, memory)
     }
 
     /// The same, with room for `batch` completions a turn.
@@ -42,8 +51,12 @@ impl Driver {
     /// As [`Driver::new`].
     #[must_use]
     pub fn with_batch(bdev: &dyn Bdev, depth: u32, batch: usize) -> Self {
+        Self::build(bdev, depth, batch, MEMORY)
+    }
+
+    fn build(bdev: &dyn Bdev, depth: u32, batch: usize, bytes: usize) -> Self {
         let memory = RegionTable::with_capacity(16);
-        let mapping = Mapping::anonymous(MEMORY).expect("memory for payloads");
+        let mapping = Mapping::anonymous(bytes).expect("memory for payloads");
         let region = memory.insert(mapping).expect("an empty table has room");
         let channel = bdev.open_channel(depth).expect("the channel opens");
         let mut driver = Self {

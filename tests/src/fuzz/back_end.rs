@@ -11,6 +11,7 @@
 //! is ever written, and nothing of it once the read has ended; the keeper goes with its bdev.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -464,15 +465,18 @@ const PIECES: usize = 12;
 const PIECE: u32 = 16 << 10;
 const GAP: u32 = 4096;
 
+/// Of the memory so much is a driver's.
+const MEMORY: usize = PIECES * (PIECE + GAP) as usize;
+
 /// What a piece is used for.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Piece {
-    /// Not at all, with these bytes since.
-    Idle(Vec<u8>),
-    /// A request in flight that reads them, and they are these.
-    Read(Tag, Vec<u8>),
-    /// One that may write so many of them.
-    Written(Tag),
+    /// Not at all.
+    Idle,
+    /// A write in flight reads it.
+    Read(Tag),
+    /// A read in flight may write so many of its bytes.
+    Written(Tag, u32),
 }
 
 /// A user of the bdev, as a disk on a reactor is.
@@ -480,7 +484,11 @@ struct Tenant {
     hostile: Hostile,
     bdev: Virtio,
     driver: Option<Driver>,
-    pieces: Vec<Piece>,
+    pieces: [Piece; PIECES],
+    /// What the memory holds, but for what reads in flight may write.
+    expected: Vec<u8>,
+    /// A payload was lent to the bdev since the driver began: before that nobody knows of the memory.
+    lent: bool,
     /// Requests in flight without a payload.
     bare: HashSet<Tag>,
 }
@@ -513,10 +521,10 @@ impl Tenant {
 
     fn open(&mut self) {
         if self.detail("free_queues") != Some(Detail::Number(0)) {
-            let driver = Driver::new(&self.bdev, 8);
-            let idle = |at| Piece::Idle(driver.bytes(&[driver.slice(start(at), PIECE)]));
-            self.pieces = (0..PIECES).map(idle).collect();
-            self.driver = Some(driver);
+            self.driver = Some(Driver::with_memory(&self.bdev, 8, MEMORY));
+            if std::mem::take(&mut self.lent) {
+                self.expected.fill(0);
+            }
         }
     }
 
@@ -525,7 +533,7 @@ impl Tenant {
         self.check();
         self.driver = None;
         self.bare.clear();
-        self.pieces.clear();
+        self.pieces = [Piece::Idle; PIECES];
     }
 
     fn submit(&mut self, input: &mut Input<'_>) {
@@ -548,7 +556,9 @@ impl Tenant {
             self.bare.insert(tag);
             return;
         }
-        let Piece::Idle(_) = self.pieces[at] else { return };
+        if self.pieces[at] != Piece::Idle {
+            return;
+        }
         let most = u64::from(PIECE.min(driver.limits().max_transfer)) / block;
         let length = (blocks % (most + 1) * block) as u32;
         // In two slices, as guests do.
@@ -559,11 +569,12 @@ impl Tenant {
         let payload = if half == 0 { &payload[1..] } else { &payload[..] };
         if kind == IoKind::Write {
             driver.fill(payload, u64::from(input.u8()));
+            self.expected[within(at, length)].copy_from_slice(&driver.bytes(payload));
         }
-        let bytes = driver.bytes(&[driver.slice(from, PIECE)]);
         let tag = driver.submit(kind, offset, u64::from(length), payload);
+        self.lent = true;
         self.pieces[at] =
-            if kind == IoKind::Write { Piece::Read(tag, bytes) } else { Piece::Written(tag) };
+            if kind == IoKind::Write { Piece::Read(tag) } else { Piece::Written(tag, length) };
     }
 
     fn turn(&mut self) {
@@ -573,27 +584,30 @@ impl Tenant {
             if self.bare.remove(&tag) {
                 continue;
             }
-            let of = |piece: &Piece| matches!(piece, Piece::Read(it, _) | Piece::Written(it) if *it == tag);
+            let of = |piece: &Piece| matches!(piece, Piece::Read(it) | Piece::Written(it, _) if *it == tag);
             let at = self.pieces.iter().position(of).expect("what has ended was in flight");
             let now = driver.bytes(&[driver.slice(start(at), PIECE)]);
-            if let Piece::Read(_, then) = &self.pieces[at] {
-                assert!(*then == now, "a write has changed its payload");
+            if let Piece::Written(_, length) = self.pieces[at] {
+                self.expected[within(at, length)].copy_from_slice(&now[..length as usize]);
             }
-            self.pieces[at] = Piece::Idle(now);
+            assert!(
+                now == self.expected[within(at, PIECE)],
+                "memory was written that was not read into"
+            );
+            self.pieces[at] = Piece::Idle;
         }
     }
 
-    /// Whether all memory is as it should be.
+    /// Whether all memory is as it should be, what is between the payloads too.
     fn check(&self) {
-        let Some(driver) = &self.driver else { return };
+        let Some(driver) = self.driver.as_ref().filter(|_| self.lent) else { return };
+        let mut now = driver.bytes(&[driver.slice(0, MEMORY as u32)]);
         for (at, piece) in self.pieces.iter().enumerate() {
-            let now = driver.bytes(&[driver.slice(start(at), PIECE)]);
-            if let Piece::Idle(then) | Piece::Read(_, then) = piece {
-                assert!(*then == now, "memory was written that nobody reads into");
+            if let Piece::Written(_, length) = piece {
+                now[within(at, *length)].copy_from_slice(&self.expected[within(at, *length)]);
             }
-            let gap = driver.bytes(&[driver.slice(start(at) + u64::from(PIECE), GAP)]);
-            assert!(gap.iter().all(|byte| *byte == 0), "memory beside a payload was written");
         }
+        assert!(now == self.expected, "memory was written that nobody reads into");
     }
 
     /// A good back end comes, or none; everything ends.
@@ -633,6 +647,12 @@ fn start(at: usize) -> u64 {
     at as u64 * u64::from(PIECE + GAP)
 }
 
+/// So many bytes of a piece, from where it begins.
+fn within(at: usize, length: u32) -> Range<usize> {
+    let start = start(at) as usize;
+    start..start + length as usize
+}
+
 fn keeper_runs() -> bool {
     let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).ok();
     let mut tasks = std::fs::read_dir("/proc/self/task").expect("this process").flatten();
@@ -653,8 +673,15 @@ fn tenant(input: &mut Input<'_>) {
         Ok(bdev) => bdev,
         Err(refused) => return assert!(refused.to_string().len() > 20, "{refused}"),
     };
-    let mut tenant =
-        Tenant { hostile, bdev, driver: None, pieces: Vec::new(), bare: HashSet::new() };
+    let mut tenant = Tenant {
+        hostile,
+        bdev,
+        driver: None,
+        pieces: [Piece::Idle; PIECES],
+        expected: vec![0; MEMORY],
+        lent: false,
+        bare: HashSet::new(),
+    };
     tenant.open();
     for _ in 0..STEPS {
         if input.is_empty() {

@@ -4,7 +4,7 @@
 //!
 //! Everything is in one thread, so a count has no luck in it: no request comes a turn later because a core was far away. The guest
 //! writes its memory through the file, by system calls, which no counter sees. `idle` as the operation counts turns in which
-//! there is nothing to do.
+//! there is nothing to do. `mirror` as the disk is `null` mirrored to another `null`, in sync.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 use std::fs::File;
@@ -13,9 +13,14 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
+use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::job::{CopyMode, ScanReport};
 use resilver_bdev::malloc::Malloc;
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::null::Null;
-use resilver_bdev::{Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand};
+use resilver_bdev::{
+    Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle, JobStatus, StartJob,
+};
 use resilver_reactor::{Context, Doorbell, Nanos, Poller as _};
 use resilver_sys::{EventFd, RegionTable};
 use resilver_vhost::blk::{CacheMode, Serial};
@@ -53,6 +58,7 @@ struct World {
     memory: File,
     table: RegionTable,
     disk: Disk,
+    handle: DiskHandle,
     now: u64,
     /// Where the driver stands in its ring.
     offered: u16,
@@ -76,13 +82,13 @@ impl World {
         };
         let (session, commands) = BlkSession::new(config, doorbell);
         let table = RegionTable::with_capacity(8);
-        let mut world = Self { memory, table, disk, now: 0, offered: 0 };
+        let mut world = Self { memory, table, disk, handle, now: 0, offered: 0 };
         let cx = Context { now: Nanos(0), memory: &world.table };
         world.disk.started(&cx);
         let (sender, added) = channel();
         let reply = Box::new(move |added| drop(sender.send(added)));
         let add = DiskCommand::AddConsumer(ConsumerId(1), Box::new(session), reply);
-        assert!(handle.send(add).is_ok());
+        assert!(world.handle.send(add).is_ok());
         world.turn();
         assert!(added.try_recv().unwrap().is_ok());
 
@@ -108,6 +114,36 @@ impl World {
         assert!(commands.send(cache).is_ok());
         world.turn();
         world
+    }
+
+    /// Mirrors the disk, which is `source`, to `target`, and waits until they are in sync.
+    fn mirror(&mut self, source: &dyn Bdev, target: &dyn Bdev) {
+        let config = MirrorConfig { copy_mode: CopyMode::WriteBlocking, ..MirrorConfig::default() };
+        let channels = MirrorChannels {
+            source: source.open_channel(DISK_DEPTH).unwrap(),
+            copy_source: source.open_channel(COPY_DEPTH).unwrap(),
+            target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        };
+        let start = StartJob {
+            job: Box::new(Mirror::new(config, channels).unwrap()),
+            target_stats: Arc::default(),
+            target_bitmaps: Vec::new(),
+            deadline: HOLD_DEADLINE,
+            reply: Box::new(|started| assert!(started.is_ok())),
+        };
+        for command in [DiskCommand::StartJob(start), DiskCommand::Scanned(ScanReport::Done)] {
+            assert!(self.handle.send(command).is_ok());
+            self.turn();
+            self.turn();
+        }
+        let ready = (0..PATIENCE).any(|_| {
+            let (sender, info) = channel();
+            let reply = Box::new(move |info| assert!(sender.send(info).is_ok()));
+            assert!(self.handle.send(DiskCommand::Query(reply)).is_ok());
+            self.turn();
+            info.try_recv().unwrap().is_some_and(|info| info.status == JobStatus::Ready)
+        });
+        assert!(ready, "a mirror that is never in sync");
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -189,16 +225,19 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let [disk, operation, depth, rounds] = words.as_slice() else {
-        panic!("usage: instructions null|malloc read|write|idle DEPTH ROUNDS");
+        panic!("usage: instructions null|malloc|mirror read|write|idle DEPTH ROUNDS");
     };
     let bdev: Box<dyn Bdev> = match *disk {
-        "null" => Box::new(Null::new("null", 512, BLOCKS).unwrap()),
+        "null" | "mirror" => Box::new(Null::new("null", 512, BLOCKS).unwrap()),
         "malloc" => Box::new(Malloc::new("malloc", 512, BLOCKS).unwrap()),
         other => panic!("no such disk: {other}"),
     };
     let (depth, rounds): (u16, u64) = (depth.parse().unwrap(), rounds.parse().unwrap());
     assert!((1..=DEPTH_MAX).contains(&depth), "the depth is 1 to {DEPTH_MAX}");
     let mut world = World::new(bdev.as_ref());
+    if *disk == "mirror" {
+        world.mirror(bdev.as_ref(), &Null::new("target", 512, BLOCKS).unwrap());
+    }
     let kind = match *operation {
         "read" | "idle" => blk_type::IN,
         "write" => blk_type::OUT,

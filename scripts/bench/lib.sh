@@ -53,8 +53,13 @@ serve_file() {
 serve_bdev() { rpc vhost_create_blk_controller "{\"ctrlr\":\"$1\",\"dev_name\":\"$1\"}" >/dev/null; }
 
 # make_file FILE MIB: written, not only allocated, for the first write to a fresh extent costs a journal entry, which is no server's;
-# and of bytes that nobody can compress or leave out.
-make_file() { [ -e "$1" ] || head -c "${2}M" /dev/urandom >"$1"; }
+# of bytes that nobody can compress or leave out; and gone from the page cache, for a direct request that meets pages there is handed
+# to a kernel worker.
+make_file() {
+    [ ! -e "$1" ] || return 0
+    head -c "${2}M" /dev/urandom >"$1"
+    dd of="$1" oflag=nocache conv=notrunc,fdatasync count=0 status=none
+}
 
 # The version that is measured.
 resilver_version() {

@@ -48,7 +48,7 @@ fn the_difference_to_an_earlier_copy_is_all_that_a_mirror_by_bitmap_copies() {
         params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         params
     };
-    server.call("bdev_mirror_start", mirror(json!({ "target_mode": "create" })));
+    server.start_mirror(&mirror(json!({ "target_mode": "create" })));
     let whole = copied(&server.wait_for_status("copy", "ready"));
     let bitmap = json!({ "name": "vm", "bitmap": "lacks", "granularity": 65536 });
     server.call("bdev_dirty_bitmap_add", bitmap);
@@ -59,13 +59,13 @@ fn the_difference_to_an_earlier_copy_is_all_that_a_mirror_by_bitmap_copies() {
 
     // The difference, cancelled, and begun again where it stopped.
     let delta = json!({ "bitmap": "lacks", "sync": "bitmap", "bitmap_mode": "always" });
-    server.call("bdev_mirror_start", mirror(delta.clone()));
+    server.start_mirror(&mirror(delta.clone()));
     guest.run_for(100);
     server.call("job_cancel", json!({ "job_id": "copy" }));
     let first = copied(&server.wait_for_status("copy", "concluded"));
     server.call("job_dismiss", json!({ "job_id": "copy" }));
     guest.run_for(100);
-    server.call("bdev_mirror_start", mirror(delta));
+    server.start_mirror(&mirror(delta));
     let second = copied(&server.wait_for_status("copy", "ready"));
     assert!(first + second < whole / 2, "{first} and {second} of {whole} were copied again");
     let listed = server.call("bdev_dirty_bitmap_get", json!({ "name": "vm" }));

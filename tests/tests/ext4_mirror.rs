@@ -108,14 +108,11 @@ fn an_ext4_file_system_mirrored_and_switched_over_under_load_is_clean_and_equal(
     guest.run_for(2000);
 
     // Slow enough that the guest meets chunks of every kind.
-    server.call(
-        "bdev_mirror_start",
-        json!({
-            "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
-            "job_id": "move", "sync": "full", "copy_mode": "write-blocking", "speed": 160 * MIB,
-            "auto_dismiss": false,
-        }),
-    );
+    server.start_mirror(&json!({
+        "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
+        "job_id": "move", "sync": "full", "copy_mode": "write-blocking", "speed": 160 * MIB,
+        "auto_dismiss": false,
+    }));
     server.wait_for_status("move", "ready");
     guest.run_for(2000);
 

@@ -31,14 +31,11 @@ fn a_front_end_killed_in_mid_mirror_reconnects_and_the_mirror_finishes() {
     let start = |seed| GuestProcess::start(PROGRAM, &socket, &table, BLOCKS, seed);
     let guest = start(1);
 
-    server.call(
-        "bdev_mirror_start",
-        json!({
-            "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
-            "job_id": "move", "sync": "full", "copy_mode": "write-blocking", "speed": SIZE / 4,
-            "auto_dismiss": false,
-        }),
-    );
+    server.start_mirror(&json!({
+        "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
+        "job_id": "move", "sync": "full", "copy_mode": "write-blocking", "speed": SIZE / 4,
+        "auto_dismiss": false,
+    }));
     let mut guest = guest;
     for (seed, percent) in [(2, 10), (3, 40)] {
         let copied = |job: &Value| {

@@ -52,7 +52,7 @@ fn mirror(server: &mut Server, more: Value) {
         "speed": SIZE / 8, "auto_dismiss": false,
     });
     params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    server.call("bdev_mirror_start", params);
+    server.start_mirror(&params);
     server.wait_for_job("move", "part copied", |job| job["copied_bytes"].as_u64() > Some(0));
 }
 

@@ -56,7 +56,7 @@ impl Rig {
             "target_name": "new", "auto_dismiss": false,
         });
         params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        server.call("bdev_mirror_start", params);
+        server.start_mirror(&params);
         Self { server, guest, seed: 1 }
     }
 
@@ -98,7 +98,7 @@ impl Rig {
         if leg == Leg::Source {
             // Nothing is left of the mirror that would keep another from beginning.
             let again = json!({ "source": "EE_disk", "target_path": target, "job_id": "again" });
-            server.call("bdev_mirror_start", again);
+            server.start_mirror(&again);
             server.wait_for_status("again", "ready");
         }
         let _files = server.stop();

@@ -122,10 +122,7 @@ fn a_disk_moves_to_an_export_that_is_killed_in_mid_copy_and_again_as_the_disk() 
     server.call("bdev_virtio_create", json!({ "name": "remote", "socket": export.socket }));
     let guest = start_guest(&server);
     guest.run_for(100);
-    server.call(
-        "bdev_mirror_start",
-        json!({ "source": "disk", "target": "remote", "job_id": "move", "speed": SIZE / 4, "auto_dismiss": false }),
-    );
+    server.start_mirror(&json!({ "source": "disk", "target": "remote", "job_id": "move", "speed": SIZE / 4, "auto_dismiss": false }));
     let part = |job: &Value| job["copied_bytes"].as_u64() > Some(SIZE / 8);
     server.wait_for_job("move", "part copied", part);
     export.kill();
@@ -167,7 +164,7 @@ fn a_disk_moves_from_an_export_to_a_file() {
         "source": "remote", "target_path": target, "target_mode": "create", "job_id": "move", "speed": SIZE / 4,
         "auto_dismiss": false,
     });
-    server.call("bdev_mirror_start", start);
+    server.start_mirror(&start);
     let part = |job: &Value| job["copied_bytes"].as_u64() > Some(SIZE / 8);
     server.wait_for_job("move", "part copied", part);
     export.kill();

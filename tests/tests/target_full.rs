@@ -52,14 +52,11 @@ fn a_full_target_pauses_the_mirror_and_room_lets_it_go_on_without_a_guest_error(
     });
     guest.run_for(100);
 
-    server.call(
-        "bdev_mirror_start",
-        json!({
-            "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
-            "job_id": "move", "sync": "full", "copy_mode": "write-blocking",
-            "on_target_error": "enospc", "auto_dismiss": false,
-        }),
-    );
+    server.start_mirror(&json!({
+        "source": "vm", "target_path": target, "target_mode": "create", "target_format": "raw",
+        "job_id": "move", "sync": "full", "copy_mode": "write-blocking",
+        "on_target_error": "enospc", "auto_dismiss": false,
+    }));
     let full = |job: &serde_json::Value| job["io_status"] == "nospace";
     let job = server.wait_for_job("move", "out of room", full);
     let copied_before = job["copied_bytes"].as_u64().unwrap();

@@ -114,6 +114,23 @@ impl Server {
         }
     }
 
+    /// Starts a mirror; again where the disk did not drain in time, as the error says: others may keep the machine's own disk busy,
+    /// and then a guest's flush takes longer than a hold may.
+    ///
+    /// # Panics
+    /// If it is refused for another reason, or again and again.
+    pub fn start_mirror(&mut self, params: &Value) -> Value {
+        const TIMED_OUT: i64 = -110;
+        for _ in 0..10 {
+            match self.try_call("bdev_mirror_start", params.clone()) {
+                Ok(result) => return result,
+                Err(error) if error.code == TIMED_OUT => eprintln!("{error}"),
+                Err(error) => panic!("bdev_mirror_start {params}: {error}\n{}", self.log()),
+            }
+        }
+        panic!("bdev_mirror_start {params}: the disk never drained\n{}", self.log());
+    }
+
     /// Serves a file as the disk of a controller.
     pub fn serve_file(&mut self, bdev: &str, file: &Path, controller: &str) {
         self.call("bdev_uring_create", json!({ "name": bdev, "filename": file }));

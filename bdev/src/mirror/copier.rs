@@ -7,7 +7,8 @@
 //!
 //! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight. Where
 //! the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
-//! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs.
+//! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs; as long
+//! as the job gets on by that.
 //!
 //! A copy holds its chunks against guest writes for as long as it lasts. The copier looks for chunks where no guest write
 //! is; only if it finds none does a copy get in line behind one, so that a chunk written without pause is copied too.
@@ -44,10 +45,10 @@ impl Pace {
     /// Copies in flight.
     fn copies(self, inline: bool) -> usize {
         match self {
+            Self::Firm => 4,
             _ if inline => 1,
             Self::Alone => usize::MAX,
             Self::Gentle => 1,
-            Self::Firm => 4,
             // As many as a slow target needs to take what is allowed.
             Self::Held => 8,
         }
@@ -528,14 +529,15 @@ impl Core {
             // In a window, a read and a write, the guest has asked twice; and a copied byte costs the core about as much as one that
             // the guest writes. So of its time the copier has something like a third.
             Pace::Gentle | Pace::Held => self.asked / 4 * 3,
-            Pace::Firm => self.asked.saturating_mul(2),
+            // A write of a block makes a whole chunk dirty: no share of what the guest asks for is enough for sure.
+            Pace::Firm => self.config.window.into(),
         }
     }
 
     /// Bytes of one copy of data.
     fn run(&self, pace: Pace) -> u64 {
         match (self.config.inline, pace) {
-            (false, _) | (_, Pace::Alone) => pace.run(),
+            (false, _) | (_, Pace::Alone | Pace::Firm) => pace.run(),
             // A window, or the guest would meet it for long.
             (true, _) => self.inline_window(),
         }

@@ -9,37 +9,40 @@
 /// Bytes of a cache line.
 pub(crate) const LINE: usize = 64;
 
-/// Has the line of `address` fetched, to be written as well: a guest keeps a request's status beside its header.
-#[inline]
-pub(crate) fn prefetch(address: *const u8) {
-    // On a processor without the instruction (before 2014) it is none.
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; it cannot fault and changes no memory and no register.
-    unsafe {
-        std::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("prfm pstl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = address;
+/// What the line is wanted for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Access {
+    Read,
+    /// To be written as well, so that it is fetched once: a guest keeps a request's status beside its header.
+    Write,
 }
 
-/// The same for a line that is only read.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! hint {
+    ($instruction:literal, $address:expr) => {
+        // SAFETY: a hint; it cannot fault and changes no memory and no register.
+        unsafe {
+            std::arch::asm!($instruction, in(reg) $address, options(nostack, preserves_flags, readonly));
+        }
+    };
+}
+
+/// Has the line of `address` fetched.
 #[inline]
-pub(crate) fn prefetch_to_read(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("prefetcht0 [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
+pub(crate) fn prefetch(address: *const u8, access: Access) {
+    match access {
+        #[cfg(target_arch = "x86_64")]
+        Access::Read => hint!("prefetcht0 [{}]", address),
+        // On a processor without the instruction (before 2014) it is none.
+        #[cfg(target_arch = "x86_64")]
+        Access::Write => hint!("prefetchw [{}]", address),
+        #[cfg(target_arch = "aarch64")]
+        Access::Read => hint!("prfm pldl1keep, [{}]", address),
+        #[cfg(target_arch = "aarch64")]
+        Access::Write => hint!("prfm pstl1keep, [{}]", address),
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        Access::Read | Access::Write => {
+            let _ = address;
+        }
     }
-    #[cfg(target_arch = "aarch64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let _ = address;
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::mapping::Mapping;
-use crate::prefetch::{LINE, prefetch};
+use crate::prefetch::{Access, LINE, prefetch};
 use crate::usize_from;
 
 /// Bits of a [`RegionId`] that index the table; the rest are the generation.
@@ -203,10 +203,10 @@ impl RegionTable {
     #[inline]
     pub fn prefetch(&self, slice: BufferSlice) {
         let Ok(first) = self.resolve(slice) else { return };
-        prefetch(first);
+        prefetch(first, Access::Write);
         let last = (slice.length as usize).clamp(1, LINE) - 1;
         if (first as usize % LINE) + last >= LINE {
-            prefetch(first.wrapping_add(last));
+            prefetch(first.wrapping_add(last), Access::Write);
         }
     }
 

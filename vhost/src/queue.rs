@@ -283,19 +283,20 @@ impl LiveQueue {
         if count < 2 {
             return Ok(count);
         }
-        let mut tables = [BufferSlice::EMPTY; AHEAD as usize];
         for ahead in 0..count {
             ring.prefetch(ahead);
         }
-        for (ahead, table) in (0..count).zip(&mut tables) {
+        let (mut tables, mut found) = ([BufferSlice::EMPTY; AHEAD as usize], 0);
+        for ahead in 0..count {
             let Some(first) = ring.peek(ahead) else { continue };
             let Some(slice) = memory.translate(first.address, first.length) else { continue };
             cx.memory.prefetch(slice);
             if first.has(descriptor_flags::INDIRECT) {
-                *table = slice;
+                tables[found] = slice;
+                found += 1;
             }
         }
-        for table in &tables {
+        for table in &tables[..found] {
             let mut address = [0; 8];
             if let Some(first) = table.part(0, 8)
                 && cx.memory.read(first, &mut address).is_ok()

@@ -145,10 +145,7 @@ impl Mirror {
         let MirrorChannels { source, copy_source, target } = channels;
         let limits = combined_limits(source.limits(), target.limits());
         let inline = copy_source.works_inline() && target.works_inline();
-        let core = CoreConfig {
-            inline,
-            ..core_config(&config, &limits, copy_source.limits(), target.limits())
-        };
+        let core = core_config(&config, &limits, copy_source.limits(), target.limits(), inline);
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
@@ -470,6 +467,7 @@ fn core_config(
     limits: &Limits,
     reads: &Limits,
     target: &Limits,
+    inline: bool,
 ) -> CoreConfig {
     let zero_unit = limits.block_size.max(4096);
     let most = limits.max_transfer.max(zero_unit).min(reads.max_transfer).min(WINDOW);
@@ -506,7 +504,7 @@ fn core_config(
         run: u64::from(window),
         hole_run: if target.zeroes_unmap && unmap { HOLE_RUN } else { u64::from(window) },
         window,
-        inline: false,
+        inline,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
     }

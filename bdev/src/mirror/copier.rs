@@ -185,8 +185,8 @@ impl Core {
         self.copier_due.filter(|_| self.copier_runs())
     }
 
-    /// How much room the copier may take now.
-    pub(super) fn pace(&mut self, guest_busy: bool, now: Nanos) -> Pace {
+    /// How much room the copier may take from now on.
+    pub(super) fn next_pace(&mut self, guest_busy: bool, now: Nanos) -> Pace {
         if guest_busy {
             self.guest_seen = Some(now);
         }
@@ -247,9 +247,9 @@ impl Core {
     }
 
     /// Begins copies, as many as may be in flight.
-    pub(super) fn start_copies(&mut self, pace: Pace, now: Nanos) {
+    pub(super) fn start_copies(&mut self, now: Nanos) {
         self.copier_due = None;
-        if pace != Pace::Held {
+        if self.pace != Pace::Held {
             self.beside_guest.forgive(now);
         }
         if !self.copier_runs() {
@@ -259,7 +259,7 @@ impl Core {
             self.copier_due = Some(self.bad.until());
             return;
         }
-        let most = pace.copies(self.config.inline);
+        let most = self.pace.copies(self.config.inline);
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let (mut busy, mut looks) = (None, 0);
         let mut sweep = Sweep { from: self.cursor, wrapped: false };
@@ -285,7 +285,7 @@ impl Core {
             looks += 1;
             #[allow(clippy::cast_possible_truncation)] // fewer copies than fit u16
             let free = free as u16;
-            match self.look(&mut sweep, pace, now) {
+            match self.look(&mut sweep, now) {
                 Look::Nothing => break,
                 Look::Rests(until) => {
                     let due = self.copier_due.map_or(until, |due| due.min(until));
@@ -303,7 +303,7 @@ impl Core {
     }
 
     /// Looks at the next dirty run, once round the disk.
-    fn look(&mut self, sweep: &mut Sweep, pace: Pace, now: Nanos) -> Look {
+    fn look(&mut self, sweep: &mut Sweep, now: Nanos) -> Look {
         let limit = self.scanned_upto / self.grid.granularity();
         let limit = if self.scanned_upto >= self.grid.size() { self.grid.chunks() } else { limit };
         let dirty = &self.maps.dirty;
@@ -313,10 +313,10 @@ impl Core {
             return Look::Nothing;
         }
         let hole = self.maps.hole.get(first);
-        let largest = match (hole, pace) {
+        let largest = match (hole, self.pace) {
             (true, Pace::Alone) => self.config.hole_run,
             (true, Pace::Gentle | Pace::Firm | Pace::Held) => self.config.run,
-            (false, _) => self.config.run.min(self.run(pace)).min(self.limiter.largest()),
+            (false, _) => self.config.run.min(self.run()).min(self.limiter.largest()),
         };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
@@ -535,24 +535,27 @@ impl Core {
     }
 
     /// Bytes of one copy of data.
-    fn run(&self, pace: Pace) -> u64 {
-        match (self.config.inline, pace) {
-            (false, _) | (_, Pace::Alone | Pace::Firm) => pace.run(),
+    fn run(&self) -> u64 {
+        match (self.config.inline, self.pace) {
+            (false, pace) | (true, pace @ (Pace::Alone | Pace::Firm)) => pace.run(),
             // A window, or the guest would meet it for long.
             (true, _) => self.inline_window(),
         }
     }
 
-    /// Bytes that are read at once now: whole units of zero detection.
-    fn window(&mut self) -> u64 {
+    /// The window that is read now, in bytes: whole units of zero detection. What the guest has asked for is used up by it.
+    fn take_window(&mut self) -> u64 {
         let (most, unit) = (u64::from(self.config.window), u64::from(self.config.zero_unit));
-        let inline = self.inline_window();
+        if !self.config.inline {
+            return most;
+        }
+        let window = self.inline_window();
         self.asked = 0;
-        if self.config.inline { inline.next_multiple_of(unit).clamp(unit, most) } else { most }
+        window.next_multiple_of(unit).clamp(unit, most)
     }
 
     fn read_window(&mut self, copy: u16, now: Nanos) {
-        let (window, unit) = (self.window(), self.config.zero_unit);
+        let (window, unit) = (self.take_window(), self.config.zero_unit);
         let slot = &mut self.copies[usize::from(copy)];
         slot.state = CopyState::Reading;
         slot.since = now;

@@ -614,8 +614,8 @@ impl Core {
         if self.throttle.tick(now) {
             self.follow_throttle(now);
         }
-        self.pace = self.pace(guest_busy, now);
-        self.start_copies(self.pace, now);
+        self.pace = self.next_pace(guest_busy, now);
+        self.start_copies(now);
         self.start_checks(guest_busy, now);
         self.flush_now_and_then(now);
         // What is skipped without I/O can have been the last.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use super::AreaError;
 use crate::mapping::Mapping;
-use crate::prefetch::prefetch_to_read;
+use crate::prefetch::{Access, prefetch};
 use crate::usize_from;
 
 /// A checked, aligned piece of shared memory.
@@ -94,7 +94,7 @@ impl Area {
     pub fn prefetch(&self, offset: usize) {
         if offset < self.len {
             // SAFETY: inside the area.
-            prefetch_to_read(unsafe { self.base.add(offset) });
+            prefetch(unsafe { self.base.add(offset) }, Access::Read);
         }
     }
 

@@ -108,7 +108,7 @@ impl Device {
     }
 
     /// What must stay as it is while the bdev lives, by the words of a message: all but the size.
-    fn properties(&self) -> [(&'static str, u64); 9] {
+    fn properties(&self) -> [(&'static str, String); 9] {
         let Self {
             geometry: Geometry { block_size, num_blocks: _ },
             read_only,
@@ -120,16 +120,17 @@ impl Device {
             segment_bytes,
             max_transfer,
         } = *self;
+        let flag = |set| if set { "on" } else { "off" }.to_owned();
         [
-            ("block size", block_size.into()),
-            ("being read-only (0 no, 1 yes)", read_only.into()),
-            ("taking flushes (0 no, 1 yes)", flush.into()),
-            ("longest discard", discard_max),
-            ("longest write of zeroes", zeroes_max),
-            ("deallocating zeroes (0 no, 1 yes)", zeroes_unmap.into()),
-            ("number of segments", segments.into()),
-            ("longest segment", segment_bytes.into()),
-            ("longest transfer", max_transfer.into()),
+            ("block size", block_size.to_string()),
+            ("read-only flag", flag(read_only)),
+            ("flush support", flag(flush)),
+            ("longest discard", discard_max.to_string()),
+            ("longest write of zeroes", zeroes_max.to_string()),
+            ("deallocation by zeroes", flag(zeroes_unmap)),
+            ("number of segments", segments.to_string()),
+            ("longest segment", segment_bytes.to_string()),
+            ("longest transfer", max_transfer.to_string()),
         ]
     }
 }
@@ -220,15 +221,24 @@ mod tests {
         assert_eq!(device.successor(&CONFIG), Ok(device));
         let grown = device.successor(&BlkConfig { capacity: 2 << 30, ..CONFIG }).unwrap();
         assert_eq!(grown.geometry.size(), 2 << 30);
-        for other in [
-            BlkConfig { capacity: 1 << 29, ..CONFIG },
-            BlkConfig { block_size: 4096, ..CONFIG },
-            BlkConfig { read_only: true, ..CONFIG },
-            BlkConfig { segments_max: Some(4), ..CONFIG },
-            BlkConfig { discard_max: Some(4096), ..CONFIG },
-            BlkConfig { flush: false, ..CONFIG },
+        for (other, refusal) in [
+            (
+                BlkConfig { capacity: 1 << 29, ..CONFIG },
+                "it has 536870912 bytes now, and had 1073741824",
+            ),
+            (BlkConfig { block_size: 4096, ..CONFIG }, "its block size is 4096 now, and was 512"),
+            (BlkConfig { read_only: true, ..CONFIG }, "its read-only flag is on now, and was off"),
+            (
+                BlkConfig { segments_max: Some(4), ..CONFIG },
+                "its number of segments is 4 now, and was 16",
+            ),
+            (
+                BlkConfig { discard_max: Some(4096), ..CONFIG },
+                "its longest discard is 4096 now, and was 16777216",
+            ),
+            (BlkConfig { flush: false, ..CONFIG }, "its flush support is off now, and was on"),
         ] {
-            assert!(device.successor(&other).is_err(), "{other:?}");
+            assert_eq!(device.successor(&other), Err(refusal.to_owned()));
         }
     }
 }

@@ -2,70 +2,87 @@
 
 use super::*;
 
-const DISK: u64 = 64 << 20;
 const REQUEST: u64 = 4096;
+/// Turns of `copied_beside`.
 const TURNS: u64 = 100;
+
+/// A mirror of a disk without zeroes, which would not be copied, and a guest that asks for so many blocks in each turn.
+struct InMemory {
+    memory: RegionTable,
+    buffer: RegionId,
+    /// Bytes.
+    disk: u64,
+    mirror: Mirror,
+    now: Nanos,
+    /// Requests that the guest has made.
+    asked: u64,
+}
+
+impl InMemory {
+    fn new(disk: u64, config: MirrorConfig) -> Self {
+        const FILL: usize = 1 << 20;
+        let memory = RegionTable::with_capacity(16);
+        let buffer = memory.insert(Mapping::anonymous(FILL).unwrap()).unwrap();
+        let malloc = |name| Malloc::new(name, BLOCK, disk / u64::from(BLOCK)).unwrap();
+        let (source, target) = (malloc("source"), malloc("target"));
+        let now = Nanos::ZERO;
+        let cx = Context { now, memory: &memory };
+
+        let filled = first_of(buffer, FILL as u64);
+        memory.write(filled, &vec![7; FILL]).unwrap();
+        let mut filling = source.open_channel(1).unwrap();
+        filling.attach(&cx);
+        let mut done = CompletionBatch::with_capacity(1);
+        for offset in (0..disk).step_by(FILL) {
+            filling.submit(&cx, io(IoKind::Write, offset, FILL as u64), &[filled]);
+            filling.poll(&cx, &mut done);
+            done.clear();
+        }
+
+        let channels = MirrorChannels {
+            source: source.open_channel(DISK_DEPTH).unwrap(),
+            copy_source: source.open_channel(COPY_DEPTH).unwrap(),
+            target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        };
+        let mut mirror = Mirror::new(config, channels).unwrap();
+        mirror.attach(&cx);
+        mirror.scanned(&cx, ScanReport::Done);
+        Self { memory, buffer, disk, mirror, now, asked: 0 }
+    }
+
+    /// A turn of the reactor, `time` after the last one, in which the guest asks for `depth` blocks: each `stride` blocks
+    /// behind the one before.
+    fn turn(&mut self, time: Nanos, kind: IoKind, depth: u64, stride: u64) {
+        self.now = self.now + time;
+        let cx = Context { now: self.now, memory: &self.memory };
+        let block = first_of(self.buffer, REQUEST);
+        for _ in 0..depth {
+            let offset = self.asked * stride * REQUEST % self.disk;
+            self.mirror.submit(&cx, io(kind, offset, REQUEST), &[block]);
+            self.asked += 1;
+        }
+        self.mirror.commit(&cx);
+        self.mirror.poll(&cx, &mut CompletionBatch::with_capacity(64));
+    }
+}
+
+fn first_of(region: RegionId, length: u64) -> BufferSlice {
+    BufferSlice { region, offset: 0, length: u32::try_from(length).unwrap() }
+}
+
+fn io(kind: IoKind, offset: u64, length: u64) -> BdevIo {
+    BdevIo { tag: Tag(0), kind, may_unmap: false, offset, length }
+}
 
 /// Bytes that are copied beside a guest that reads so often in each turn.
 fn copied_beside(depth: u64) -> u64 {
-    let memory = RegionTable::with_capacity(16);
-    let buffer = memory.insert(Mapping::anonymous(1 << 20).unwrap()).unwrap();
-    let slice = |length: u64| BufferSlice {
-        region: buffer,
-        length: u32::try_from(length).unwrap(),
-        offset: 0,
-    };
-    let disk = |name| Malloc::new(name, BLOCK, DISK / u64::from(BLOCK)).unwrap();
-    let (source, target) = (disk("source"), disk("target"));
-    let mut now = Nanos::ZERO;
-    let mut done = CompletionBatch::with_capacity(64);
-
-    // Zeroes would not be copied.
-    memory.write(slice(1 << 20), &vec![7; 1 << 20]).unwrap();
-    let mut filling = source.open_channel(1).unwrap();
-    filling.attach(&Context { now, memory: &memory });
-    for offset in (0..DISK).step_by(1 << 20) {
-        let cx = Context { now, memory: &memory };
-        let io =
-            BdevIo { tag: Tag(0), kind: IoKind::Write, may_unmap: false, offset, length: 1 << 20 };
-        filling.submit(&cx, io, &[slice(1 << 20)]);
-        filling.poll(&cx, &mut done);
-        done.clear();
+    let mut bench = InMemory::new(64 << 20, blocking());
+    for _ in 0..TURNS {
+        bench.turn(Nanos::from_micros(10), IoKind::Read, depth, 1);
     }
-
-    let channels = MirrorChannels {
-        source: source.open_channel(DISK_DEPTH).unwrap(),
-        copy_source: source.open_channel(COPY_DEPTH).unwrap(),
-        target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
-    };
-    let mut mirror = Mirror::new(blocking(), channels).unwrap();
-    let cx = Context { now, memory: &memory };
-    mirror.attach(&cx);
-    mirror.scanned(&cx, ScanReport::Done);
-    for turn in 0..TURNS {
-        now = now + Nanos::from_micros(10);
-        let cx = Context { now, memory: &memory };
-        for at in 0..depth {
-            let offset = (turn * depth + at) * REQUEST % DISK;
-            let io = BdevIo {
-                tag: Tag(0),
-                kind: IoKind::Read,
-                may_unmap: false,
-                offset,
-                length: REQUEST,
-            };
-            mirror.submit(&cx, io, &[slice(REQUEST)]);
-        }
-        mirror.commit(&cx);
-        done.clear();
-        mirror.poll(&cx, &mut done);
-    }
-    assert_eq!(
-        mirror.info(now).status,
-        JobStatus::Running,
-        "all was copied; the disk is too small"
-    );
-    mirror.info(now).copied_bytes
+    let info = bench.mirror.info(bench.now);
+    assert_eq!(info.status, JobStatus::Running, "all was copied; the disk is too small");
+    info.copied_bytes
 }
 
 #[test]

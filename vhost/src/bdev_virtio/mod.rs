@@ -24,6 +24,7 @@
 mod channel;
 mod device;
 mod keeper;
+mod pool;
 mod ring_state;
 mod seat;
 mod shared;

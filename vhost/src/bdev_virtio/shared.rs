@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam::queue::ArrayQueue;
 use resilver_sys::EventFd;
 
+use super::pool::Pool;
 use super::seat::Seat;
 use crate::front_end::RingError;
 
@@ -15,7 +16,7 @@ pub(super) type Watcher = Box<dyn Fn(u64) + Send + Sync>;
 /// Shared by all parts.
 pub(super) struct Shared {
     /// Seats that no channel has.
-    free: ArrayQueue<Seat>,
+    free: Pool<Seat>,
     /// Seats whose channels have gone and left requests in flight: the keeper sees to them.
     left: ArrayQueue<Seat>,
     /// Wakes the keeper.
@@ -32,14 +33,9 @@ pub(super) struct Shared {
 impl Shared {
     /// For as many seats as are given.
     pub(super) fn new(seats: Vec<Seat>, capacity: u64) -> std::io::Result<Self> {
-        let (free, left) = (ArrayQueue::new(seats.len()), ArrayQueue::new(seats.len()));
-        for seat in seats {
-            // There is room for all.
-            let _ = free.push(seat);
-        }
         Ok(Self {
-            free,
-            left,
+            left: ArrayQueue::new(seats.len()),
+            free: Pool::new(seats),
             wake: EventFd::new()?,
             quit: AtomicBool::new(false),
             capacity: AtomicU64::new(capacity),
@@ -50,24 +46,19 @@ impl Shared {
 
     /// A seat for a channel.
     pub(super) fn take_seat(&self) -> Option<Seat> {
-        self.free.pop()
+        self.free.take()
     }
 
-    /// Shows `visitor` every seat that no channel has, one after the other; who asks for a seat at that instant does not find it.
-    pub(super) fn each_free(&self, mut visitor: impl FnMut(&mut Seat)) {
-        for _ in 0..self.free.len() {
-            let Some(mut seat) = self.free.pop() else { return };
-            visitor(&mut seat);
-            // There is room for all.
-            let _ = self.free.push(seat);
-        }
+    /// Shows `visitor` every seat that no channel has, one after the other.
+    pub(super) fn each_free(&self, visitor: impl FnMut(&mut Seat)) {
+        self.free.each(visitor);
     }
 
-    /// A channel has gone. There is room in both queues for all seats that there are.
+    /// A channel has gone. There is room for all seats among those that are left, too.
     pub(super) fn take_back(&self, mut seat: Seat) {
         if seat.queue.in_flight() == 0 {
             seat.pool.reclaim();
-            let _ = self.free.push(seat);
+            self.free.put(seat);
         } else {
             let _ = self.left.push(seat);
             self.wake();

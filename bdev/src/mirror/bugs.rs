@@ -41,6 +41,8 @@ pub enum Bug {
     VerifyTakesNoRange,
     /// Writes to an observer that nobody waits for do not shut their chunks: newer bytes are overtaken by them.
     TrailingForgotten,
+    /// A switch-over does not wait for writes that trail: the guest goes on with a disk that lacks them.
+    TrailingNotAwaited,
     /// A part of a cluster is written to a difference image that has nothing of it: the rest of its base is hidden.
     ClusterNotFilled,
     /// A mirror keeps its working bitmap's bits to itself when it ends: what is written afterwards is not recorded.
@@ -49,7 +51,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, for whoever plants one after the other.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::WriteNotDirtied,
         Self::TargetErrorForgotten,
         Self::NoBounceCopy,
@@ -67,6 +69,7 @@ impl Bug {
         Self::AcknowledgedBeforeRetract,
         Self::VerifyTakesNoRange,
         Self::TrailingForgotten,
+        Self::TrailingNotAwaited,
         Self::ClusterNotFilled,
         Self::BitmapNotHandedBack,
     ];

@@ -199,7 +199,9 @@ impl Core {
         let shrinks = match self.mirroring() {
             // What goes to both legs makes nothing dirty, so any pace gets there.
             Mirroring::Both | Mirroring::Switching => true,
-            Mirroring::Behind | Mirroring::Detached => self.shrinks(now),
+            Mirroring::Behind | Mirroring::Trailing | Mirroring::Detached => {
+                self.shrinks(now) || self.begins_to_trail(now)
+            }
         };
         match (held, shrinks) {
             (true, _) => Pace::Held,
@@ -226,7 +228,10 @@ impl Core {
         } else if self.config.auto_converge && !self.auto_converged {
             self.maybe_converge(now);
         }
-        self.shrinking.seen(self.maps.dirty.bytes(), now)
+        // Once it is ready it is to stay near; before, it is to get there.
+        let ready = self.stage == Stage::Ready;
+        let few = if ready { self.config.window.into() } else { 0 };
+        self.shrinking.seen(self.maps.dirty.bytes(), few, now)
     }
 
     /// Bytes that copies under way have yet to do.

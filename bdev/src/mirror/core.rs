@@ -31,6 +31,7 @@ use super::rows::Rows;
 use super::scope::{ObserverPolicy, SyncMode};
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
 use super::throttle::Throttle;
+use super::trail::Unawaited;
 use super::verify::{CHECKS, Verify};
 use crate::bitmap::{Bitmap, Grid};
 use crate::io::{BdevIo, IoError, IoKind, Tag};
@@ -253,10 +254,8 @@ pub(super) struct Core {
     /// Target I/O given up and not ended: of guest requests, and of copies.
     pub lost_ops: u32,
     pub lost_copies: u32,
-    /// Guest requests answered while their target leg flies.
-    pub trailing: u32,
-    /// Bounce memory that those hold, and the requests given up.
-    pub held_units: u32,
+    /// What nobody waits for on the target, of guest requests.
+    pub unawaited: Unawaited,
     /// Guest requests not answered.
     pub guest_live: u32,
     /// Guest requests whose target leg flies.
@@ -275,6 +274,8 @@ pub(super) struct Core {
     pub chase: Chase,
     /// When the guest last had something in flight.
     pub guest_seen: Option<Nanos>,
+    /// The guest made chunks dirty faster than copies cleaned them.
+    pub falls_behind: bool,
     /// What the guest has asked for since the copier last read, bytes; and how much room the copier takes.
     pub asked: u64,
     pub pace: Pace,
@@ -328,8 +329,7 @@ impl Core {
             pooling: VecDeque::with_capacity(ops),
             lost_ops: 0,
             lost_copies: 0,
-            trailing: 0,
-            held_units: 0,
+            unawaited: Unawaited::with_room_for(ops),
             guest_live: 0,
             both_flying: 0,
             stage: Stage::Created,
@@ -340,6 +340,7 @@ impl Core {
             io_status: IoStatus::Ok,
             copier_due: None,
             guest_seen: None,
+            falls_behind: false,
             asked: 0,
             pace: Pace::Alone,
             shrinking: Shrinking::default(),
@@ -442,7 +443,7 @@ impl Core {
                 // A late landing: the range has been dirty all the while, and shut.
                 self.ops[usize::from(slot)].legs[side as usize] = Leg::Failed;
                 self.lost_ops -= 1;
-                self.held_units -= u32::from(self.ops[usize::from(slot)].units);
+                self.unawaited.ended(slot, self.ops[usize::from(slot)].units);
                 self.free_if_done(slot);
             }
             Leg::Unused | Leg::Ok | Leg::Failed => {
@@ -558,9 +559,10 @@ impl Core {
             dirty_part: dirty > dirty_whole,
         };
         // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
-        let full = self.lost_ops + self.trailing >= self.config.quarantine
-            || self.held_units > self.config.units / 2;
-        let hindrance = if full || self.shuts(&self.grid.bytes(&touched)) {
+        let full = self.unawaited.count() >= self.config.quarantine
+            || self.unawaited.units() > self.config.units / 2;
+        // It may share a chunk with what has yet to land there, but no bytes: only chunks that it covers whole become clean.
+        let hindrance = if full || self.shuts(&op.bytes()) {
             match self.config.observer {
                 ObserverPolicy::Block | ObserverPolicy::Track => TargetHindrance::Shut,
                 ObserverPolicy::Drop => TargetHindrance::Forgotten,
@@ -581,27 +583,6 @@ impl Core {
         let units = op.length.div_ceil(u64::from(BOUNCE_UNIT));
         // A request that is too large all the same fails to be copied, and so fails.
         u32::try_from(units).unwrap_or(u32::MAX).min(BOUNCE_UNITS_MAX)
-    }
-
-    /// Whether an I/O that nobody waits for may still land in these bytes of whole chunks.
-    pub(super) fn shuts(&self, bytes: &Range<u64>) -> bool {
-        if self.lost_ops + self.lost_copies + self.trailing == 0
-            || planted(Bug::LateLandingForgotten)
-        {
-            return false;
-        }
-        let chunks = |bytes: &Range<u64>| {
-            self.grid.bytes(&self.grid.touched(bytes.start, bytes.end - bytes.start))
-        };
-        let meets = |other: Range<u64>| other.start < bytes.end && bytes.start < other.end;
-        let nobody_waits = |op: &Op| match op.leg(Side::Target) {
-            Leg::Lost => true,
-            Leg::Flying => op.state == OpState::Answered && !planted(Bug::TrailingForgotten),
-            Leg::Unused | Leg::Ok | Leg::Failed => false,
-        };
-        let of_op = |op: &Op| nobody_waits(op) && meets(chunks(&op.bytes()));
-        self.ops.iter().any(of_op)
-            || self.copies.iter().any(|copy| copy.is_shut() && meets(copy.start..copy.end))
     }
 
     fn send(&mut self, slot: Slot, row: WriteRow, units: u32, now: Nanos) {
@@ -715,17 +696,5 @@ impl Core {
         }
         *self.op(slot) = Op::FREE;
         self.free_ops.push(slot);
-    }
-
-    /// Gives up the target leg of a request: it counts as failed, and its chunks are shut until it ends.
-    pub(super) fn lose_target_leg(&mut self, slot: Slot) {
-        let op = self.op(slot);
-        debug_assert_eq!(op.leg(Side::Target), Leg::Flying);
-        op.legs[Side::Target as usize] = Leg::Lost;
-        let units = op.units;
-        self.trailed(slot);
-        self.lost_ops += 1;
-        self.held_units += u32::from(units);
-        self.both_flying -= 1;
     }
 }

@@ -208,6 +208,7 @@ impl Core {
     /// How guest writes are mirrored now.
     pub(super) fn mirroring(&self) -> Mirroring {
         match self.stage {
+            Stage::Running | Stage::Ready if self.sends_along() => Mirroring::Trailing,
             Stage::Created | Stage::Running | Stage::Paused(_) => usual(self.config.copy_mode),
             Stage::Ready | Stage::Standby(_) => usual(self.config.copy_mode),
             Stage::Pending(_, Step::Freezing) => Mirroring::Behind,
@@ -243,6 +244,12 @@ impl Core {
             && self.lost_ops + self.lost_copies == 0
             && self.lines[Side::Target as usize].line != Line::Lost
             && self.copies.iter().all(|copy| copy.state == CopyState::Free)
+    }
+
+    /// Whether the legs are equal but for what the guest waits for; where writes trail by right, but for those.
+    fn converged(&self) -> bool {
+        let awaited = self.unawaited.count() == 0 || planted(Bug::TrailingNotAwaited);
+        self.in_sync() && (awaited || self.lets_trail())
     }
 
     /// The job has been put above its disk.
@@ -679,9 +686,11 @@ impl Core {
     fn flushed_in_sync(&mut self, now: Nanos) -> bool {
         match self.job_flush {
             JobFlush::Asked(_) => false,
-            JobFlush::Idle => self.in_sync() && self.flushed(now),
+            JobFlush::Idle => self.converged() && self.flushed(now),
             JobFlush::Good => {
-                let good = self.mirroring() == Mirroring::Behind || self.in_sync();
+                let in_background =
+                    matches!(self.mirroring(), Mirroring::Behind | Mirroring::Trailing);
+                let good = in_background || self.converged();
                 if !good {
                     self.job_flush = JobFlush::Idle;
                 }
@@ -783,7 +792,7 @@ impl Core {
             Stage::Leaving(_) => Some(Side::Source),
             Stage::Pending(Goal::Complete, Step::Recording)
                 if self.record == Record::Written
-                    && self.in_sync()
+                    && self.converged()
                     && self.job_flush == JobFlush::Good =>
             {
                 // A guest's flush in flight ends with the drain; the job's own has ended.
@@ -833,7 +842,7 @@ impl Core {
             throttle: self.throttle.allowance(),
             auto_converged: self.auto_converged,
             converging: left == 0 || (self.stage_copies() && rates.converging()),
-            actively_synced: both && was_ready && self.in_sync() && self.trailing == 0,
+            actively_synced: both && was_ready && self.in_sync() && self.unawaited.count() == 0,
             target_undurable_bytes: self.lines[Side::Target as usize].undurable_bytes(),
             io_status: self.io_status,
             failure: self.failure,

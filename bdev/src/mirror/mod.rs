@@ -23,6 +23,7 @@ mod rows;
 mod scope;
 mod tables;
 mod throttle;
+mod trail;
 mod verify;
 mod working;
 

@@ -248,10 +248,15 @@ impl Default for Shrinking {
 }
 
 impl Shrinking {
-    /// So many bytes are left now. Whether they got less by a sixteenth in the last stretch.
-    pub(super) fn seen(&mut self, left: u64, now: Nanos) -> bool {
+    /// So many bytes are left now, and how it goes on is to be seen.
+    pub(super) fn from(left: u64, now: Nanos) -> Self {
+        Self { since: now, left, yes: true }
+    }
+
+    /// So many bytes are left now. Whether they got less by a sixteenth in the last stretch, or are as few as will do.
+    pub(super) fn seen(&mut self, left: u64, few: u64, now: Nanos) -> bool {
         if now >= self.since + SHRINKS_WITHIN {
-            self.yes = left < self.left - self.left / 16;
+            self.yes = left <= few || left < self.left - self.left / 16;
             (self.since, self.left) = (now, left);
         }
         self.yes
@@ -369,13 +374,16 @@ mod tests {
     #[test]
     fn what_does_not_get_less_in_a_stretch_is_not_shrinking() {
         let mut shrinking = Shrinking::default();
-        let mut at = |millis, left| shrinking.seen(left, Nanos::from_millis(millis));
+        let mut at = |millis, left| shrinking.seen(left, 0, Nanos::from_millis(millis));
         assert!(at(1000, 1600));
         assert!(at(1200, 1600), "the stretch is not over");
         assert!(at(1500, 1400));
         assert!(!at(2000, 1350));
         assert!(!at(2100, 10));
         assert!(at(2500, 10));
+        assert!(!at(3000, 10) && at(3500, 0) && at(4000, 0), "nothing is left");
+        assert!(!shrinking.seen(6, 5, Nanos::from_millis(4500)));
+        assert!(shrinking.seen(5, 5, Nanos::from_millis(5000)), "few enough");
     }
 
     #[test]

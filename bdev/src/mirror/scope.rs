@@ -9,17 +9,16 @@
 //! written, and is never skipped for reading zero already nor deallocated, which would let the base show through.
 //!
 //! **Observers.** With scope `none` and write-blocking copies the target may be somebody who watches. [`ObserverPolicy`] says
-//! who waits when it lags: with `block` the guest does, as in any mirror; else the guest is answered when the source has its
-//! write, and the write to the target *trails*: it keeps its slot and its bounce memory and shuts its chunks, for what is sent
-//! there now could overtake it. What meets a shut chunk, or comes when too much trails, is dirty and copied later (`track`),
-//! or is counted and forgotten (`drop`). A copy in flight that is in a guest's way is given up. An observer's flushes are the job's own; the guest's do not wait for it.
+//! who waits when it lags: with `block` the guest does, as in any mirror; else writes trail (`trail`), and what cannot is dirty and
+//! copied later (`track`), or is counted and forgotten (`drop`). A copy in flight that is in a guest's way is given up. An
+//! observer's flushes are the job's own; the guest's do not wait for it.
 
 use std::ops::Range;
 
 use resilver_reactor::Nanos;
 
 use super::bugs::{Bug, planted};
-use super::core::{Core, Op, OpState, Slot};
+use super::core::{Core, Op};
 use super::life::Refused;
 use super::tables::Failed;
 use crate::io::{IoError, IoKind};
@@ -133,34 +132,6 @@ impl Core {
         if let Some(on_target) = &mut self.maps.on_target {
             on_target.set_range(&covered);
         }
-    }
-
-    /// Whether nobody waits for the target's leg of this request.
-    fn trails(&self, op: &Op) -> bool {
-        self.config.observer != ObserverPolicy::Block && op.kind != IoKind::Flush
-    }
-
-    /// Answers a request whose source leg has ended and whose target leg has not, if nobody waits for that. Whether it did.
-    pub(super) fn let_trail(&mut self, slot: Slot, now: Nanos) -> bool {
-        let op = *self.op(slot);
-        if !self.trails(&op) {
-            return false;
-        }
-        self.trailing += 1;
-        self.held_units += u32::from(op.units);
-        self.answer(slot, op.error.map_or(Ok(()), Err), now);
-        true
-    }
-
-    /// A target leg has ended or was given up; whether it trailed, and if so it does not any more.
-    pub(super) fn trailed(&mut self, slot: Slot) -> bool {
-        let op = *self.op(slot);
-        let trailed = op.state == OpState::Answered;
-        if trailed {
-            self.trailing -= 1;
-            self.held_units -= u32::from(op.units);
-        }
-        trailed
     }
 
     /// A write that the observer could not take is counted and forgotten, if that is the policy. Whether it was.

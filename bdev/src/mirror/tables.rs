@@ -23,6 +23,8 @@ pub(super) struct Span {
 pub(super) enum Mirroring {
     /// Writes go to the source and dirty.
     Behind,
+    /// As `Both`, and nobody waits for the target.
+    Trailing,
     /// Writes go to both legs where that helps.
     Both,
     /// As `Both`, and the switch-over has begun: nothing may become dirty for want of a promise.
@@ -34,7 +36,8 @@ pub(super) enum Mirroring {
 impl Mirroring {
     /// All of them.
     #[cfg(test)]
-    pub(super) const ALL: [Self; 4] = [Self::Behind, Self::Both, Self::Switching, Self::Detached];
+    pub(super) const ALL: [Self; 5] =
+        [Self::Behind, Self::Trailing, Self::Both, Self::Switching, Self::Detached];
 }
 
 /// Why the target cannot take part in a request, though the mode would have it.
@@ -109,6 +112,9 @@ pub(super) struct WriteRow {
 /// zeroes out (row U), the discard goes to the source and the chunks are read again; during a switch-over (row V), when
 /// nothing may become dirty, it is dropped, which a discard allows.
 ///
+/// *Both* is meant to include *trailing* here, whose requests fly like others; what has been answered before its target leg ended
+/// makes nothing clean.
+///
 /// Row F sends the whole request to both legs: in the part of a dirty chunk that it touches the target gets bytes that
 /// will be copied again, which is harmless; splitting the request would cost more.
 pub(super) fn on_write(
@@ -126,10 +132,10 @@ pub(super) fn on_write(
         Mirroring::Switching if kind == IoKind::Unmap && !zeroes_unmap => {
             return row('V', Legs::Neither, Bits::Keep, kind);
         }
-        Mirroring::Both if kind == IoKind::Unmap && !zeroes_unmap => {
+        Mirroring::Both | Mirroring::Trailing if kind == IoKind::Unmap && !zeroes_unmap => {
             return row('U', Legs::Source, Bits::Dirty, kind);
         }
-        Mirroring::Both | Mirroring::Switching => {}
+        Mirroring::Both | Mirroring::Trailing | Mirroring::Switching => {}
     }
     let sent = if kind == IoKind::Unmap { IoKind::WriteZeroes } else { kind };
     match (hindrance, span.dirty_part, span.dirty_whole, span.clean) {

@@ -21,6 +21,7 @@ use crate::malloc::Malloc;
 mod inline;
 mod scope;
 mod throttle;
+mod trail;
 mod verify;
 mod working;
 

@@ -90,7 +90,7 @@ pub fn calm_disk() -> DiskOptions {
         read_only: false,
     };
     let latency = (Nanos::from_micros(10), Nanos::from_micros(50));
-    DiskOptions { limits, unmap: UnmapResult::Zero, latency, slow_per_mille: 0 }
+    DiskOptions { limits, unmap: UnmapResult::Zero, latency, slow_per_mille: 0, inline: false }
 }
 
 /// A disk of some kind; for a target, one that fits the source.
@@ -133,7 +133,13 @@ pub fn disk(rng: &mut Rng, source: Option<&Limits>) -> DiskOptions {
         (Nanos(1_000), Nanos(100_000)),
         (Nanos(10_000), Nanos(1_000_000)),
     ]);
-    DiskOptions { limits, unmap, latency, slow_per_mille: rng.pick(&[0, 10, 100]) }
+    DiskOptions {
+        limits,
+        unmap,
+        latency,
+        slow_per_mille: rng.pick(&[0, 10, 100]),
+        inline: rng.chance(600),
+    }
 }
 
 /// A subset of what may go wrong with a disk.

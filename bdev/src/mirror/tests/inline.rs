@@ -1,4 +1,5 @@
-//! A mirror between disks in memory, where the reactor does the work: what the copier moves is in proportion to what the guest asks for.
+//! A mirror between disks in memory, where the reactor does the work: what the copier moves is in proportion to what the guest asks
+//! for, unless the job does not get on by that.
 
 use super::*;
 
@@ -95,4 +96,34 @@ fn beside_a_guest_the_copier_moves_about_as_much_as_it_and_alone_what_it_can() {
         );
     }
     assert!(copied_beside(0) > TURNS / 2 * (128 << 10), "{} bytes alone", copied_beside(0));
+}
+
+/// A guest that writes a block in each turn, here and there, until it has come about: each makes the 64 KiB around it dirty.
+fn beside_writes(config: MirrorConfig, what: &str, come_about: impl Fn(&JobInfo) -> bool) {
+    let mut bench = InMemory::new(16 << 20, config);
+    for _ in 0..20_000 {
+        // An odd number of blocks comes round to every chunk.
+        bench.turn(Nanos::from_micros(100), IoKind::Write, 1, 1021);
+        if come_about(&bench.mirror.info(bench.now)) {
+            return;
+        }
+    }
+    panic!("not {what} within two seconds: {:?}", bench.mirror.info(bench.now));
+}
+
+#[test]
+fn a_guest_that_writes_in_every_turn_does_not_keep_a_background_copy_from_being_ready() {
+    let config = MirrorConfig { copy_mode: CopyMode::Background, ..MirrorConfig::default() };
+    beside_writes(config, "ready", |info| {
+        assert!(info.copied_bytes < 64 << 20, "it runs after the guest: {info:?}");
+        info.status == JobStatus::Ready
+    });
+}
+
+/// With a speed nothing is sent along, and what is dirty gets less by copying only.
+#[test]
+fn a_copier_that_does_not_get_on_beside_writes_takes_what_it_can() {
+    let config =
+        MirrorConfig { copy_mode: CopyMode::Background, speed: 1 << 40, ..MirrorConfig::default() };
+    beside_writes(config, "clean", |info| info.dirty_bytes == 0);
 }

@@ -150,6 +150,9 @@ impl Bitmap {
     /// Clears the bits of some chunks.
     #[inline]
     pub fn clear_range(&mut self, chunks: &Range<u64>) {
+        if self.set == 0 {
+            return;
+        }
         for_words(self.clip(chunks), |index, mask| self.put(index, self.words[index] & !mask));
     }
 
@@ -158,8 +161,15 @@ impl Bitmap {
     #[must_use]
     pub fn count_range(&self, chunks: &Range<u64>) -> u64 {
         let mut count = 0;
+        if self.set == 0 {
+            return count;
+        }
         for_words(self.clip(chunks), |index, mask| {
-            count += u64::from((self.words[index] & mask).count_ones());
+            let set = self.words[index] & mask;
+            // Counting bits takes longer than looking whether there are any.
+            if set != 0 {
+                count += u64::from(set.count_ones());
+            }
         });
         count
     }
@@ -244,14 +254,18 @@ impl Bitmap {
         }
     }
 
+    #[inline]
     fn clip(&self, chunks: &Range<u64>) -> Range<u64> {
         chunks.start..chunks.end.min(self.grid.chunks())
     }
 
-    /// Replaces a word and keeps count and summary true.
+    /// Replaces a word and keeps count and summary true. Where a guest writes again and again nothing changes.
     #[inline]
     fn put(&mut self, index: usize, word: u64) {
         let old = std::mem::replace(&mut self.words[index], word);
+        if old == word {
+            return;
+        }
         self.set = self.set + u64::from(word.count_ones()) - u64::from(old.count_ones());
         let bit = 1 << (index as u64 & WORD_MASK);
         let summary = &mut self.summary[index >> WORD_SHIFT];

@@ -74,15 +74,16 @@ pub enum ChunkState {
 #[derive(Clone, Copy)]
 struct Held {
     io: BdevIo,
-    units: [u16; BOUNCE_UNITS_MAX as usize],
-    units_len: usize,
+    /// Where its payload is in bounce memory: a slice for each unit, from the unit's beginning.
+    bounced: [BufferSlice; BOUNCE_UNITS_MAX as usize],
+    units: usize,
 }
 
 impl Held {
     const NONE: Self = Self {
         io: BdevIo { tag: Tag(0), kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 },
-        units: [0; BOUNCE_UNITS_MAX as usize],
-        units_len: 0,
+        bounced: [BufferSlice::EMPTY; BOUNCE_UNITS_MAX as usize],
+        units: 0,
     };
 }
 
@@ -233,8 +234,12 @@ impl Mirror {
                 }
                 Action::Release { op } => {
                     let held = &mut self.held[usize::from(op)];
-                    self.free_units.extend_from_slice(&held.units[..held.units_len]);
-                    held.units_len = 0;
+                    for slice in &held.bounced[..held.units] {
+                        #[allow(clippy::cast_possible_truncation)] // there are fewer units
+                        let unit = (slice.offset / u64::from(BOUNCE_UNIT)) as u16;
+                        self.free_units.push(unit);
+                    }
+                    held.units = 0;
                 }
                 Action::Flush(side) => {
                     let io = flush(FLUSH);
@@ -293,19 +298,16 @@ impl Mirror {
     /// Sends a request to both legs, its payload from bounce memory.
     fn send_both(&mut self, cx: &Context<'_>, op: Slot, sent: IoKind, units: u16) {
         let held = &mut self.held[usize::from(op)];
-        held.units_len = usize::from(units);
-        for unit in &mut held.units[..usize::from(units)] {
-            *unit = self.free_units.pop().expect("the core counts units");
-        }
-        let mut bounced = [BufferSlice::EMPTY; BOUNCE_UNITS_MAX as usize];
+        held.units = usize::from(units);
         let mut left = held.io.length;
-        for (slice, unit) in bounced.iter_mut().zip(&held.units[..held.units_len]) {
+        for slice in &mut held.bounced[..held.units] {
+            let unit = self.free_units.pop().expect("the core counts units");
             #[allow(clippy::cast_possible_truncation)] // at most a unit
             let length = left.min(u64::from(BOUNCE_UNIT)) as u32;
-            *slice = self.bounce.slice(*unit, 0, length);
+            *slice = self.bounce.slice(unit, 0, length);
             left -= u64::from(length);
         }
-        let bounced = &bounced[..held.units_len];
+        let bounced = &held.bounced[..held.units];
         let copied = if planted(Bug::NoBounceCopy) {
             Ok(())
         } else {

@@ -685,16 +685,17 @@ impl Core {
 
     /// Frees the slot of a request that was answered and whose legs have ended.
     fn free_if_done(&mut self, slot: Slot) {
-        let op = self.ops[usize::from(slot)];
+        let op = &mut self.ops[usize::from(slot)];
         let flies = op.legs.iter().any(|leg| matches!(leg, Leg::Flying | Leg::Lost));
         if op.state != OpState::Answered || flies {
             return;
         }
-        if op.units > 0 {
-            self.units_free += u32::from(op.units);
+        let units = op.units;
+        *op = Op::FREE;
+        self.free_ops.push(slot);
+        if units > 0 {
+            self.units_free += u32::from(units);
             self.act(Action::Release { op: slot });
         }
-        *self.op(slot) = Op::FREE;
-        self.free_ops.push(slot);
     }
 }

@@ -56,6 +56,8 @@ struct Entry {
     age: u64,
     /// Older ones that it waits for.
     blockers: u32,
+    /// Its place among the live.
+    at: u16,
 }
 
 /// The operations on a disk.
@@ -127,8 +129,11 @@ impl Ranges {
     /// An operation ends, or goes without having been granted.
     pub(super) fn leave(&mut self, holder: Holder) {
         let Some(left) = self.entries[usize::from(holder)].take() else { return };
-        if let Some(at) = self.live.iter().position(|live| *live == holder) {
-            self.live.swap_remove(at);
+        self.live.swap_remove(usize::from(left.at));
+        if let Some(moved) = self.live.get(usize::from(left.at))
+            && let Some(entry) = &mut self.entries[usize::from(*moved)]
+        {
+            entry.at = left.at;
         }
         match left.class {
             Class::Guest => self.count(&(left.start..left.end), -1),
@@ -157,7 +162,9 @@ impl Ranges {
     ) -> Entered {
         let age = self.next_age;
         self.next_age += 1;
-        let mut new = Entry { class, start: bytes.start, end: bytes.end, age, blockers: 0 };
+        #[allow(clippy::cast_possible_truncation)] // holders are counted in u16
+        let at = self.live.len() as u16;
+        let mut new = Entry { class, start: bytes.start, end: bytes.end, age, blockers: 0, at };
         let mut behind_copy = false;
         if conflict_possible {
             for other in &self.live {

@@ -40,6 +40,7 @@ pub(crate) struct NewController {
     pub(crate) serial: Option<String>,
     pub(crate) num_queues: u16,
     pub(crate) packed_ring: bool,
+    pub(crate) postcopy: bool,
     pub(crate) params: Value,
 }
 
@@ -69,6 +70,12 @@ impl From<VhostError> for RpcError {
             VhostError::NumQueues(given) => {
                 Self::parameter("num_queues", given, format!("from 1 to {QUEUES_MAX} queues"))
             }
+            VhostError::NoPostcopy(source) => Self::new(
+                code::NOT_SUPPORTED,
+                "no_postcopy",
+                message,
+                json!({ "errno": source.raw_os_error() }),
+            ),
             VhostError::StillInFlight { name, in_flight } => Self::new(
                 code::TIMED_OUT,
                 "still_in_flight",
@@ -115,6 +122,7 @@ impl Target {
             serial: new.serial,
             num_queues: new.num_queues,
             packed_ring: new.packed_ring,
+            postcopy: new.postcopy,
         };
         match Controller::start(config, handle, limits) {
             Ok(controller) => {

@@ -279,6 +279,8 @@ pub static METRICS: &[MetricRow] = metrics! {
         |s| per_controller(s, |stats| stats.interrupts.get());
     "resilver_vhost_resubmitted_total", Counter, ["ctrlr"], "Requests executed again after a reconnect, because the in-flight region had them.",
         |s| per_controller(s, |stats| stats.resubmitted.get());
+    "resilver_vhost_fetched_pages_total", Counter, ["ctrlr"], "Pages of guest memory that were waited for in post-copy migrations.",
+        |s| per_controller(s, |stats| stats.fetched_pages.get());
     "resilver_vhost_sessions_total", Counter, ["ctrlr"], "Front ends that have connected.",
         |s| per_controller(s, |stats| stats.sessions.get());
     "resilver_reactor_busy_seconds_total", Counter, ["core"], "Time spent in turns that did something.",

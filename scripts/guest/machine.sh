@@ -71,17 +71,17 @@ end_target() {
     target=
 }
 
-# new_disk NAME MIB [RING]: a file, and its controller.
+# new_disk NAME MIB [RING [OPTION...]]: a file, and its controller.
 new_disk() {
     truncate -s "$2M" "$work/$1.raw"
     resilver bdev uring-create "$1" "$work/$1.raw" >/dev/null
-    new_controller "$1" "${3:-split}"
+    new_controller "$1" "${3:-split}" "${@:4}"
 }
-# new_controller BDEV RING: serves it with split rings, or with packed ones too.
+# new_controller BDEV RING [OPTION...]: serves it with split rings, or with packed ones too.
 new_controller() {
     local packed=true
     [ "$2" = packed ] || packed=false
-    resilver vhost create-blk-controller "$1.sock" "$1" --packed-ring $packed >/dev/null
+    resilver vhost create-blk-controller "$1.sock" "$1" --packed-ring $packed "${@:3}" >/dev/null
 }
 
 # boot_on NAME DISK QUEUES RING ARGUMENT...: starts a guest on a disk and waits until it takes commands.

@@ -24,6 +24,7 @@ pub mod region;
 pub mod sigbus;
 pub mod slices;
 pub mod uring;
+pub mod userfault;
 mod vector;
 pub mod wait;
 mod zeroed;
@@ -35,6 +36,7 @@ pub use nudge::Nudge;
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
 pub use slices::Slices;
 pub use uring::{Ring, RingMode, SubmissionThread};
+pub use userfault::{FaultRefusal, FaultWindow, OnFault, Userfault};
 pub use vector::{Direction, SEGMENTS};
 pub use wait::{EventFd, WaitSet};
 

@@ -71,6 +71,8 @@ pub struct Mapping {
     len: usize,
     origin: Origin,
     backing: Backing,
+    /// Bytes of a page of what is mapped: those of a file on hugetlbfs are large.
+    page: usize,
     /// Shared mappings only: stands between us and a file that is shortened.
     guard: Option<Guard>,
 }
@@ -114,6 +116,7 @@ impl Mapping {
             len,
             origin: Origin::Mmap { map_base: address as usize, map_len },
             backing: Backing::TransparentHugePages,
+            page: PAGE_SIZE,
             guard: None,
         }))
     }
@@ -132,6 +135,7 @@ impl Mapping {
             len,
             origin: Origin::HugePages,
             backing: Backing::HugePages,
+            page: PAGE_SIZE,
             guard: None,
         })
     }
@@ -183,9 +187,10 @@ impl Mapping {
             len: usize_from(length),
             origin: Origin::Mmap { map_base: address as usize, map_len },
             backing: Backing::Shared,
+            page: usize_from(page),
             guard: None,
         };
-        let guard = Guard::new(address as usize, map_len, usize_from(page));
+        let guard = Guard::new(address as usize, map_len, mapping.page);
         mapping.guard = Some(guard.map_err(|source| MappingError::Os { length, source })?);
         Ok(Arc::new(mapping))
     }
@@ -211,11 +216,25 @@ impl Mapping {
         self.backing
     }
 
+    /// Bytes of a page: what comes of a shared mapping's file at a time.
+    #[must_use]
+    pub fn page_size(&self) -> usize {
+        self.page
+    }
+
     /// Whether the file behind a shared mapping was shortened and we touched what is gone: the bytes there are ours now, not
     /// the guest's, and its session has to end.
     #[must_use]
     pub fn poisoned(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::poisoned)
+    }
+
+    /// Where the whole pages that were mapped begin, and how many bytes they have.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        match self.origin {
+            Origin::Mmap { map_base, map_len } => (map_base, map_len),
+            Origin::HugePages => (self.base.as_ptr() as usize, self.len),
+        }
     }
 
     /// The first usable byte. Stays inside this crate: above it memory is named by region and offset.

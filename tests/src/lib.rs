@@ -1,5 +1,6 @@
 //! What the tests of several packages share: the simulator, end-to-end support, and skipping aloud.
 
+pub mod arriving_guest;
 pub mod driver;
 pub mod e2e;
 pub mod fake_back_end;

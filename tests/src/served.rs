@@ -58,6 +58,7 @@ impl Served {
             serial: None,
             num_queues: 4,
             packed_ring: true,
+            postcopy: true,
         };
         change(&mut config);
         let reactor = Reactor::start(reactor, 0).expect("a reactor");

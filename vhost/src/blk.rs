@@ -18,6 +18,7 @@ use crate::protocol::{
     BLK_HEADER_BYTES, BLK_RANGE_BYTES, CONFIG_BYTES_MAX, SECTOR, SERIAL_BYTES, blk_status,
     blk_type, features,
 };
+use crate::session::{POSTCOPY_FEATURES, PROTOCOL_FEATURES};
 
 /// Most data segments of a request: what QEMU's devices offer with a ring of 128.
 pub const SEG_MAX: u32 = 126;
@@ -39,6 +40,8 @@ pub struct BlkDevice {
     pub num_queues: u16,
     /// Packed rings are offered beside split ones.
     pub packed_ring: bool,
+    /// A guest may come while its memory is still on its way.
+    pub postcopy: bool,
 }
 
 /// What a completed write promises.
@@ -79,6 +82,12 @@ impl BlkDevice {
             | features::RING_EVENT_IDX
             | features::PROTOCOL_FEATURES
             | features::VERSION_1
+    }
+
+    /// The vhost-user protocol features offered.
+    #[must_use]
+    pub fn protocol_features(&self) -> u64 {
+        PROTOCOL_FEATURES | if self.postcopy { POSTCOPY_FEATURES } else { 0 }
     }
 
     /// The configuration space (virtio 5.2.4), zero beyond its last field.
@@ -252,7 +261,7 @@ pub enum Ask {
 ///
 /// # Errors
 /// Says what is wrong with it; nothing has been done.
-#[inline]
+#[inline(always)]
 pub fn parse(
     cx: &Context<'_>,
     chain: &mut Chain,
@@ -363,6 +372,7 @@ pub(crate) mod tests {
         read_only: false,
         num_queues: 2,
         packed_ring: false,
+        postcopy: false,
     };
 
     /// One with large blocks.

@@ -114,6 +114,8 @@ pub enum Command {
         /// Done.
         reply: MemoryReply,
     },
+    /// All of guest memory has come: no page is looked for any more.
+    Arrived(Reply<()>),
     /// Log what is written to guest memory from now on, here or no longer. Answered with the log before, which is written to
     /// no more.
     SetLog(Option<Box<DirtyLog>>, Reply<Option<Box<DirtyLog>>>),
@@ -225,6 +227,10 @@ impl BlkSession {
             Command::SetMemory { memory, rings, reply } => {
                 self.set_memory(cx, memory, rings, reply);
             }
+            Command::Arrived(reply) => {
+                self.arrived();
+                reply(());
+            }
             Command::SetLog(log, reply) => reply(std::mem::replace(&mut self.shared.log, log)),
             Command::SetCache(cache, reply) => {
                 self.shared.cache = cache;
@@ -296,6 +302,15 @@ impl BlkSession {
         self.advance_retiring(cx);
     }
 
+    fn arrived(&mut self) {
+        self.shared.memory.arrived();
+        for queue in &mut self.queues {
+            if let Queue::Live { live, .. } = queue {
+                live.arrived();
+            }
+        }
+    }
+
     /// Closes the regions of an earlier map when nothing uses them any more.
     fn advance_retiring(&mut self, cx: &Context<'_>) {
         if let Some(Retiring { memory, reply, .. }) =
@@ -339,7 +354,12 @@ impl BlkSession {
             Phase::Running | Phase::Draining(_) => Source::Owed,
             Phase::Disabled | Phase::Broken => return moved,
         };
-        match live.fetch(cx, &mut self.shared, port, queue, source) {
+        let fetched = if self.shared.memory.is_arriving() {
+            live.fetch_arriving(cx, &mut self.shared, port, queue, source)
+        } else {
+            live.fetch(cx, &mut self.shared, port, queue, source)
+        };
+        match fetched {
             Ok(fetched) => moved + fetched,
             Err(fault) => {
                 live.break_off();

@@ -16,6 +16,8 @@ use crate::memory::{GuestMemory, read_guest};
 use crate::protocol::descriptor_flags;
 use crate::ring::{ChainFault, DESCRIPTOR_BYTES, Descriptor, Descriptors, Format};
 
+mod arriving;
+
 /// The most slices of one chain: the data of the largest I/O, its header and its status.
 pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 /// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
@@ -94,7 +96,7 @@ impl Chain {
     ///
     /// # Errors
     /// The chain cannot be followed, or has no room for a status.
-    #[inline]
+    #[inline(always)]
     pub fn gather<D: Descriptors>(
         &mut self,
         cx: &Context<'_>,
@@ -102,10 +104,27 @@ impl Chain {
         descriptors: D,
         indirect: Indirect,
     ) -> Result<Extent, ChainFault> {
+        self.reset();
+        let (last_writable, extent) =
+            self.walk(cx, memory, descriptors, indirect, |_, _| Ok::<_, ChainFault>(()))?;
+        self.set_status_aside(memory, last_writable)?;
+        Ok(extent)
+    }
+
+    #[inline]
+    fn reset(&mut self) {
         (self.len, self.first, self.readable) = (0, 0, 0);
         (self.readable_bytes, self.writable_bytes) = (0, 0);
         self.buffers = Buffers::Gathered;
-        let (last_writable, extent) = self.walk(cx, memory, descriptors, indirect)?;
+    }
+
+    /// Takes the last byte that the device may write from the buffers.
+    #[inline]
+    fn set_status_aside(
+        &mut self,
+        memory: &GuestMemory,
+        last_writable: Option<Descriptor>,
+    ) -> Result<(), ChainFault> {
         // The last byte of the last writable buffer, wherever the rest of the chain points.
         let status = last_writable.and_then(|last| {
             let address = last.address.checked_add(u64::from(last.length) - 1)?;
@@ -121,18 +140,19 @@ impl Chain {
                 self.len -= 1;
             }
         }
-        Ok(extent)
+        Ok(())
     }
 
-    /// Follows the descriptors; answers the last one that the device may write to.
-    #[inline]
-    fn walk<D: Descriptors>(
+    /// Follows the descriptors; answers the last one that the device may write to. `enter` says whether a table may be read.
+    #[inline(always)]
+    fn walk<D: Descriptors, E: From<ChainFault>>(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
         mut descriptors: D,
         indirect: Indirect,
-    ) -> Result<(Option<Descriptor>, Extent), ChainFault> {
+        enter: impl FnOnce(&mut Self, &Descriptor) -> Result<(), E>,
+    ) -> Result<(Option<Descriptor>, Extent), E> {
         let (mut extent, mut last_writable) = (Extent::default(), None);
         for _ in 0..descriptors.most() {
             let descriptor = descriptors.fetch().ok_or(ChainFault::NextOutside)?;
@@ -140,9 +160,10 @@ impl Chain {
             extent.last_link = descriptor.link;
             if descriptor.has(descriptor_flags::INDIRECT) {
                 if indirect == Indirect::Refused {
-                    return Err(ChainFault::Indirect);
+                    return Err(ChainFault::Indirect.into());
                 }
                 let table = Table::enter(&descriptor)?;
+                enter(self, &descriptor)?;
                 self.walk_table(cx, memory, table, D::FORMAT, &mut last_writable)?;
                 return Ok((last_writable, extent));
             }
@@ -151,7 +172,7 @@ impl Chain {
                 return Ok((last_writable, extent));
             }
         }
-        Err(ChainFault::Loop)
+        Err(ChainFault::Loop.into())
     }
 
     /// Follows the descriptors of a table.
@@ -178,7 +199,7 @@ impl Chain {
     }
 
     /// Adds one buffer, as the slices that its regions make of it.
-    #[inline]
+    #[inline(always)]
     fn add(
         &mut self,
         memory: &GuestMemory,

@@ -4,6 +4,7 @@
 //! answer means that it has happened; while the disk holds a request that a message waits for, a front end that goes away
 //! is noticed all the same.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
@@ -14,6 +15,7 @@ use resilver_bdev::Reply as Callback;
 use resilver_reactor::Sender;
 use resilver_sys::{EventFd, TableFull};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::back_channel::BackChannel;
@@ -23,6 +25,7 @@ use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{Holds, InflightError, InflightMemory};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
+use crate::postcopy::PostCopy;
 use crate::protocol::{device_state, protocol_features};
 use crate::queue::LiveQueue;
 use crate::ring::{Ring, RingAreas, RingSetupError};
@@ -30,6 +33,9 @@ use crate::session::{Action, Session, SessionError, has_reply, refusal};
 use crate::sessions::{Intent, Obstacle, Seat, SessionInfo, Sessions};
 use crate::socket::{Received, SocketError};
 use crate::state_pipe::{Transfer, TransferError};
+use crate::stats::VhostStats;
+
+mod arrival;
 
 /// How often a front end is looked at while a message of its waits for the disk.
 const LOOK: Duration = Duration::from_millis(20);
@@ -70,14 +76,23 @@ pub(crate) enum ConnectionError {
     /// A descriptor is missing.
     #[error("a file descriptor is missing")]
     MissingDescriptor,
+    /// The kernel refuses what a post-copy migration needs.
+    #[error("a post-copy migration is not possible: {0}")]
+    NoPostcopy(io::Error),
+    /// A post-copy migration was to begin for memory whose pages the monitor cannot be told of any more.
+    #[error("memory was shared before it was said that it arrives later")]
+    SharedBefore,
     /// A ring was to start while it may not.
     #[error("the ring was not started: {0}")]
     InTheWay(Obstacle),
     /// The front end went away while its message waited for the disk.
     #[error("the front end went away while a message waited for requests in flight")]
     WentAway,
-    /// The file behind guest memory, or behind its dirty log, was shortened after it was shared.
-    #[error("the front end has shortened the file behind its guest's memory or dirty log")]
+    /// The file behind guest memory, or behind its dirty log, was shortened after it was shared; or, in post-copy, what a request
+    /// named changed while its pages came.
+    #[error(
+        "the front end has shortened the file behind its guest's memory or dirty log, or its guest has used memory that had not come"
+    )]
     MemoryShrunk,
     /// Interrupting its guest made us wait.
     #[error("the front end's descriptor for interrupts of ring {0} made its writer wait")]
@@ -107,6 +122,11 @@ pub(crate) struct Connection {
     serial: Serial,
     /// The device state that is saved or loaded.
     transfer: Option<Transfer>,
+    /// The post-copy migration by which the guest comes.
+    postcopy: Option<PostCopy>,
+    /// Since when its memory arrives.
+    arriving_since: Option<Instant>,
+    stats: Arc<VhostStats>,
     /// What the region of each ring can hold when it starts next.
     holds: Vec<Holds>,
     kicks: Vec<Option<Arc<EventFd>>>,
@@ -120,6 +140,7 @@ impl Connection {
         num_queues: u16,
         data: Sender<Command>,
         sessions: Rc<Sessions>,
+        stats: Arc<VhostStats>,
         serial: Serial,
     ) -> Self {
         let none = vec![None; usize::from(num_queues)];
@@ -134,6 +155,9 @@ impl Connection {
             inflight: None,
             serial,
             transfer: None,
+            postcopy: None,
+            arriving_since: None,
+            stats,
             holds: vec![Holds::AnEarlierSession; usize::from(num_queues)],
             kicks: none.clone(),
             calls: none,
@@ -162,6 +186,7 @@ impl Connection {
                 Ok(received) => return Ok(received?),
                 Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
                 Err(_) => {
+                    self.count_pages();
                     self.stuck().map_or(Ok(()), |queue| Err(ConnectionError::Stuck(queue)))?
                 }
             }
@@ -216,13 +241,14 @@ impl Connection {
     ) -> Result<Option<Answer>, ConnectionError> {
         let mut fds = fds.into_iter();
         let mut answer = None;
-        let writeback = self.session.writeback();
+        let (writeback, postcopy) = (self.session.writeback(), self.session.postcopy());
         let actions = self.session.handle(message)?;
         if self.session.writeback() != writeback {
             self.sessions.set_writeback(self.session.writeback());
         }
         for action in actions {
-            if let Some(reply) = self.act(action, &mut fds).await? {
+            let done = self.act(action, &mut fds).await;
+            if let Some(reply) = done.inspect_err(|_| self.undo_postcopy(postcopy))? {
                 answer = Some(reply);
             }
         }
@@ -246,10 +272,41 @@ impl Connection {
                 self.set_memory(memory).await?;
             }
             Action::RemoveRegion(region) => {
-                let mut memory = self.memory.clone();
-                memory.remove(&region)?;
-                self.set_memory(memory).await?;
+                if let Some(mut memory) = self.staged() {
+                    memory.remove(&region)?;
+                    self.stage(memory);
+                } else {
+                    let mut memory = self.memory.clone();
+                    memory.remove(&region)?;
+                    self.set_memory(memory).await?;
+                }
             }
+            Action::StageMemory(regions) => {
+                let mapped: Result<Vec<_>, _> =
+                    regions.iter().map(|region| self.map_arriving(region, fds.next())).collect();
+                let (mapped, told) = mapped?.into_iter().unzip();
+                self.stage(GuestMemory::new(mapped)?);
+                return Ok(Some((Reply::MemTable(told), None)));
+            }
+            Action::StageRegion(region) => {
+                let mut memory = self.staged().unwrap_or_else(|| self.memory.clone());
+                let (mapped, told) = self.map_arriving(&region, fds.next())?;
+                memory.add(mapped)?;
+                self.stage(memory);
+                return Ok(Some((Reply::MemSlot(told), None)));
+            }
+            Action::UseStaged => self.use_staged().await?,
+            Action::Advise => {
+                let doorbell = self.sessions.disk().doorbell();
+                let queues = u16::try_from(self.kicks.len()).unwrap_or(u16::MAX);
+                let made = PostCopy::new(queues, doorbell)
+                    .and_then(|postcopy| Ok((postcopy.descriptor()?, postcopy)));
+                let (fd, postcopy) = made.map_err(ConnectionError::NoPostcopy)?;
+                self.postcopy = Some(postcopy);
+                return Ok(Some((Reply::Empty, Some(fd))));
+            }
+            Action::Listen => self.listen()?,
+            Action::EndPostcopy => self.end_postcopy().await?,
             Action::SetLog { offset, size } => {
                 let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
                 let log =
@@ -272,6 +329,8 @@ impl Connection {
                 started.inspect_err(|_| self.session.not_started(queue))?;
             }
             Action::Move(queue) => {
+                let fetcher = self.fetcher(queue)?;
+                self.fetch_ring(queue, &self.memory, fetcher.as_deref()).await?;
                 if let Some(areas) = self.areas(queue, &self.memory)? {
                     self.ask(|reply| Command::MoveRing { queue, areas, reply }).await?;
                 }
@@ -364,7 +423,9 @@ impl Connection {
     async fn set_memory(&mut self, memory: GuestMemory) -> Result<(), ConnectionError> {
         self.log_covers(&memory)?;
         let mut rings = Vec::new();
-        for queue in self.session.running() {
+        for queue in self.session.running().collect::<Vec<_>>() {
+            let fetcher = self.fetcher(queue)?;
+            self.fetch_ring(queue, &memory, fetcher.as_deref()).await?;
             if let Some(areas) = self.areas(queue, &memory)? {
                 rings.push((queue, areas));
             }
@@ -374,10 +435,15 @@ impl Connection {
         // Either way what comes back is unmapped here and not on the reactor.
         let _old = changed.map_err(|(full, _new)| full)?;
         self.memory = memory;
+        if let Some(postcopy) = &mut self.postcopy {
+            postcopy.keep(&self.memory);
+        }
         Ok(())
     }
 
     async fn start(&mut self, queue: u16) -> Result<(), ConnectionError> {
+        let fetcher = self.fetcher(queue)?;
+        self.fetch_ring(queue, &self.memory, fetcher.as_deref()).await?;
         let way = self.sessions.clear_way(&self.seat, Intent::Run).await;
         way.map_err(ConnectionError::InTheWay)?;
         let Some(ring) = self.session.ring(queue) else { return Ok(()) };
@@ -397,13 +463,9 @@ impl Connection {
                 "queue {queue}: {count} requests that were in flight are executed again"
             );
         }
-        let live = Box::new(LiveQueue::new(
-            live,
-            again,
-            ring.indirect,
-            kick.cloned().flatten(),
-            call.cloned().flatten(),
-        ));
+        let (kick, call) = (kick.cloned().flatten(), call.cloned().flatten());
+        let live = LiveQueue::new(live, again, ring.indirect, kick, call);
+        let live = Box::new(live.with_fetcher(fetcher));
         let enabled = ring.enabled;
         let started = self.ask(|reply| Command::Start { queue, live, enabled, reply }).await?;
         started.map_err(|_| ConnectionError::DiskGone)
@@ -479,6 +541,8 @@ impl ConnectionError {
             | Self::State(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor
+            | Self::NoPostcopy(_)
+            | Self::SharedBefore
             | Self::InTheWay(_) => true,
             Self::Socket(_)
             | Self::Decode(_)

@@ -9,6 +9,8 @@
 //! * **Data** ([`blk_session`], on the disk's reactor) takes requests from [`split`] and [`packed`] rings, reads them as byte streams
 //!   ([`chain`]), checks them ([`blk`]) and submits them to the disk.
 //!
+//! A guest that comes from another host may run here before its memory has: [`postcopy`] has threads wait for the pages.
+//!
 //! Invariants: nothing that a guest or a front end sends can panic, hang or reach outside guest memory; a broken ring or
 //! message ends that connection, with a reason in the log, and nothing else. After a session is abandoned its guest's rings
 //! are never touched again.
@@ -26,6 +28,7 @@ pub mod inflight;
 pub mod memory;
 pub mod message;
 pub mod packed;
+pub mod postcopy;
 pub mod protocol;
 pub mod queue;
 mod request;

@@ -19,6 +19,7 @@ use resilver_sys::{
 };
 
 use crate::message::RegionDescription;
+use crate::postcopy::pages::{RegionPages, Wanted};
 use crate::protocol::MEMORY_SLOTS_MAX;
 
 /// Why memory was refused.
@@ -31,6 +32,17 @@ pub enum MemoryError {
         guest_address: u64,
         /// Why.
         source: MappingError,
+    },
+    /// Its pages were to come later, and those of its file cannot.
+    #[error(
+        "guest memory at {guest_address:#x} cannot arrive later ({source}); post-copy needs a memfd, or a file on tmpfs or \
+         hugetlbfs"
+    )]
+    NotArriving {
+        /// Where the guest sees it.
+        guest_address: u64,
+        /// The kernel's reason.
+        source: std::io::Error,
     },
     /// The region is empty or ends beyond the address space.
     #[error("a memory region of {size} bytes at {address:#x} is empty or wraps")]
@@ -86,6 +98,8 @@ pub struct GuestRegion {
     mapping: Arc<Mapping>,
     /// Its name in the reactor's table; [`RegionId::NONE`] on the control side.
     id: RegionId,
+    /// Which of its pages have come, while the guest's memory is on its way.
+    pages: Option<Arc<RegionPages>>,
 }
 
 impl GuestRegion {
@@ -102,7 +116,24 @@ impl GuestRegion {
         }
         let mapping = Mapping::shared(fd, file_offset, size)
             .map_err(|source| MemoryError::Mapping { guest_address, source })?;
-        Ok(Self { guest_address, user_address, size, mapping, id: RegionId::NONE })
+        Ok(Self { guest_address, user_address, size, mapping, id: RegionId::NONE, pages: None })
+    }
+
+    /// The same, whose pages come later.
+    #[must_use]
+    pub fn arriving(self, pages: Arc<RegionPages>) -> Self {
+        Self { pages: Some(pages), ..self }
+    }
+
+    /// What is mapped.
+    #[must_use]
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// The pages of these bytes that are missing; none if all are there.
+    fn wanted(&self, offset: u64, length: u64) -> Option<Wanted> {
+        Wanted::of(self.pages.as_ref()?, &self.mapping, offset, length)
     }
 
     fn overlaps(&self, other: &Self) -> bool {
@@ -119,6 +150,8 @@ pub struct GuestMemory {
     /// Sorted by guest address.
     regions: Vec<GuestRegion>,
     last: Cell<usize>,
+    /// Pages of a region may be missing.
+    arriving: bool,
 }
 
 impl GuestMemory {
@@ -146,6 +179,7 @@ impl GuestMemory {
             return Err(MemoryError::Overlap { address: region.guest_address });
         }
         let at = self.regions.partition_point(|known| known.guest_address < region.guest_address);
+        self.arriving |= region.pages.is_some();
         self.regions.insert(at, region);
         Ok(())
     }
@@ -184,7 +218,50 @@ impl GuestMemory {
     /// Whether pages were found missing under a region: its file was shortened after it was mapped.
     #[must_use]
     pub fn has_shrunk(&self) -> bool {
-        self.regions.iter().any(|region| region.mapping.poisoned())
+        let shrunk = |pages: &Arc<RegionPages>| pages.has_shrunk();
+        let lost =
+            |it: &GuestRegion| it.mapping.poisoned() || it.pages.as_ref().is_some_and(shrunk);
+        self.regions.iter().any(lost)
+    }
+
+    /// Whether pages may be missing: the guest's memory is on its way ([`crate::postcopy`]).
+    #[inline]
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        self.arriving
+    }
+
+    /// All of it has come.
+    pub fn arrived(&mut self) {
+        self.arriving = false;
+        for region in &mut self.regions {
+            region.pages = None;
+        }
+    }
+
+    /// Whether it has the region whose pages these are.
+    pub(crate) fn has_pages(&self, pages: &Arc<RegionPages>) -> bool {
+        self.regions.iter().filter_map(|it| it.pages.as_ref()).any(|it| Arc::ptr_eq(it, pages))
+    }
+
+    /// The missing pages of a slice that [`GuestMemory::translate`] gave; none if all are there.
+    #[must_use]
+    pub fn wanted(&self, slice: &BufferSlice) -> Option<Wanted> {
+        let region = self.regions.iter().find(|region| region.id == slice.region)?;
+        region.wanted(slice.offset, u64::from(slice.length))
+    }
+
+    /// The missing pages of `length` bytes at the front end's address `address`, of those that lie in the region that has the
+    /// first; none if all are there.
+    #[must_use]
+    pub fn wanted_at(&self, address: u64, length: usize) -> Option<Wanted> {
+        let offset_in = |region: &GuestRegion| {
+            let offset = address.checked_sub(region.user_address)?;
+            (offset < region.size).then_some(offset)
+        };
+        let (region, offset) =
+            self.regions.iter().find_map(|it| offset_in(it).map(|offset| (it, offset)))?;
+        region.wanted(offset, (length as u64).min(region.size - offset))
     }
 
     /// Where guest memory ends: behind its highest guest address.
@@ -219,6 +296,18 @@ impl GuestMemory {
         let slice = self.regions.get(at)?.translate(address, length)?;
         self.last.set(at);
         Some(slice)
+    }
+
+    /// The slices that `length` bytes at guest address `address` make, up to the first byte that is not guest memory.
+    pub fn slices(&self, address: u64, length: u32) -> impl Iterator<Item = BufferSlice> + '_ {
+        let (mut next, mut left) = (Some(address), length);
+        std::iter::from_fn(move || {
+            let address = next.filter(|_| left > 0)?;
+            let slice = self.translate(address, left)?;
+            left -= slice.length;
+            next = address.checked_add(u64::from(slice.length));
+            Some(slice)
+        })
     }
 
     /// The `length` bytes at the front end's address `address`, as a ring's part. They must lie in one region.

@@ -188,22 +188,57 @@ pub enum Message {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<RegionDescription>),
-    SetLogBase { size: u64, offset: u64 },
+    SetLogBase {
+        size: u64,
+        offset: u64,
+    },
     SetLogFd,
-    SetVringNum { index: u32, num: u32 },
-    SetVringAddr { index: u32, addresses: RingAddresses },
-    SetVringBase { index: u32, base: u32 },
-    GetVringBase { index: u32 },
-    SetVringKick { index: u32, fd: FdPresence },
-    SetVringCall { index: u32, fd: FdPresence },
-    SetVringErr { index: u32, fd: FdPresence },
+    SetVringNum {
+        index: u32,
+        num: u32,
+    },
+    SetVringAddr {
+        index: u32,
+        addresses: RingAddresses,
+    },
+    SetVringBase {
+        index: u32,
+        base: u32,
+    },
+    GetVringBase {
+        index: u32,
+    },
+    SetVringKick {
+        index: u32,
+        fd: FdPresence,
+    },
+    SetVringCall {
+        index: u32,
+        fd: FdPresence,
+    },
+    SetVringErr {
+        index: u32,
+        fd: FdPresence,
+    },
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
     GetQueueNum,
-    SetVringEnable { index: u32, enable: u32 },
+    SetVringEnable {
+        index: u32,
+        enable: u32,
+    },
     SetBackendReqFd,
     GetConfig(ConfigPiece),
     SetConfig(ConfigPiece),
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyEnd,
+    /// In post-copy: the monitor is ready to serve the faults of what message `of` has changed, if `result` is zero. An empty
+    /// SET_MEM_TABLE says the same of a memory table.
+    MemoryAck {
+        of: u32,
+        result: u64,
+    },
     GetInflightFd(InflightDescription),
     SetInflightFd(InflightDescription),
     ResetDevice,
@@ -212,7 +247,10 @@ pub enum Message {
     RemMemReg(RegionDescription),
     SetStatus(u64),
     GetStatus,
-    SetDeviceStateFd { direction: u32, phase: u32 },
+    SetDeviceStateFd {
+        direction: u32,
+        phase: u32,
+    },
     CheckDeviceState,
 }
 
@@ -275,6 +313,14 @@ fn decode_body(id: u32, body: &mut Body<'_>) -> Result<Message, DecodeError> {
         request::SET_BACKEND_REQ_FD => Message::SetBackendReqFd,
         request::GET_CONFIG => Message::GetConfig(body.config()?),
         request::SET_CONFIG => Message::SetConfig(body.config()?),
+        request::POSTCOPY_ADVISE => Message::PostcopyAdvise,
+        request::POSTCOPY_LISTEN => Message::PostcopyListen,
+        request::POSTCOPY_END => Message::PostcopyEnd,
+        request::NONE => Message::MemoryAck { of: id, result: body.u64()? },
+        // QEMU acknowledges several slots at once, with a number under the last message's name.
+        request::ADD_MEM_REG | request::REM_MEM_REG if body.rest.len() == size_of::<u64>() => {
+            Message::MemoryAck { of: id, result: body.u64()? }
+        }
         request::GET_INFLIGHT_FD => Message::GetInflightFd(body.inflight()?),
         request::SET_INFLIGHT_FD => Message::SetInflightFd(body.inflight()?),
         request::RESET_DEVICE => Message::ResetDevice,
@@ -317,6 +363,10 @@ impl Message {
             Self::SetBackendReqFd => request::SET_BACKEND_REQ_FD,
             Self::GetConfig(_) => request::GET_CONFIG,
             Self::SetConfig(_) => request::SET_CONFIG,
+            Self::PostcopyAdvise => request::POSTCOPY_ADVISE,
+            Self::PostcopyListen => request::POSTCOPY_LISTEN,
+            Self::PostcopyEnd => request::POSTCOPY_END,
+            Self::MemoryAck { of, .. } => *of,
             Self::GetInflightFd(_) => request::GET_INFLIGHT_FD,
             Self::SetInflightFd(_) => request::SET_INFLIGHT_FD,
             Self::ResetDevice => request::RESET_DEVICE,
@@ -355,6 +405,10 @@ impl Message {
             Self::SetBackendReqFd => "SET_BACKEND_REQ_FD",
             Self::GetConfig(_) => "GET_CONFIG",
             Self::SetConfig(_) => "SET_CONFIG",
+            Self::PostcopyAdvise => "POSTCOPY_ADVISE",
+            Self::PostcopyListen => "POSTCOPY_LISTEN",
+            Self::PostcopyEnd => "POSTCOPY_END",
+            Self::MemoryAck { .. } => "the acknowledgement of memory",
             Self::GetInflightFd(_) => "GET_INFLIGHT_FD",
             Self::SetInflightFd(_) => "SET_INFLIGHT_FD",
             Self::ResetDevice => "RESET_DEVICE",
@@ -396,6 +450,10 @@ impl Message {
             | Self::SetVringEnable { .. }
             | Self::GetConfig(_)
             | Self::SetConfig(_)
+            | Self::PostcopyAdvise
+            | Self::PostcopyListen
+            | Self::PostcopyEnd
+            | Self::MemoryAck { .. }
             | Self::GetInflightFd(_)
             | Self::ResetDevice
             | Self::GetMaxMemSlots
@@ -421,12 +479,16 @@ impl Message {
             | Self::GetQueueNum
             | Self::SetBackendReqFd
             | Self::SetLogFd
+            | Self::PostcopyAdvise
+            | Self::PostcopyListen
+            | Self::PostcopyEnd
             | Self::ResetDevice
             | Self::GetMaxMemSlots
             | Self::GetStatus
             | Self::CheckDeviceState => Vec::new(),
             Self::SetFeatures(value)
             | Self::SetProtocolFeatures(value)
+            | Self::MemoryAck { result: value, .. }
             | Self::SetStatus(value) => value.to_ne_bytes().to_vec(),
             Self::SetMemTable(regions) => table_bytes(regions),
             Self::SetLogBase { size, offset } => {
@@ -445,11 +507,7 @@ impl Message {
             Self::GetInflightFd(description) | Self::SetInflightFd(description) => {
                 inflight_bytes(description)
             }
-            Self::AddMemReg(region) | Self::RemMemReg(region) => {
-                let mut body = vec![0; 8];
-                push_region(&mut body, region);
-                body
-            }
+            Self::AddMemReg(region) | Self::RemMemReg(region) => slot_bytes(region),
         }
     }
 }
@@ -470,7 +528,13 @@ pub enum Reply {
     Config(ConfigPiece),
     /// Memory to track requests in flight in; its descriptor goes beside it.
     Inflight(InflightDescription),
-    /// No body at all: the piece of the configuration space that was asked for does not exist.
+    /// In post-copy: a memory table as it came, but with where the faults of each region will be counted from in place of its user
+    /// address.
+    MemTable(Vec<RegionDescription>),
+    /// The same of one slot.
+    MemSlot(RegionDescription),
+    /// No body at all: the piece of the configuration space that was asked for does not exist; or what was asked for is the
+    /// descriptor beside it.
     Empty,
 }
 
@@ -483,6 +547,8 @@ impl Reply {
             Self::Vring { index, base } => words(&[*index, *base]),
             Self::Config(piece) => config_bytes(piece),
             Self::Inflight(description) => inflight_bytes(description),
+            Self::MemTable(regions) => table_bytes(regions),
+            Self::MemSlot(region) => slot_bytes(region),
             Self::Empty => Vec::new(),
         };
         framed(request, flags::REPLY, &body)
@@ -495,7 +561,13 @@ impl Reply {
     pub fn decode(request: u32, body: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Body::new(body);
         let reply = match request {
-            request::GET_CONFIG if body.is_empty() => Self::Empty,
+            request::GET_CONFIG | request::POSTCOPY_ADVISE if body.is_empty() => Self::Empty,
+            request::SET_MEM_TABLE if body.len() > size_of::<u64>() => {
+                Self::MemTable(reader.table()?)
+            }
+            request::ADD_MEM_REG if body.len() > size_of::<u64>() => {
+                Self::MemSlot(reader.single_region()?)
+            }
             request::GET_VRING_BASE => Self::Vring { index: reader.u32()?, base: reader.u32()? },
             request::GET_CONFIG => Self::Config(reader.config()?),
             request::GET_INFLIGHT_FD => Self::Inflight(reader.inflight()?),
@@ -529,6 +601,12 @@ fn words(values: &[u32]) -> Vec<u8> {
 fn push_region(body: &mut Vec<u8>, region: &RegionDescription) {
     let fields = [region.guest_address, region.size, region.user_address, region.file_offset];
     body.extend(fields.iter().flat_map(|value| value.to_ne_bytes()));
+}
+
+fn slot_bytes(region: &RegionDescription) -> Vec<u8> {
+    let mut body = vec![0; 8];
+    push_region(&mut body, region);
+    body
 }
 
 fn table_bytes(regions: &[RegionDescription]) -> Vec<u8> {
@@ -703,6 +781,11 @@ mod tests {
             Message::SetBackendReqFd,
             Message::GetConfig(piece.clone()),
             Message::SetConfig(piece),
+            Message::PostcopyAdvise,
+            Message::PostcopyListen,
+            Message::PostcopyEnd,
+            Message::MemoryAck { of: request::NONE, result: 1 },
+            Message::MemoryAck { of: request::ADD_MEM_REG, result: 0 },
             Message::GetInflightFd(INFLIGHT),
             Message::SetInflightFd(InflightDescription { mmap_size: 1 << 20, ..INFLIGHT }),
             Message::ResetDevice,
@@ -793,6 +876,11 @@ mod tests {
             (request::GET_CONFIG, Reply::Config(piece)),
             (request::GET_INFLIGHT_FD, Reply::Inflight(INFLIGHT)),
             (request::GET_CONFIG, Reply::Empty),
+            (request::POSTCOPY_ADVISE, Reply::Empty),
+            (request::POSTCOPY_END, Reply::U64(0)),
+            (request::SET_MEM_TABLE, Reply::U64(1)),
+            (request::SET_MEM_TABLE, Reply::MemTable((0..8).map(region).collect())),
+            (request::ADD_MEM_REG, Reply::MemSlot(region(1))),
         ];
         for (request, reply) in replies {
             let bytes = reply.encode(request);

@@ -92,6 +92,8 @@ pub mod protocol_features {
     pub const REPLY_ACK: u64 = 1 << 3;
     /// A channel on which the back end sends.
     pub const BACKEND_REQ: u64 = 1 << 5;
+    /// Guest memory may arrive while the guest runs: post-copy.
+    pub const PAGEFAULT: u64 = 1 << 8;
     /// The configuration space is served by the back end.
     pub const CONFIG: u64 = 1 << 9;
     /// Requests in flight are tracked in shared memory.
@@ -108,6 +110,8 @@ pub mod protocol_features {
 
 /// Requests from the front end (vhost-user, "Front-end message types").
 pub mod request {
+    /// No request: QEMU's acknowledgement of memory in post-copy, where nothing had changed.
+    pub const NONE: u32 = 0;
     /// Which virtio features there are.
     pub const GET_FEATURES: u32 = 1;
     /// Which are used.
@@ -150,6 +154,12 @@ pub mod request {
     pub const GET_CONFIG: u32 = 24;
     /// Write it.
     pub const SET_CONFIG: u32 = 25;
+    /// A migration has begun that may become post-copy: a userfaultfd is wanted.
+    pub const POSTCOPY_ADVISE: u32 = 28;
+    /// It has become post-copy: memory that is shared from now on arrives later.
+    pub const POSTCOPY_LISTEN: u32 = 29;
+    /// All of memory has arrived.
+    pub const POSTCOPY_END: u32 = 30;
     /// Make memory in which requests in flight are tracked.
     pub const GET_INFLIGHT_FD: u32 = 31;
     /// Track them there.

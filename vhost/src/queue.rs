@@ -19,6 +19,10 @@ use crate::request::{NO_SLOT, Request, Rest};
 use crate::ring::{ChainFault, Notify, Ring, RingAreas, RingFault, Taken};
 use crate::stats::VhostStats;
 
+use arriving::Arriving;
+
+mod arriving;
+
 /// The most requests of one queue that are in flight at a time.
 pub const SLOTS_MAX: u16 = 1024;
 /// The fewest and the most requests that a turn takes from one ring, of those that are there; see [`LiveQueue::fetch`].
@@ -100,6 +104,8 @@ pub struct LiveQueue {
     kick: Option<Arc<EventFd>>,
     call: Option<Arc<EventFd>>,
     kicks: Kicks,
+    /// While the guest's memory is on its way.
+    arriving: Arriving,
 }
 
 impl LiveQueue {
@@ -127,6 +133,7 @@ impl LiveQueue {
             kick,
             call,
             kicks: Kicks::Suppressed,
+            arriving: Arriving::default(),
         }
     }
 
@@ -309,7 +316,7 @@ impl LiveQueue {
     }
 
     /// Takes the next request from the ring and gathers its chain.
-    #[inline]
+    #[inline(always)]
     fn take(&mut self, cx: &Context<'_>, shared: &mut Shared) -> Result<Option<Taken>, RingFault> {
         let Shared { chain, memory, .. } = shared;
         let bad = |head| move |what| RingFault::BadChain { head, what };
@@ -357,7 +364,7 @@ impl LiveQueue {
     }
 
     /// Begins the request that was gathered last.
-    #[inline]
+    #[inline(always)]
     fn begin(
         &mut self,
         cx: &Context<'_>,
@@ -404,7 +411,7 @@ impl LiveQueue {
     }
 
     /// Submits parts of one request while there are parts and room.
-    #[inline]
+    #[inline(always)]
     fn submit_parts(
         &mut self,
         cx: &Context<'_>,
@@ -521,6 +528,10 @@ impl LiveQueue {
 
     /// The reactor is about to sleep.
     pub(crate) fn arm(&mut self, shared: &Shared, set: &mut WaitSet) -> Armed {
+        if self.arriving.is_waiting() {
+            // Who fetches the pages rings the doorbell.
+            return Armed::Until(None);
+        }
         if self.owed() > 0 {
             return Armed::Ready;
         }

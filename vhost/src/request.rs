@@ -102,7 +102,7 @@ impl Request {
     }
 
     /// Takes on what a chain asks. Its ranges are in place already.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn fill(&mut self, ask: Ask, chain: &Chain, cache: CacheMode) {
         let durable =
             if cache == CacheMode::WriteThrough { Afterwards::Flush } else { Afterwards::Complete };
@@ -192,7 +192,7 @@ impl Request {
     }
 
     /// Submits the next part. Requires a free slot of [`Request::next_kind`].
-    #[inline]
+    #[inline(always)]
     pub(crate) fn submit_part(
         &mut self,
         cx: &Context<'_>,

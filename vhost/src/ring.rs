@@ -12,6 +12,7 @@ use crate::dirty_log::DirtyLog;
 use crate::memory::{GuestMemory, MemoryError};
 use crate::message::RingAddresses;
 use crate::packed::PackedRing;
+use crate::postcopy::pages::Wanted;
 use crate::protocol::{RING_SIZE_MAX, descriptor_flags, vring_flags};
 use crate::split::SplitRing;
 
@@ -212,6 +213,15 @@ pub struct RingAreas {
     pub(crate) log: Option<LogAddresses>,
 }
 
+/// One part of a ring, as it was described.
+struct Part {
+    name: &'static str,
+    /// In the front end's addresses.
+    address: u64,
+    length: usize,
+    alignment: usize,
+}
+
 /// Guest addresses of what a device writes of a ring.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LogAddresses {
@@ -232,6 +242,37 @@ impl RingAreas {
         size: u16,
         addresses: &RingAddresses,
     ) -> Result<Self, RingSetupError> {
+        let [table, driver, device] = Self::parts(format, size, addresses)?;
+        let logged = addresses.flags & vring_flags::LOG != 0;
+        let log = logged.then(|| LogAddresses {
+            device: addresses.log,
+            descriptors: memory.guest_address_of(addresses.descriptors),
+        });
+        let area = |part: Part| memory.area(part.name, part.address, part.length, part.alignment);
+        Ok(Self { descriptors: area(table)?, driver: area(driver)?, device: area(device)?, log })
+    }
+
+    /// Missing pages of a ring of `size` entries, while guest memory is on its way.
+    ///
+    /// # Errors
+    /// The size is not a ring's.
+    pub fn wanted(
+        memory: &GuestMemory,
+        format: Format,
+        size: u16,
+        addresses: &RingAddresses,
+    ) -> Result<Vec<Wanted>, RingSetupError> {
+        let parts = Self::parts(format, size, addresses)?;
+        let wanted = |part: &Part| memory.wanted_at(part.address, part.length);
+        Ok(parts.iter().filter_map(wanted).collect())
+    }
+
+    /// Descriptors, what the driver writes, and what the device writes (virtio 2.7, 2.8).
+    fn parts(
+        format: Format,
+        size: u16,
+        addresses: &RingAddresses,
+    ) -> Result<[Part; 3], RingSetupError> {
         let (driver, device) = match format {
             Format::Split if !size.is_power_of_two() || size > RING_SIZE_MAX => {
                 return Err(RingSetupError::SplitSize(u32::from(size)));
@@ -249,18 +290,13 @@ impl RingAreas {
                 (("driver's event area", bytes, 4), ("device's event area", bytes, 4))
             }
         };
-        let table = usize::from(size) * DESCRIPTOR_BYTES;
-        let logged = addresses.flags & vring_flags::LOG != 0;
-        let log = logged.then(|| LogAddresses {
-            device: addresses.log,
-            descriptors: memory.guest_address_of(addresses.descriptors),
-        });
-        Ok(Self {
-            descriptors: memory.area("descriptor table", addresses.descriptors, table, 16)?,
-            driver: memory.area(driver.0, addresses.available, driver.1, driver.2)?,
-            device: memory.area(device.0, addresses.used, device.1, device.2)?,
-            log,
-        })
+        let table = ("descriptor table", usize::from(size) * DESCRIPTOR_BYTES, 16);
+        let part = |address, (name, length, alignment)| Part { name, address, length, alignment };
+        Ok([
+            part(addresses.descriptors, table),
+            part(addresses.available, driver),
+            part(addresses.used, device),
+        ])
     }
 
     /// Logs the device's own part, all of it: usually that is one page, and a few batches write to every part of it anyway.

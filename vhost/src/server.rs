@@ -33,6 +33,7 @@ use tracing::{info, warn};
 use crate::blk::{BlkDevice, Serial};
 use crate::blk_session::{BlkSession, Command, SessionConfig};
 use crate::connection::{Connection, ConnectionError, send};
+use crate::postcopy;
 use crate::protocol::QUEUES_MAX;
 use crate::ring::RingFault;
 use crate::session::Session;
@@ -76,6 +77,8 @@ pub struct ControllerConfig {
     pub num_queues: u16,
     /// Packed rings are offered beside split ones.
     pub packed_ring: bool,
+    /// Its monitors may bring guests whose memory is still on its way, and are trusted for it: see [`crate::postcopy`].
+    pub postcopy: bool,
 }
 
 /// Why a controller could not be started or stopped.
@@ -106,6 +109,12 @@ pub enum VhostError {
     /// A number of queues that cannot be.
     #[error("num_queues is {0}: it must be between 1 and {QUEUES_MAX}")]
     NumQueues(u16),
+    /// Guest memory cannot arrive later on this host.
+    #[error(
+        "post-copy migrations need userfaultfd, which this process cannot have: {0}; it takes Linux 5.11 or later and a sandbox \
+         (seccomp) that allows the system call 'userfaultfd', but no privilege"
+    )]
+    NoPostcopy(io::Error),
     /// The disk keeps requests of the last session. The controller is gone nevertheless.
     #[error(
         "controller '{name}' was removed, but {in_flight} of its requests are still in flight on a disk that does not answer"
@@ -164,6 +173,9 @@ impl Controller {
     ) -> Result<Self, VhostError> {
         if config.num_queues == 0 || config.num_queues > QUEUES_MAX {
             return Err(VhostError::NumQueues(config.num_queues));
+        }
+        if config.postcopy {
+            postcopy::is_possible().map_err(VhostError::NoPostcopy)?;
         }
         let listener = match config.role {
             Role::Listen => Some(bind(&config.socket_path)?),
@@ -399,6 +411,7 @@ impl Server {
             read_only: self.config.read_only,
             num_queues: self.config.num_queues,
             packed_ring: self.config.packed_ring,
+            postcopy: self.config.postcopy,
         };
         let mut connection = Connection::new(
             Rc::clone(&place.seat),
@@ -406,6 +419,7 @@ impl Server {
             self.config.num_queues,
             data.clone(),
             Rc::clone(&self.sessions),
+            Arc::clone(&self.stats),
             serial,
         );
         let ended = tokio::select! {
@@ -416,6 +430,7 @@ impl Server {
         self.log_end(ended);
         // First the data side lets go of guest memory, then the front end sees the connection closed.
         let removed = self.abandon(id, &data, &place.seat).await;
+        connection.leave_postcopy("the session ended while the guest's memory was on its way");
         drop(connection);
         place.seat.socket.close();
         self.drain(removed, place).await;

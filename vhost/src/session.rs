@@ -23,6 +23,10 @@ use crate::protocol::{
 };
 use crate::ring::{EventMode, Format};
 
+mod postcopy;
+
+pub use postcopy::{PostcopyEvent, PostcopyState};
+
 /// The protocol features offered.
 pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::LOG_SHMFD
@@ -34,6 +38,9 @@ pub const PROTOCOL_FEATURES: u64 = protocol_features::MQ
     | protocol_features::CONFIGURE_MEM_SLOTS
     | protocol_features::STATUS
     | protocol_features::DEVICE_STATE;
+
+/// The one that is offered only where the operator wants it: see [`crate::postcopy`].
+pub const POSTCOPY_FEATURES: u64 = protocol_features::PAGEFAULT;
 
 /// Where a ring is in its life, as the front end sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +124,18 @@ pub enum Action {
     SetMemory(Vec<RegionDescription>),
     /// Map one region more.
     AddRegion(RegionDescription),
+    /// The same two in post-copy: map what arrives later, and answer where. It is used when the monitor has acknowledged it.
+    StageMemory(Vec<RegionDescription>),
+    /// One region more.
+    StageRegion(RegionDescription),
+    /// Use the memory that was staged.
+    UseStaged,
+    /// Answer with a userfaultfd.
+    Advise,
+    /// Memory that is shared from now on arrives later.
+    Listen,
+    /// All of memory has arrived.
+    EndPostcopy,
     /// Let one go.
     RemoveRegion(RegionDescription),
     /// The descriptor that came holds the dirty log, in these bytes.
@@ -180,6 +199,9 @@ pub enum SessionError {
     /// A message of a protocol feature that was not negotiated.
     #[error("{0} belongs to a protocol feature that was not negotiated")]
     NotNegotiated(&'static str),
+    /// A message of a post-copy migration at the wrong time.
+    #[error("it came while {0}")]
+    Postcopy(PostcopyState),
     /// No such ring.
     #[error("there is no ring {index}; there are {num_queues}")]
     NoRing {
@@ -283,6 +305,7 @@ pub struct Session {
     /// A ring was started since the last reset, or the driver said that it is ready: there is a guest that could reset the
     /// device.
     driven: bool,
+    postcopy: PostcopyState,
 }
 
 impl Session {
@@ -298,6 +321,7 @@ impl Session {
             writeback,
             rings,
             driven: false,
+            postcopy: PostcopyState::Off,
         }
     }
 
@@ -317,6 +341,17 @@ impl Session {
     #[must_use]
     pub fn has_protocol_feature(&self, feature: u64) -> bool {
         self.protocol_features & feature != 0
+    }
+
+    /// Where it is in a post-copy migration.
+    #[must_use]
+    pub fn postcopy(&self) -> PostcopyState {
+        self.postcopy
+    }
+
+    /// What a message was to do could not be done: it is where it was before that.
+    pub fn undo_postcopy(&mut self, before: PostcopyState) {
+        self.postcopy = before;
     }
 
     /// Whether what the device writes to guest memory is to be logged.
@@ -427,16 +462,28 @@ impl Session {
         Ok(match message {
             Message::GetFeatures => number(self.device.features()),
             Message::SetFeatures(wanted) => self.set_features(*wanted)?,
-            Message::GetProtocolFeatures => number(PROTOCOL_FEATURES),
+            Message::GetProtocolFeatures => number(self.device.protocol_features()),
             Message::SetProtocolFeatures(wanted) => {
-                offered(*wanted, PROTOCOL_FEATURES)?;
+                offered(*wanted, self.device.protocol_features())?;
                 self.protocol_features = *wanted;
                 Vec::new()
             }
             // RESET_OWNER is deprecated; front ends that send it mean nothing by it (vhost-user, "VHOST_USER_RESET_OWNER").
             Message::SetOwner | Message::ResetOwner => Vec::new(),
+            // Empty, it is an acknowledgement.
+            Message::SetMemTable(regions)
+                if self.postcopy == PostcopyState::Mapped && regions.is_empty() =>
+            {
+                vec![self.at(PostcopyEvent::Acknowledge, Action::UseStaged)?]
+            }
+            Message::SetMemTable(regions) if self.postcopy.is_listening() => {
+                vec![self.at(PostcopyEvent::Map, Action::StageMemory(regions.clone()))?]
+            }
             Message::SetMemTable(regions) => vec![Action::SetMemory(regions.clone())],
             Message::GetMaxMemSlots => number(MEMORY_SLOTS_MAX as u64),
+            Message::AddMemReg(region) if self.postcopy.is_listening() => {
+                vec![self.at(PostcopyEvent::Map, Action::StageRegion(*region))?]
+            }
             Message::AddMemReg(region) => vec![Action::AddRegion(*region)],
             Message::RemMemReg(region) => vec![Action::RemoveRegion(*region)],
             Message::SetLogBase { size, offset } => self.set_log(*offset, *size),
@@ -474,6 +521,21 @@ impl Session {
             Message::SetBackendReqFd => vec![Action::SetBackChannel],
             Message::GetConfig(piece) => vec![Action::Reply(self.get_config(piece))],
             Message::SetConfig(piece) => self.set_config(piece)?,
+            Message::PostcopyAdvise if !self.has_protocol_feature(protocol_features::PAGEFAULT) => {
+                return Err(SessionError::NotNegotiated(message.name()));
+            }
+            Message::PostcopyAdvise => vec![self.at(PostcopyEvent::Advise, Action::Advise)?],
+            Message::PostcopyListen => vec![self.at(PostcopyEvent::Listen, Action::Listen)?],
+            Message::PostcopyEnd => {
+                let end = self.at(PostcopyEvent::End, Action::EndPostcopy)?;
+                vec![end, Action::Reply(Reply::U64(0))]
+            }
+            Message::MemoryAck { result: 0, .. } => {
+                vec![self.at(PostcopyEvent::Acknowledge, Action::UseStaged)?]
+            }
+            Message::MemoryAck { result, .. } => {
+                return Err(out_of_range("the acknowledgement of memory", *result));
+            }
             Message::GetInflightFd(_) | Message::SetInflightFd(_)
                 if !self.has_protocol_feature(protocol_features::INFLIGHT_SHMFD) =>
             {
@@ -498,6 +560,13 @@ impl Session {
             Message::SetStatus(status) => self.set_status(*status)?,
             Message::GetStatus => number(u64::from(self.status)),
         })
+    }
+
+    /// What follows from a message of a post-copy migration, if it may come now.
+    fn at(&mut self, event: PostcopyEvent, action: Action) -> Result<Action, SessionError> {
+        let refused = SessionError::Postcopy(self.postcopy);
+        self.postcopy = postcopy::transition(self.postcopy, event).ok_or(refused)?;
+        Ok(action)
     }
 
     fn queue(&self, index: u32) -> Result<u16, SessionError> {
@@ -707,7 +776,8 @@ fn out_of_range(field: &'static str, value: u64) -> SessionError {
     SessionError::Value { field, value }
 }
 
-/// Whether a message has an answer of its own, so that none is added for REPLY_ACK.
+/// Whether a message has an answer of its own, so that none is added for REPLY_ACK. In post-copy those that share memory have one
+/// too, which is added to nothing either.
 #[must_use]
 pub fn has_reply(id: u32) -> bool {
     matches!(
@@ -718,6 +788,8 @@ pub fn has_reply(id: u32) -> bool {
             | request::GET_MAX_MEM_SLOTS
             | request::GET_VRING_BASE
             | request::GET_CONFIG
+            | request::POSTCOPY_ADVISE
+            | request::POSTCOPY_END
             | request::GET_INFLIGHT_FD
             | request::GET_STATUS
             | request::SET_DEVICE_STATE_FD
@@ -732,7 +804,9 @@ pub fn refusal(id: u32, acknowledges: bool) -> Option<Reply> {
         request::SET_DEVICE_STATE_FD => {
             Some(Reply::U64(device_state::NO_FD | device_state::FAILED))
         }
-        request::CHECK_DEVICE_STATE => Some(Reply::U64(1)),
+        request::CHECK_DEVICE_STATE | request::POSTCOPY_END => Some(Reply::U64(1)),
+        // Without the descriptor that it waits for the monitor gives its migration up.
+        request::POSTCOPY_ADVISE => Some(Reply::Empty),
         _ => acknowledges.then_some(Reply::U64(1)),
     }
 }

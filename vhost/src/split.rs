@@ -160,7 +160,7 @@ impl SplitRing {
     ///
     /// # Errors
     /// The driver broke the ring.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<u16>, RingFault> {
         if self.available()? == 0 {
             return Ok(None);
@@ -171,6 +171,11 @@ impl SplitRing {
         }
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(head))
+    }
+
+    /// Leaves in the ring what was popped last: it is popped again later.
+    pub fn put_back(&mut self) {
+        self.next_available = self.next_available.wrapping_sub(1);
     }
 
     /// What the driver wrote into the entry that comes `ahead` of the next one.

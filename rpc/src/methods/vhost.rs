@@ -27,6 +27,10 @@ pub(super) struct VhostCreateBlkController {
     /// Offer packed rings beside split ones.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     packed_ring: bool,
+    /// Guests may come by post-copy migration: they run here while their memory is still on its way. Their monitors must then be
+    /// trusted as much as the target itself: the userfaultfd that they are given reaches all of its memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    postcopy: bool,
     /// Only `vhost_user_blk`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     transport: Option<String>,
@@ -70,6 +74,7 @@ impl Rpc for VhostCreateBlkController {
             read_only: self.readonly,
             num_queues: self.num_queues.unwrap_or(NUM_QUEUES),
             packed_ring: self.packed_ring,
+            postcopy: self.postcopy,
             params: serde_json::to_value(&self).unwrap_or_default(),
             serial: self.serial,
             name: self.ctrlr,

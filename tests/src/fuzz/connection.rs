@@ -23,11 +23,11 @@ use resilver_vhost::message::{
     FdPresence, Header, InflightDescription, Message, RegionDescription, RingAddresses,
 };
 use resilver_vhost::protocol::{
-    BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, features, flags, vring_flags,
+    self, BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, features, flags, vring_flags,
 };
 use resilver_vhost::ring::Format;
 use resilver_vhost::server::Role;
-use resilver_vhost::session::PROTOCOL_FEATURES;
+use resilver_vhost::session::{POSTCOPY_FEATURES, PROTOCOL_FEATURES};
 use resilver_vhost::{Controller, ControllerConfig};
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::task::{LocalSet, yield_now};
@@ -202,7 +202,11 @@ impl World {
                     wanted |= features::RING_PACKED;
                 }
                 let wanted = wanted & !input.u64();
-                self.say(client, &Message::SetProtocolFeatures(PROTOCOL_FEATURES), &[]);
+                self.say(
+                    client,
+                    &Message::SetProtocolFeatures(PROTOCOL_FEATURES | POSTCOPY_FEATURES),
+                    &[],
+                );
                 self.say(client, &Message::SetFeatures(wanted), &[]);
             }
             3 | 4 => {
@@ -261,12 +265,24 @@ impl World {
             }
             17 => self.clients[client] = None,
             18 => {
-                let message = input.pick(&[0u8, 1, 2, 3]);
+                let message = input.pick(&[0u8, 1, 2, 3, 4, 5, 6, 7]);
                 let message = match message {
                     0 => Message::ResetDevice,
                     1 => Message::SetStatus(u64::from(input.u8() % 16)),
                     2 => Message::SetVringEnable { index, enable: u32::from(input.u8() % 3) },
-                    _ => Message::ResetOwner,
+                    3 => Message::ResetOwner,
+                    // A migration in post-copy: what is shared later has all its pages, and nobody serves a fault.
+                    4 => Message::PostcopyAdvise,
+                    5 => Message::PostcopyListen,
+                    6 => Message::PostcopyEnd,
+                    _ => Message::MemoryAck {
+                        of: input.pick(&[
+                            protocol::request::NONE,
+                            protocol::request::ADD_MEM_REG,
+                            protocol::request::REM_MEM_REG,
+                        ]),
+                        result: u64::from(input.u8() / 128),
+                    },
                 };
                 self.say(client, &message, &[]);
             }
@@ -319,6 +335,7 @@ async fn program(input: &mut Input<'_>) {
         serial: None,
         num_queues: QUEUES,
         packed_ring: true,
+        postcopy: true,
         role: Role::Listen,
     };
     let controller = Controller::start(config, handle, LIMITS).expect("a controller");

@@ -118,6 +118,11 @@ impl Bench {
             }
             Action::Move(queue) => assert!(self.running[usize::from(*queue)]),
             Action::Reply(reply) => check_reply(request, reply),
+            Action::StageMemory(regions) => {
+                check_reply(request, &Reply::MemTable(regions.clone()));
+            }
+            Action::StageRegion(region) => check_reply(request, &Reply::MemSlot(*region)),
+            Action::Advise => check_reply(request, &Reply::Empty),
             _ => {}
         }
         matches!(
@@ -128,6 +133,9 @@ impl Bench {
                 | Action::SaveState
                 | Action::LoadState
                 | Action::CheckState
+                | Action::Advise
+                | Action::StageMemory(_)
+                | Action::StageRegion(_)
         )
     }
 
@@ -140,7 +148,13 @@ impl Bench {
 pub fn messages(data: &[u8]) {
     let mut input = Input::new(data);
     let read_only = input.flag();
-    let device = BlkDevice { limits: LIMITS, read_only, num_queues: QUEUES, packed_ring: true };
+    let device = BlkDevice {
+        limits: LIMITS,
+        read_only,
+        num_queues: QUEUES,
+        packed_ring: true,
+        postcopy: true,
+    };
     let session = Session::new(device, CacheMode::WriteBack);
     let mut bench = Bench { session, running: [false; QUEUES as usize] };
     let header = input.bytes(HEADER_BYTES);

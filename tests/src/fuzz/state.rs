@@ -22,8 +22,13 @@ use super::Input;
 use super::bench::LIMITS;
 use crate::guest_memory::MemoryFile;
 
-const DEVICE: BlkDevice =
-    BlkDevice { limits: LIMITS, read_only: false, num_queues: 1, packed_ring: false };
+const DEVICE: BlkDevice = BlkDevice {
+    limits: LIMITS,
+    read_only: false,
+    num_queues: 1,
+    packed_ring: false,
+    postcopy: false,
+};
 
 thread_local! {
     /// A state directory of this thread's, made once: making one takes longer than all the rest.

@@ -393,3 +393,88 @@ fn a_guest_has_reset_its_device_when_qemu_says_so_and_not_when_it_connects_or_pa
     session.handle(&Message::SetProtocolFeatures(protocol_features::STATUS)).unwrap();
     assert_eq!(guest_resets(&mut session, &stops), 1);
 }
+
+#[test]
+fn every_state_and_event_of_a_post_copy_migration_has_its_row() {
+    use PostcopyEvent::*;
+    use PostcopyState::*;
+    let rows = [
+        (Off, [Some(Advised), None, Some(Off), None, None]),
+        (Advised, [None, Some(Listening), Some(Advised), None, None]),
+        (Listening, [None, None, Some(Mapped), Some(Listening), Some(Off)]),
+        (Mapped, [None, None, Some(Mapped), Some(Listening), None]),
+    ];
+    for (state, becomes) in rows {
+        for (event, expected) in [Advise, Listen, Map, Acknowledge, End].into_iter().zip(becomes) {
+            assert_eq!(postcopy::transition(state, event), expected, "{state:?} {event:?}");
+        }
+    }
+}
+
+const REGION: RegionDescription =
+    RegionDescription { guest_address: 0, size: 4096, user_address: 4096, file_offset: 0 };
+
+/// A session whose operator trusts the monitor, and whose monitor has said so.
+fn may_do_postcopy() -> Session {
+    let device = BlkDevice { postcopy: true, ..DEVICE };
+    let mut session = Session::new(device, CacheMode::WriteBack);
+    let wanted = Message::SetProtocolFeatures(protocol_features::PAGEFAULT);
+    assert_eq!(session.handle(&wanted).unwrap(), []);
+    session
+}
+
+#[test]
+fn a_post_copy_migration_goes_its_way_message_by_message() {
+    let mut session = may_do_postcopy();
+    let (table, slot) = (Message::SetMemTable(vec![REGION]), Message::AddMemReg(REGION));
+    let empty = Message::SetMemTable(vec![]);
+    let ack = |of| Message::MemoryAck { of, result: 0 };
+    let does = |session: &mut Session, message: &Message| session.handle(message).unwrap();
+    assert_eq!(does(&mut session, &Message::PostcopyAdvise), [Action::Advise]);
+    assert_eq!(does(&mut session, &table), [Action::SetMemory(vec![REGION])], "not yet");
+    assert_eq!(does(&mut session, &Message::PostcopyListen), [Action::Listen]);
+    assert_eq!(does(&mut session, &ack(request::NONE)), [Action::UseStaged], "of nothing");
+    assert_eq!(does(&mut session, &table), [Action::StageMemory(vec![REGION])]);
+    assert_eq!(does(&mut session, &empty), [Action::UseStaged]);
+    assert_eq!(does(&mut session, &empty), [Action::StageMemory(vec![])], "a table like any other");
+    assert_eq!(does(&mut session, &slot), [Action::StageRegion(REGION)]);
+    assert_eq!(does(&mut session, &slot), [Action::StageRegion(REGION)]);
+    assert_eq!(does(&mut session, &ack(request::ADD_MEM_REG)), [Action::UseStaged]);
+    let end = [Action::EndPostcopy, Action::Reply(Reply::U64(0))];
+    assert_eq!(does(&mut session, &Message::PostcopyEnd), end);
+    assert_eq!(does(&mut session, &table), [Action::SetMemory(vec![REGION])], "as ever");
+    assert_eq!(does(&mut session, &Message::PostcopyAdvise), [Action::Advise], "once more");
+}
+
+#[test]
+fn what_comes_at_the_wrong_time_in_a_post_copy_migration_changes_nothing() {
+    let mut session = session();
+    let advise = session.handle(&Message::PostcopyAdvise);
+    assert_eq!(advise, Err(SessionError::NotNegotiated("POSTCOPY_ADVISE")));
+    let wanted = Message::SetProtocolFeatures(protocol_features::PAGEFAULT);
+    assert!(session.handle(&wanted).is_err(), "it is not offered by itself");
+
+    let mut session = may_do_postcopy();
+    let ack = Message::MemoryAck { of: request::ADD_MEM_REG, result: 0 };
+    let refused = |session: &mut Session, messages: &[&Message]| {
+        for message in messages {
+            let state = session.postcopy();
+            assert_eq!(session.handle(message), Err(SessionError::Postcopy(state)), "{message:?}");
+            assert_eq!(session.postcopy(), state);
+        }
+    };
+    let (advise, listen, end) =
+        (&Message::PostcopyAdvise, &Message::PostcopyListen, &Message::PostcopyEnd);
+    refused(&mut session, &[listen, end, &ack]);
+    session.handle(advise).unwrap();
+    refused(&mut session, &[advise, end, &ack]);
+    session.handle(listen).unwrap();
+    refused(&mut session, &[advise, listen]);
+    session.handle(&Message::AddMemReg(REGION)).unwrap();
+    refused(&mut session, &[advise, listen, end]);
+    let bad = Message::MemoryAck { of: request::ADD_MEM_REG, result: 1 };
+    assert!(matches!(session.handle(&bad), Err(SessionError::Value { value: 1, .. })));
+    assert_eq!(session.postcopy(), PostcopyState::Mapped);
+    session.undo_postcopy(PostcopyState::Listening);
+    session.handle(end).unwrap();
+}

@@ -1,0 +1,146 @@
+//! A queue whose guest's memory is on its way ([`crate::postcopy`]).
+//!
+//! Apart from the rest, so that the path of every other request is as long as without it: a branch for each look at a ring.
+
+use std::sync::Arc;
+
+use resilver_bdev::Port;
+use resilver_reactor::Context;
+
+use super::{LiveQueue, NO_SLOT, PER_TURN, Shared, Source};
+use crate::postcopy::fetcher::Fetcher;
+use crate::ring::{ChainFault, Ring, RingFault, Taken};
+
+/// What a queue waits for.
+#[derive(Debug, Default)]
+pub(super) struct Arriving {
+    /// Who fetches missing pages.
+    fetcher: Option<Arc<Fetcher>>,
+    /// The next request waits for pages that were asked for.
+    waits: bool,
+}
+
+impl Arriving {
+    /// Whether the next request waits for pages that are not there yet.
+    pub(super) fn is_waiting(&mut self) -> bool {
+        self.waits = self.waits && self.fetcher.as_ref().is_some_and(|it| !it.is_idle());
+        self.waits
+    }
+}
+
+impl LiveQueue {
+    /// The same, with somebody to fetch the pages that its requests name.
+    #[must_use]
+    pub fn with_fetcher(self, fetcher: Option<Arc<Fetcher>>) -> Self {
+        Self { arriving: Arriving { fetcher, waits: false }, ..self }
+    }
+
+    /// All of the guest's memory has come.
+    pub(crate) fn arrived(&mut self) {
+        self.arriving = Arriving::default();
+    }
+
+    /// As [`LiveQueue::fetch`]. A request that names a missing page stays where it is, with all behind it, until the page is there.
+    ///
+    /// # Errors
+    /// The driver broke the ring, or the chains that are owed.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn fetch_arriving(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+        port: &mut Port<'_>,
+        queue: u32,
+        source: Source,
+    ) -> Result<usize, RingFault> {
+        let (_, most) = PER_TURN;
+        let mut count = 0;
+        while count < usize::from(most) && self.free != NO_SLOT && !self.arriving.is_waiting() {
+            let taken = match source {
+                Source::Ring => self.take_arriving(cx, shared)?,
+                Source::Owed => self.take_again_arriving(cx, shared)?,
+            };
+            let Some(taken) = taken else { break };
+            self.begin(cx, shared, port, queue, taken);
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// As [`LiveQueue::take`].
+    fn take_arriving(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+    ) -> Result<Option<Taken>, RingFault> {
+        let Shared { chain, memory, .. } = shared;
+        let bad = |head| move |what| RingFault::BadChain { head, what };
+        let taken = match &mut self.ring {
+            Ring::Split(ring) => {
+                let Some(head) = ring.pop()? else { return Ok(None) };
+                let gathered = chain.gather_arriving(cx, memory, ring.chain(head), self.indirect);
+                if gathered.map_err(bad(head))?.is_some() {
+                    ring.take(head);
+                    Some(Taken { id: head, entries: 1, record: head })
+                } else {
+                    ring.put_back();
+                    None
+                }
+            }
+            Ring::Packed(ring) => {
+                if !ring.has_next() {
+                    return Ok(None);
+                }
+                let at = ring.next_index();
+                let gathered = chain.gather_arriving(cx, memory, ring.chain(), self.indirect);
+                match gathered.map_err(bad(at))? {
+                    Some(extent) => {
+                        let (id, entries) = (extent.last_link, extent.entries);
+                        Some(Taken { id, entries, record: ring.take(entries)? })
+                    }
+                    None => None,
+                }
+            }
+        };
+        if taken.is_none() {
+            self.wait_for_pages(shared);
+        }
+        Ok(taken)
+    }
+
+    /// As [`LiveQueue::take_again`].
+    fn take_again_arriving(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+    ) -> Result<Option<Taken>, RingFault> {
+        let Some(taken) = self.again.get(self.begun).copied() else { return Ok(None) };
+        let Shared { chain, memory, .. } = shared;
+        let gathered = match &self.ring {
+            Ring::Split(ring) => {
+                chain.gather_arriving(cx, memory, ring.chain(taken.id), self.indirect)
+            }
+            Ring::Packed(ring) => match ring.recorded(taken) {
+                Some(recorded) => chain.gather_arriving(cx, memory, recorded, self.indirect),
+                None => Err(ChainFault::NextOutside),
+            },
+        };
+        if gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?.is_none() {
+            self.wait_for_pages(shared);
+            return Ok(None);
+        }
+        self.begun += 1;
+        shared.stats.resubmitted.add(1);
+        Ok(Some(taken))
+    }
+
+    /// Asks for what the chain that was gathered last lacks.
+    fn wait_for_pages(&mut self, shared: &Shared) {
+        let Some(fetcher) = &self.arriving.fetcher else { return };
+        // What there is no room for is asked for when the rest is there.
+        let _all = shared.chain.wanted(&shared.memory).all(|wanted| fetcher.ask(wanted));
+        fetcher.wake();
+        self.arriving.waits = true;
+    }
+}

@@ -26,12 +26,15 @@ const USER_MODE_ONLY: libc::c_int = 1;
 const API: u64 = 0xaa;
 /// `UFFD_FEATURE_SIGBUS`.
 const FEATURE_SIGBUS: u64 = 1 << 7;
-/// `UFFDIO_REGISTER_MODE_MISSING`.
+/// `UFFDIO_REGISTER_MODE_MISSING`, `UFFDIO_REGISTER_MODE_MINOR`.
 const MODE_MISSING: u64 = 1;
+const MODE_MINOR: u64 = 4;
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`, `_IOWR(0xaa, 0, struct uffdio_register)`, `_IOR(0xaa, 2, struct uffdio_range)`.
 const IOCTL_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
 const IOCTL_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
 const IOCTL_WAKE: libc::Ioctl = 0x8010_aa02_u32 as libc::Ioctl;
+/// `_IOWR(0xaa, 7, struct uffdio_continue)`.
+const IOCTL_CONTINUE: libc::Ioctl = 0xc020_aa07_u32 as libc::Ioctl;
 /// Bytes of a `struct uffd_msg`, where it has the address, and the event that is a fault (`UFFD_EVENT_PAGEFAULT`).
 const EVENT_BYTES: usize = 32;
 const EVENT_ADDRESS: std::ops::Range<usize> = 16..24;
@@ -58,6 +61,14 @@ struct RegisterArgument {
     range: RangeArgument,
     mode: u64,
     ioctls: u64,
+}
+
+/// `struct uffdio_continue`.
+#[repr(C)]
+struct ContinueArgument {
+    range: RangeArgument,
+    mode: u64,
+    mapped: i64,
 }
 
 /// What becomes of a thread that touches a page that is missing.
@@ -130,14 +141,15 @@ impl Userfault {
         self.control(IOCTL_WAKE, &mut RangeArgument { start: address, len: length })
     }
 
-    /// From now on touching a page of `mapping` that its file does not have is a fault of this descriptor's.
-    fn register(&self, mapping: &Mapping) -> io::Result<()> {
+    /// From now on touching a page of `mapping` that its file does not have, or in the other mode that is not mapped yet, is a fault
+    /// of this descriptor's.
+    fn register(&self, mapping: &Mapping, mode: u64) -> io::Result<()> {
         let (start, len) = mapping.extent();
         let range = RangeArgument { start: start as u64, len: len as u64 };
         // SAFETY: advice on a mapping of ours. Collapsing small pages into a huge one would fill holes; a kernel that cannot
         // does not need the advice.
         unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_NOHUGEPAGE) };
-        let mut argument = RegisterArgument { range, mode: MODE_MISSING, ioctls: 0 };
+        let mut argument = RegisterArgument { range, mode, ioctls: 0 };
         self.control(IOCTL_REGISTER, &mut argument)
     }
 
@@ -171,7 +183,28 @@ impl FaultRefusal {
     /// # Errors
     /// Its file's pages cannot be missing: it is not memory (a memfd, tmpfs or hugetlbfs).
     pub fn cover(&self, mapping: &Mapping) -> io::Result<()> {
-        self.0.register(mapping)
+        self.0.register(mapping, MODE_MISSING)
+    }
+
+    /// The same of every page that is not [admitted](FaultRefusal::admit) first, whether its file has it or not: for a simulator, where
+    /// the side that brings the pages and the side that waits for them share one file.
+    ///
+    /// # Errors
+    /// As [`FaultRefusal::cover`]; or the kernel is older than 5.14.
+    pub fn cover_all(&self, mapping: &Mapping) -> io::Result<()> {
+        self.0.register(mapping, MODE_MISSING | MODE_MINOR)
+    }
+
+    /// A page of a mapping that is covered, counted from the beginning of what is mapped, may be touched from now on, if its file has
+    /// it.
+    ///
+    /// # Errors
+    /// The file does not have it, or it was admitted before.
+    pub fn admit(&self, mapping: &Mapping, page: usize) -> io::Result<()> {
+        let (start, size) = (mapping.extent().0, mapping.page_size());
+        let start = start.saturating_add(page.saturating_mul(size)) as u64;
+        let range = RangeArgument { start, len: size as u64 };
+        self.0.control(IOCTL_CONTINUE, &mut ContinueArgument { range, mode: 0, mapped: 0 })
     }
 }
 
@@ -188,7 +221,7 @@ impl FaultWindow {
     /// # Errors
     /// Its file's pages cannot be missing: it is not memory (a memfd, tmpfs or hugetlbfs).
     pub fn new(mapping: Arc<Mapping>, faults: Arc<Userfault>) -> Result<Self, MappingError> {
-        let registered = faults.register(&mapping);
+        let registered = faults.register(&mapping, MODE_MISSING);
         registered.map_err(|source| MappingError::Os { length: mapping.len() as u64, source })?;
         Ok(Self { mapping, faults })
     }
@@ -357,6 +390,23 @@ mod tests {
         drop(refusal);
         table.write(at(3), b"kept").unwrap();
         assert!(has(&fd, 3), "without it a hole is filled, as in any other file");
+    }
+
+    #[test]
+    fn a_page_that_is_there_and_was_not_admitted_is_refused_to_a_simulators_device() {
+        let Some((fd, _faults)) = memory() else { return };
+        let refusal = FaultRefusal::new().unwrap();
+        let mapping = Mapping::shared(fd.as_fd(), 0, 4 * PAGE).unwrap();
+        refusal.cover_all(&mapping).unwrap();
+        let table = RegionTable::with_capacity(1);
+        let region = table.insert(Arc::clone(&mapping)).unwrap();
+        let mut bytes = [0; 4];
+        refusal.admit(&mapping, 0).unwrap();
+        table.read(BufferSlice { region, length: 4, offset: 0 }, &mut bytes).unwrap();
+        assert_eq!((&bytes, mapping.poisoned()), (b"here", false));
+        rustix::io::pwrite(&fd, b"too ", PAGE).unwrap();
+        table.read(BufferSlice { region, length: 4, offset: PAGE }, &mut bytes).unwrap();
+        assert_eq!((bytes, mapping.poisoned()), ([0; 4], true));
     }
 
     #[test]

@@ -34,6 +34,8 @@ pub struct Swarm {
     pub bitmap_per_mille: u32,
     /// Sectors in a thousand that are holes at first.
     pub hole_per_mille: u32,
+    /// Sessions in a thousand to which a guest comes by post-copy.
+    pub arrives_per_mille: u32,
 }
 
 impl Swarm {
@@ -52,6 +54,7 @@ impl Swarm {
             bitmap_per_mille: rng.pick(&[0, 0, 2, 10]),
             weather_per_mille: rng.pick(&[0, 5, 20]),
             hole_per_mille: rng.pick(&[0, 200, 500, 900]),
+            arrives_per_mille: rng.clone().fork().pick(&[0, 0, 300, 1000]),
         }
     }
 }
@@ -71,6 +74,7 @@ impl Swarm {
             bitmap_per_mille: 0,
             weather_per_mille: 0,
             hole_per_mille: 0,
+            arrives_per_mille: 0,
         }
     }
 }

@@ -165,7 +165,11 @@ impl World {
             Transport::Ring { format, .. } => {
                 seat.guest.plug(&self.memory);
                 let doorbell = Arc::clone(&self.doorbell);
-                let (control, session) = Session::new(&seat.guest, format, doorbell, &self.trace);
+                // Drawn aside, so that a seed's run is the same but for this.
+                let mut aside = self.rng.clone().fork();
+                let arrives = aside.chance(self.swarm.arrives_per_mille).then_some(aside);
+                let (control, session) =
+                    Session::new(&seat.guest, format, doorbell, arrives, &self.trace);
                 seat.session = Some(control);
                 Box::new(session)
             }
@@ -422,8 +426,10 @@ impl World {
             disk.heal();
             disk.release_stalled(self.now);
         }
-        for seat in &self.seats {
+        self.swarm.arrives_per_mille = 0;
+        for seat in &mut self.seats {
             seat.guest.set_active(false);
+            seat.session.iter_mut().for_each(Session::hurry);
         }
         self.run_until("every request ends", Nanos::from_secs(10), |world| {
             world.seats.iter().all(|seat| seat.guest.outstanding() == 0)

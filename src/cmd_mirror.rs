@@ -155,6 +155,9 @@ struct StartArgs {
     /// Go over from background to write-blocking where background copying does not get ahead of the guest.
     #[arg(long)]
     auto_converge: bool,
+    /// Within a file system: share extents between the files while no guest is at work, instead of copying.
+    #[arg(long)]
+    copy_offload: bool,
     /// Compare source and target whole before a switch-over.
     #[arg(long)]
     verify: bool,
@@ -316,6 +319,7 @@ impl StartArgs {
             self.latency_ceiling.map(|it| u64::try_from(it.as_micros()).unwrap_or(u64::MAX));
         set("latency_ceiling_us", ceiling.map(Value::from));
         set("auto_converge", self.auto_converge.then_some(true.into()));
+        set("copy_offload", self.copy_offload.then_some(true.into()));
         set("verify_before_complete", self.verify.then_some(true.into()));
         set("auto_dismiss", Some((!self.keep_job).into()));
         Ok(params)

@@ -1,6 +1,7 @@
 //! The control side of a block device.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -279,6 +280,11 @@ pub trait Bdev: Send + Sync {
     /// The bdevs it is stacked on.
     fn children(&self) -> Vec<Arc<dyn Bdev>> {
         self.base().cloned().into_iter().collect()
+    }
+
+    /// The regular file that it is, byte for byte, if it is one: for what only the kernel can do between two of them.
+    fn regular_file(&self) -> Option<&Arc<OwnedFd>> {
+        None
     }
 
     /// The file it stands for, if any.

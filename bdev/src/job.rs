@@ -520,6 +520,8 @@ pub struct JobInfo {
     pub zero_bytes: u64,
     /// Needed nothing: zero on both sides already.
     pub skipped_bytes: u64,
+    /// Of what was copied as data, bytes that the file system or its server copied by itself.
+    pub offloaded_bytes: u64,
     /// Bytes of guest writes that the target has taken directly.
     pub mirrored_bytes: u64,
     /// Guest writes that an observer did not get and that are not remembered for it.

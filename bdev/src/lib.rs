@@ -27,6 +27,7 @@ pub mod ledger;
 pub mod malloc;
 pub mod mirror;
 pub mod null;
+pub mod offload;
 pub mod passthru;
 pub mod sectors;
 pub mod slots;

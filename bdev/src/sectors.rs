@@ -18,6 +18,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context};
@@ -121,6 +122,10 @@ impl Bdev for Sectors {
 
     fn identity(&self) -> Option<FileIdentity> {
         self.base.identity()
+    }
+
+    fn regular_file(&self) -> Option<&Arc<OwnedFd>> {
+        self.base.regular_file()
     }
 
     fn details(&self) -> Vec<(&'static str, Detail)> {

@@ -253,6 +253,9 @@ impl Job {
         if let Some(throttle) = info.throttle {
             json["throttle_bytes_per_second"] = throttle.into();
         }
+        if info.offloaded_bytes > 0 {
+            json["offloaded_bytes"] = info.offloaded_bytes.into();
+        }
         if info.auto_converged {
             json["auto_converged"] = true.into();
         }

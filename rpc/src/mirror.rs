@@ -16,6 +16,7 @@ use resilver_bdev::job::ScanReport;
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode,
 };
+use resilver_bdev::offload;
 use resilver_bdev::sectors::Sectors;
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, JobStatus, StartJob};
 use serde_json::json;
@@ -38,6 +39,8 @@ pub(crate) struct MirrorStart {
     pub(crate) mirror: String,
     pub(crate) config: MirrorConfig,
     pub(crate) auto_dismiss: bool,
+    /// Copies may be left to the file system.
+    pub(crate) copy_offload: bool,
     /// A bitmap of the source that says what is to be brought over.
     pub(crate) bitmap: Option<(String, BitmapMode)>,
 }
@@ -163,10 +166,13 @@ impl Target {
         self.graph().must_not_record(target.as_ref())?;
         // The guest's block size stays what it is wherever the disk goes.
         let target = Sectors::at_most(target, source.geometry().block_size)?;
+        let may_offload = start.copy_offload;
+        let offload = may_offload.then(|| offload::between(source.as_ref(), target.as_ref()));
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH)?,
             copy_source: source.open_channel(COPY_DEPTH)?,
             target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+            offload: offload.flatten(),
         };
         let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
         let (sync, observer) = (start.config.sync, start.config.observer);

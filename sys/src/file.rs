@@ -1,4 +1,4 @@
-//! File locks that belong to the open file: what keeps two writers off one disk image.
+//! File locks that belong to the open file: what keeps two writers off one disk image. And extents that two files share.
 //!
 //! Open-file-description locks (fcntl(2), Linux) are used because they have the lifetime that matters. A process-wide
 //! POSIX lock goes as soon as *any* descriptor of the file is closed; an OFD lock goes when the last reference to the open
@@ -6,7 +6,7 @@
 //! the lock before the old one's last write has landed. Image locks of QEMU are of the same kind and conflict with ours,
 //! which span the whole file.
 //!
-//! `rustix` has process-wide locks only; hence this file.
+//! `rustix` has process-wide locks only, and clones whole files only; hence this file.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -44,6 +44,28 @@ pub fn try_lock(fd: BorrowedFd<'_>, lock: Lock) -> io::Result<()> {
     let raw = lock.raw();
     // SAFETY: the descriptor is open for the borrow and `raw` outlives the call.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const raw) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes a range of `target` share the extents of the same range of `source` (ioctl_ficlonerange(2)): both read the same afterwards,
+/// and whichever is written gets an extent of its own. Offset and length are bytes, multiples of the file system's block.
+///
+/// # Errors
+/// What the kernel says: `EOPNOTSUPP`, `EXDEV` or `EINVAL` where it cannot be done.
+pub fn clone_range(
+    source: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    offset: u64,
+    length: u64,
+) -> io::Result<()> {
+    let range = libc::file_clone_range {
+        src_fd: source.as_raw_fd().into(),
+        src_offset: offset,
+        src_length: length,
+        dest_offset: offset,
+    };
+    // SAFETY: both descriptors are open for their borrows, and `range` is read only, during the call.
+    let result = unsafe { libc::ioctl(target.as_raw_fd(), libc::FICLONERANGE, &raw const range) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

@@ -90,6 +90,21 @@ impl Mount {
         Self { directory, _device: Some(device) }
     }
 
+    /// An XFS of `size` bytes, at least 300 MiB, whose files can share extents or not.
+    ///
+    /// # Panics
+    /// If mkfs or mount fails.
+    #[must_use]
+    pub fn xfs(size: u64, shares: bool) -> Self {
+        let device = LoopDevice::new(size, 512);
+        let path = device.path().to_str().expect("a path in UTF-8");
+        let reflink = format!("reflink={}", u8::from(shares));
+        run("mkfs.xfs", &["-q", "-m", &reflink, path]);
+        let directory = tempfile::tempdir().expect("a scratch directory");
+        run("mount", &[path, directory.path().to_str().expect("a path in UTF-8")]);
+        Self { directory, _device: Some(device) }
+    }
+
     /// A tmpfs of `size` bytes.
     ///
     /// # Panics

@@ -331,6 +331,7 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
         source: bdev.open_channel(DISK_DEPTH).unwrap(),
         copy_source: bdev.open_channel(COPY_DEPTH).unwrap(),
         target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        offload: None,
     };
     let job = Box::new(Mirror::new(config, channels).unwrap());
     let target_stats = Arc::clone(target.stats());

@@ -63,7 +63,7 @@ fn plan() -> MirrorPlan {
         auto_finalize: true,
         ..MirrorConfig::default()
     };
-    MirrorPlan { target: calm_disk(), config }
+    MirrorPlan { target: calm_disk(), config, offloads: false }
 }
 
 /// Starts a mirror whose hole scan has nothing to say.

@@ -123,6 +123,7 @@ impl World {
             source: source.open_channel(DISK_DEPTH).unwrap(),
             copy_source: source.open_channel(COPY_DEPTH).unwrap(),
             target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+            offload: None,
         };
         let start = StartJob {
             job: Box::new(Mirror::new(config, channels).unwrap()),

@@ -153,6 +153,7 @@ fn info() -> JobInfo {
         copied_bytes: 0,
         zero_bytes: 0,
         skipped_bytes: 0,
+        offloaded_bytes: 0,
         mirrored_bytes: 0,
         dropped_writes: 0,
         dropped_bytes: 0,

@@ -37,6 +37,9 @@ const WINDOW: u32 = 1 << 20;
 /// The most bytes of one copy inside a hole, where the target deallocates them. Where it writes zeroes out, a hole costs as
 /// much as data, and a guest's write into it waits as long.
 const HOLE_RUN: u64 = 16 << 20;
+/// The most bytes of one copy that takes no reading and no writing: a millisecond of changing metadata, for which a guest that comes back
+/// may have to wait.
+const OFFLOAD_RUN: u64 = 16 << 20;
 /// Completions taken from a leg in one turn.
 const BATCH: usize = 256;
 
@@ -119,6 +122,7 @@ pub struct Mirror {
     source: Box<dyn IoChannel>,
     copy_source: Box<dyn IoChannel>,
     target: Box<dyn IoChannel>,
+    offload: Option<Box<dyn IoChannel>>,
     held: Box<[Held]>,
     /// What each of them carries.
     payloads: Box<[Slices]>,
@@ -143,10 +147,11 @@ impl Mirror {
     /// A parameter out of range, a target that does not fit, channels without the depth that is needed, no memory.
     pub fn new(config: MirrorConfig, channels: MirrorChannels) -> Result<Self, BdevError> {
         validate(&config, &channels)?;
-        let MirrorChannels { source, copy_source, target } = channels;
+        let MirrorChannels { source, copy_source, target, offload } = channels;
         let limits = combined_limits(source.limits(), target.limits());
         let inline = copy_source.works_inline() && target.works_inline();
-        let core = core_config(&config, &limits, copy_source.limits(), target.limits(), inline);
+        let mut core = core_config(&config, &limits, copy_source.limits(), target.limits(), inline);
+        core.offload_run = offload_run(&core, offload.as_deref());
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
@@ -159,6 +164,7 @@ impl Mirror {
             source,
             copy_source,
             target,
+            offload,
             reads: vec![(Tag(0), Nanos::ZERO); DISK_DEPTH as usize].into_boxed_slice(),
             free_reads: (0..DISK_DEPTH as u16).rev().collect(),
             bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
@@ -277,6 +283,13 @@ impl Mirror {
                     self.target.submit(cx, io, &[]);
                     self.uncommitted = true;
                 }
+                Action::CopyOffload { copy, offset, length } => {
+                    let io = transfer(Tag(u32::from(copy)), IoKind::Write, offset, length);
+                    let offload =
+                        self.offload.as_mut().expect("the core knows whether there is one");
+                    offload.submit(cx, io, &[]);
+                    self.uncommitted = true;
+                }
             }
         }
     }
@@ -390,6 +403,19 @@ impl Mirror {
         }
     }
 
+    /// Takes what was brought over by whoever holds both legs.
+    fn poll_offload(&mut self, cx: &Context<'_>) {
+        let Some(offload) = &mut self.offload else { return };
+        self.done.clear();
+        offload.poll(cx, &mut self.done);
+        let mut at = 0;
+        while let Some(Completion { tag, result }) = self.done.get(at) {
+            at += 1;
+            self.core.write_done(slot_of(tag), result, cx.now);
+            self.perform(cx);
+        }
+    }
+
     /// A part of the buffer that a check reads a leg into: those of the checks come behind those of the copies.
     fn check_buffer(&self, check: u16, side: Side, skip: u32, length: u32) -> BufferSlice {
         let part = self.core.config.copies + 2 * check + side as u16;
@@ -455,7 +481,7 @@ impl Mirror {
         };
         Dissolved {
             survivor,
-            released: vec![mirror.copy_source, other],
+            released: [mirror.copy_source, other].into_iter().chain(mirror.offload).collect(),
             regions: vec![mirror.bounce.region, mirror.buffers.region],
             side,
             info,
@@ -507,9 +533,17 @@ fn core_config(
         hole_run: if target.zeroes_unmap && unmap { HOLE_RUN } else { u64::from(window) },
         window,
         inline,
+        offload_run: None,
         zero_unit,
         max_zeroes: target.max_unmap.max(u64::from(limits.block_size)),
     }
+}
+
+/// The most bytes that are left to whoever holds both legs, if there is somebody and all chunks are made of his blocks. Where a
+/// difference image has a part of a cluster, a copy must be of data.
+fn offload_run(core: &CoreConfig, offload: Option<&dyn IoChannel>) -> Option<u64> {
+    let blocks = u64::from(offload?.limits().block_size);
+    (!core.diff && core.grid.granularity().is_multiple_of(blocks)).then_some(OFFLOAD_RUN)
 }
 
 /// The slot that a tag names, whatever else it says.
@@ -523,8 +557,8 @@ fn flush(tag: Tag) -> BdevIo {
     BdevIo { tag, kind: IoKind::Flush, may_unmap: false, offset: 0, length: 0 }
 }
 
-fn transfer(tag: Tag, kind: IoKind, offset: u64, length: u32) -> BdevIo {
-    BdevIo { tag, kind, may_unmap: false, offset, length: u64::from(length) }
+fn transfer(tag: Tag, kind: IoKind, offset: u64, length: impl Into<u64>) -> BdevIo {
+    BdevIo { tag, kind, may_unmap: false, offset, length: length.into() }
 }
 
 /// Copies one payload into another of the same length, wherever their slices are cut.
@@ -582,6 +616,9 @@ impl IoChannel for Mirror {
         self.source.commit(cx);
         self.copy_source.commit(cx);
         self.target.commit(cx);
+        if let Some(offload) = &mut self.offload {
+            offload.commit(cx);
+        }
         self.uncommitted = false;
     }
 
@@ -591,6 +628,7 @@ impl IoChannel for Mirror {
         self.poll_source(cx);
         self.poll_copy_source(cx);
         self.poll_target(cx);
+        self.poll_offload(cx);
         let busy = was_busy || self.guest_busy();
         self.core.turn(busy, cx.now);
         self.perform(cx);
@@ -610,6 +648,9 @@ impl IoChannel for Mirror {
         self.source.attach(cx);
         self.copy_source.attach(cx);
         self.target.attach(cx);
+        if let Some(offload) = &mut self.offload {
+            offload.attach(cx);
+        }
         for pool in [&mut self.bounce, &mut self.buffers] {
             match cx.memory.insert(Arc::clone(&pool.mapping)) {
                 Ok(region) => pool.region = region,
@@ -630,6 +671,9 @@ impl IoChannel for Mirror {
         self.source.detach(cx);
         self.copy_source.detach(cx);
         self.target.detach(cx);
+        if let Some(offload) = &mut self.offload {
+            offload.detach(cx);
+        }
     }
 
     fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {
@@ -641,13 +685,17 @@ impl IoChannel for Mirror {
             return Armed::Ready;
         }
         let legs = [&mut self.source, &mut self.copy_source, &mut self.target];
-        legs.into_iter().fold(Armed::Until(deadline), |armed, leg| armed.and(leg.arm(cx, set)))
+        let all = legs.into_iter().chain(&mut self.offload);
+        all.fold(Armed::Until(deadline), |armed, leg| armed.and(leg.arm(cx, set)))
     }
 
     fn disarm(&mut self, cx: &Context<'_>) {
         self.source.disarm(cx);
         self.copy_source.disarm(cx);
         self.target.disarm(cx);
+        if let Some(offload) = &mut self.offload {
+            offload.disarm(cx);
+        }
     }
 }
 

@@ -5,6 +5,10 @@
 //! and nothing where the target reads zero already. A run inside a hole is not read at all. If anything fails, all of the
 //! run is dirty again.
 //!
+//! Where somebody holds both legs who can copy without reading and writing (`offload`), and no guest is at work, runs are left to
+//! him: a file system keeps everybody from both files meanwhile. If he cannot, which is no fault of either leg, the run is dirty
+//! again, and copied as others are from then on.
+//!
 //! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight. Where
 //! the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
 //! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs; as long
@@ -70,6 +74,8 @@ const INLINE_ALONE: u64 = 256 << 10;
 /// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
 /// between two requests of a guest that makes one at a time.
 const GUEST_RESTS: Nanos = Nanos::from_millis(2);
+/// Copies in flight where whoever holds both legs makes them, one after the other: one is always ready for him.
+const OFFLOADS: usize = 2;
 /// Places looked at in one turn: bounded work.
 const LOOKS: usize = 32;
 
@@ -78,6 +84,8 @@ const LOOKS: usize = 32;
 pub(super) struct Counters {
     /// Bytes copied as data.
     pub copied: u64,
+    /// Of them, bytes that were neither read nor written.
+    pub offloaded: u64,
     /// Bytes made zero.
     pub zero: u64,
     /// Bytes that were zero on both legs.
@@ -108,6 +116,17 @@ pub(super) enum CopyState {
     LostWrite,
 }
 
+/// How a run is brought over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum How {
+    /// It is read, and what is not zero is written.
+    Read,
+    /// The source is known to read zero there.
+    Hole,
+    /// By whoever holds both legs.
+    Offload,
+}
+
 /// One run of chunks on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Copy {
@@ -115,8 +134,7 @@ pub(super) struct Copy {
     /// First byte and end; whole chunks.
     pub start: u64,
     pub end: u64,
-    /// The source is known to read zero there.
-    hole: bool,
+    how: How,
     /// The window that is being worked on.
     plan: Plan,
     /// The piece of it that is being written.
@@ -132,7 +150,7 @@ impl Copy {
         state: CopyState::Free,
         start: 0,
         end: 0,
-        hole: false,
+        how: How::Read,
         plan: Plan::EMPTY,
         piece: 0,
         piece_end: 0,
@@ -265,6 +283,7 @@ impl Core {
             return;
         }
         let most = self.pace.copies(self.config.inline);
+        let most = if self.config.offload_run.is_some() { most.min(OFFLOADS) } else { most };
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let (mut busy, mut looks) = (None, 0);
         let mut sweep = Sweep { from: self.cursor, wrapped: false };
@@ -296,7 +315,7 @@ impl Core {
                     let due = self.copier_due.map_or(until, |due| due.min(until));
                     self.copier_due = Some(due);
                 }
-                Look::Free { run, hole } => self.begin(free, run, hole, now),
+                Look::Free { run, how } => self.begin(free, run, how, now),
                 Look::Shut => {}
                 Look::Busy(chunk) => busy = busy.or(Some(chunk)),
             }
@@ -317,19 +336,24 @@ impl Core {
         if sweep.is_over(self.cursor, first) {
             return Look::Nothing;
         }
-        let hole = self.maps.hole.get(first);
-        let largest = match (hole, self.pace) {
-            (true, Pace::Alone) => self.config.hole_run,
-            (true, Pace::Gentle | Pace::Firm | Pace::Held) => self.config.run,
-            (false, _) => self.config.run.min(self.run()).min(self.limiter.largest()),
+        let alone = self.pace == Pace::Alone;
+        let (how, largest) = match self.config.offload_run {
+            _ if self.maps.hole.get(first) && alone => (How::Hole, self.config.hole_run),
+            _ if self.maps.hole.get(first) => (How::Hole, self.config.run),
+            Some(run) if alone && self.may_offload(first) => (How::Offload, run),
+            _ => (How::Read, self.config.run.min(self.run())),
         };
+        let largest = if how == How::Hole { largest } else { largest.min(self.limiter.largest()) };
         let most = (largest / self.grid.granularity()).max(1);
         let mut end = dirty.next_clear(first, (first + most).min(limit));
-        end = if hole {
+        end = if how == How::Hole {
             self.maps.hole.next_clear(first, end)
         } else {
             self.maps.hole.next_set(first).map_or(end, |hole| hole.min(end))
         };
+        if how == How::Offload && !self.may_offload(end - 1) {
+            end -= 1;
+        }
         match self.bad.manner(first, end, now) {
             Manner::Free(upto) => end = upto,
             Manner::Alone => end = first + 1,
@@ -346,7 +370,7 @@ impl Core {
         }
         let run = bytes.start..free_until;
         self.cursor = self.grid.touched(run.start, run.end - run.start).end;
-        if self.shuts(&run) { Look::Shut } else { Look::Free { run, hole } }
+        if self.shuts(&run) { Look::Shut } else { Look::Free { run, how } }
     }
 
     /// Gets in line for a chunk where guest writes are.
@@ -369,22 +393,29 @@ impl Core {
         if !self.copier_runs() || !still_dirty || self.shuts(&(start..end)) {
             return self.forget_copy(copy);
         }
-        let hole = self.maps.hole.get(chunks.start);
-        self.work(copy, hole, now);
+        let how = if self.maps.hole.get(chunks.start) { How::Hole } else { How::Read };
+        self.work(copy, how, now);
     }
 
-    fn begin(&mut self, copy: u16, run: Range<u64>, hole: bool, now: Nanos) {
+    /// Whether a chunk may be left to whoever holds both legs: one that is cut short by the end of the disk may not be made of his
+    /// blocks.
+    fn may_offload(&self, chunk: u64) -> bool {
+        let bytes = self.grid.bytes(&(chunk..chunk + 1));
+        bytes.end - bytes.start == self.grid.granularity()
+    }
+
+    fn begin(&mut self, copy: u16, run: Range<u64>, how: How, now: Nanos) {
         self.ranges.enter_copy(self.holder_of(copy), &run);
         let slot = &mut self.copies[usize::from(copy)];
         *slot = Copy { start: run.start, end: run.end, ..Copy::FREE };
-        self.work(copy, hole, now);
+        self.work(copy, how, now);
     }
 
     /// The copy has its range: clear the bits, then read.
-    fn work(&mut self, copy: u16, hole: bool, now: Nanos) {
+    fn work(&mut self, copy: u16, how: How, now: Nanos) {
         let slot = &mut self.copies[usize::from(copy)];
         let (start, end) = (slot.start, slot.end);
-        slot.hole = hole;
+        slot.how = how;
         slot.plan = Plan::new(&(start..start), 1);
         (slot.piece, slot.piece_end) = (start, start);
         slot.state = CopyState::Reading;
@@ -420,12 +451,15 @@ impl Core {
         let slot = &mut self.copies[usize::from(copy)];
         match (slot.state, result) {
             (CopyState::Writing, Ok(())) => {
-                let (bytes, kind, hole) = (slot.piece..slot.piece_end, slot.kind, slot.hole);
-                if !hole {
+                let (bytes, kind, how) = (slot.piece..slot.piece_end, slot.kind, slot.how);
+                if how != How::Hole {
                     self.rates.worked(bytes.end - bytes.start);
                 }
                 self.piece_landed(&bytes, kind);
                 self.next_piece(copy, now);
+            }
+            (CopyState::Writing, Err(_)) if slot.kind == Kind::Offloaded => {
+                self.offload_failed(copy);
             }
             (CopyState::Writing, Err(error)) => {
                 self.copy_failed(copy, Failed::CopyWrite, error, now);
@@ -458,25 +492,29 @@ impl Core {
             }
         } else {
             self.counters.copied += length;
+            self.counters.offloaded += if kind == Kind::Offloaded { length } else { 0 };
         }
     }
 
     /// Goes on behind the piece that has been dealt with: the next piece, the next window, or the end.
     fn next_piece(&mut self, copy: u16, now: Nanos) {
         loop {
-            let Copy { end, hole, plan, piece_end: at, .. } = self.copies[usize::from(copy)];
+            let Copy { end, how, plan, piece_end: at, .. } = self.copies[usize::from(copy)];
             if at == end {
                 return self.copy_succeeded(copy);
             }
-            if at == plan.end && !hole {
-                return self.read_window(copy, now);
-            }
-            let max_zeroes = self.config.max_zeroes;
-            let (bytes, kind) =
-                if hole { self.hole_piece(at, end) } else { plan.piece(at, max_zeroes) };
+            let (bytes, kind) = match how {
+                How::Read if at == plan.end => return self.read_window(copy, now),
+                How::Read => plan.piece(at, self.config.max_zeroes),
+                How::Hole => self.hole_piece(at, end),
+                How::Offload => {
+                    self.charge(end - at);
+                    (at..end, Kind::Offloaded)
+                }
+            };
             let length = bytes.end - bytes.start;
             debug_assert!(length > 0 && bytes.end <= end);
-            if kind != Kind::Data && !hole {
+            if how == How::Read && kind != Kind::Data {
                 self.limiter.refund(length);
             }
             if kind != Kind::Skip {
@@ -484,7 +522,7 @@ impl Core {
             }
             self.counters.skipped += length;
             self.rates.copied(length);
-            if !hole {
+            if how != How::Hole {
                 self.rates.worked(length);
             }
             let slot = &mut self.copies[usize::from(copy)];
@@ -513,6 +551,10 @@ impl Core {
         let (offset, length) = (bytes.start, bytes.end - bytes.start);
         if kind == Kind::Zero {
             return self.act(Action::CopyZero { copy, offset, length });
+        }
+        if kind == Kind::Offloaded {
+            self.maps.target_zero.clear_range(&self.grid.touched(offset, length));
+            return self.act(Action::CopyOffload { copy, offset, length });
         }
         #[allow(clippy::cast_possible_truncation)] // a window is less than 4 GiB
         let (skip, short) = ((offset - slot.plan.start) as u32, length as u32);
@@ -568,11 +610,25 @@ impl Core {
         slot.piece = offset;
         slot.plan = Plan::new(&(offset..slot.end.min(offset + window)), unit);
         let length = slot.plan.end - offset;
+        self.charge(length);
+        #[allow(clippy::cast_possible_truncation)] // at most a window
+        self.act(Action::CopyRead { copy, offset, length: length as u32 });
+    }
+
+    /// Data is about to be copied.
+    fn charge(&mut self, length: u64) {
         self.limiter.charge(length);
         self.beside_guest.charge(length);
         self.throttle.moves(length);
-        #[allow(clippy::cast_possible_truncation)] // at most a window
-        self.act(Action::CopyRead { copy, offset, length: length as u32 });
+    }
+
+    /// Whoever holds both legs cannot bring a run over: it is copied as others are, and what is wrong with a leg is met there.
+    fn offload_failed(&mut self, copy: u16) {
+        let Copy { piece, end, .. } = self.copies[usize::from(copy)];
+        self.config.offload_run = None;
+        self.copies[usize::from(copy)] = Copy::FREE;
+        self.redirty_copy(piece, end);
+        self.ranges.leave(self.holder_of(copy));
     }
 
     fn copy_succeeded(&mut self, copy: u16) {
@@ -723,7 +779,7 @@ enum Look {
     /// No dirty chunk that it may copy.
     Nothing,
     /// A run of them, in bytes, where nobody is.
-    Free { run: Range<u64>, hole: bool },
+    Free { run: Range<u64>, how: How },
     /// An I/O that was given up may still land there.
     Shut,
     /// A guest write is there.

@@ -85,6 +85,8 @@ pub(super) struct CoreConfig {
     pub window: u32,
     /// Both legs work inline: what the copier does takes its time from the guest, byte by byte.
     pub inline: bool,
+    /// The most bytes of one copy that neither reads nor writes; none where all do.
+    pub offload_run: Option<u64>,
     /// Bytes that zero detection looks at as one.
     pub zero_unit: u32,
     /// The most bytes of one zeroing of the target.
@@ -117,6 +119,8 @@ pub(super) enum Action {
     Compare { check: u16, offset: u64, length: u32 },
     /// Make a range of the target zero.
     CopyZero { copy: u16, offset: u64, length: u64 },
+    /// Have a range brought over by whoever holds both legs.
+    CopyOffload { copy: u16, offset: u64, length: u64 },
 }
 
 /// One leg of one request.

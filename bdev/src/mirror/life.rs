@@ -828,6 +828,7 @@ impl Core {
             copied_bytes: self.counters.copied,
             zero_bytes: self.counters.zero,
             skipped_bytes: self.counters.skipped,
+            offloaded_bytes: self.counters.offloaded,
             mirrored_bytes: self.counters.mirrored,
             dropped_writes: self.counters.dropped_writes,
             dropped_bytes: self.counters.dropped,

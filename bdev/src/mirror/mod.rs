@@ -137,6 +137,8 @@ pub struct MirrorChannels {
     pub copy_source: Box<dyn IoChannel>,
     /// The target, opened for [`DISK_DEPTH`] + [`COPY_DEPTH`].
     pub target: Box<dyn IoChannel>,
+    /// Copies from the source to the target that take no reading and no writing, if there are any ([`crate::offload`]).
+    pub offload: Option<Box<dyn IoChannel>>,
 }
 
 /// Refuses what cannot work, so that it is said in the reply to the operator and not in an event.

@@ -53,12 +53,22 @@ enum Fault {
     Hangs,
 }
 
+/// What its legs are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// Devices.
+    Devices,
+    /// The reactor does the work: a background copy lets writes trail.
+    Inline,
+    /// Somebody holds both who copies without reading and writing.
+    Offload,
+}
+
 /// One world to explore.
 #[derive(Debug, Clone, Copy)]
 struct Scenario {
     mode: CopyMode,
-    /// The reactor does the work of both legs.
-    inline: bool,
+    how: How,
     policy: OnError,
     asks: &'static [Ask],
     verbs: &'static [JobVerb],
@@ -77,6 +87,7 @@ enum Io {
     Read(u16, usize, usize),
     Write(u16, usize, usize),
     Zero(u16, usize, usize),
+    Offload(u16, usize, usize),
 }
 
 impl Io {
@@ -84,7 +95,7 @@ impl Io {
         match self {
             Self::Guest(side, ..) | Self::Flush(side) => side,
             Self::Read(..) => Side::Source,
-            Self::Write(..) | Self::Zero(..) => Side::Target,
+            Self::Write(..) | Self::Zero(..) | Self::Offload(..) => Side::Target,
         }
     }
 }
@@ -156,7 +167,8 @@ impl World {
             run: chunk,
             hole_run: chunk,
             window: u32::try_from(chunk).unwrap(),
-            inline: scenario.inline,
+            inline: scenario.how == How::Inline,
+            offload_run: (scenario.how == How::Offload).then_some(chunk),
             zero_unit: u32::try_from(BLOCK).unwrap(),
             max_zeroes: 1 << 20,
         });
@@ -345,6 +357,14 @@ impl World {
                 self.media[Side::Target as usize][start..end].fill(value);
                 self.core.write_done(copy, result, self.now);
             }
+            Io::Offload(copy, start, end) => {
+                let [source, target] = &mut self.media;
+                match result {
+                    Ok(()) => target[start..end].copy_from_slice(&source[start..end]),
+                    Err(_) => target[start..end].fill(garbage),
+                }
+                self.core.write_done(copy, result, self.now);
+            }
         }
     }
 
@@ -400,6 +420,9 @@ impl World {
                 }
                 Action::CopyZero { copy, offset, length } => {
                     self.flying.push(Io::Zero(copy, block(offset), block(offset + length)));
+                }
+                Action::CopyOffload { copy, offset, length } => {
+                    self.flying.push(Io::Offload(copy, block(offset), block(offset + length)));
                 }
             }
         }
@@ -460,9 +483,10 @@ impl World {
                 meets(start, end)
             }
             Io::Flush(_) => false,
-            Io::Read(_, start, end) | Io::Write(_, start, end) | Io::Zero(_, start, end) => {
-                meets(start, end)
-            }
+            Io::Read(_, start, end)
+            | Io::Write(_, start, end)
+            | Io::Zero(_, start, end)
+            | Io::Offload(_, start, end) => meets(start, end),
         });
         io || (0..self.asked).any(|asked| {
             let Ask(_, start, end) = self.scenario.asks[asked];
@@ -539,7 +563,7 @@ impl World {
         core.ranges.fingerprint(&mut hasher);
         (core.stage, core.record, core.job_flush, core.wish, core.cursor).hash(&mut hasher);
         (core.config.copy_mode == CopyMode::Background).hash(&mut hasher);
-        core.asked.hash(&mut hasher);
+        (core.asked, core.config.offload_run).hash(&mut hasher);
         core.bad.seen_at(self.now).hash(&mut hasher);
         let mut flying = self.flying.clone();
         flying.sort_unstable_by_key(|io| format!("{io:?}"));
@@ -624,9 +648,13 @@ const ZEROED: &[Ask] = &[Ask(IoKind::WriteZeroes, 2, 4), Ask(IoKind::Write, 1, 3
 const DISCARDED: &[Ask] = &[Ask(IoKind::Unmap, 0, 4), Ask(IoKind::Write, 1, 2)];
 
 const SCRIPTS: [&[Ask]; 7] = [PARTS, WHOLE, NEIGHBOURS, LATER, FLUSHED, ZEROED, DISCARDED];
-/// How it copies, and whether the reactor does the work: then a background copy lets writes trail.
-const MODES: [(CopyMode, bool); 3] =
-    [(CopyMode::Background, false), (CopyMode::Background, true), (CopyMode::WriteBlocking, false)];
+const MODES: [(CopyMode, How); 5] = [
+    (CopyMode::Background, How::Devices),
+    (CopyMode::Background, How::Inline),
+    (CopyMode::Background, How::Offload),
+    (CopyMode::WriteBlocking, How::Devices),
+    (CopyMode::WriteBlocking, How::Offload),
+];
 const PAUSED: &[JobVerb] = &[JobVerb::Pause, JobVerb::Resume];
 const CANCELLED: &[JobVerb] = &[JobVerb::Cancel];
 const COMPLETED: &[JobVerb] = &[JobVerb::Complete];
@@ -640,10 +668,10 @@ const GIVEN_UP: &[JobVerb] = &[JobVerb::Complete, JobVerb::Cancel];
 fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for asks in SCRIPTS {
-        for (mode, inline) in MODES {
+        for (mode, how) in MODES {
             let base = Scenario {
                 mode,
-                inline,
+                how,
                 policy: OnError::Ignore,
                 asks,
                 verbs: &[],

@@ -29,6 +29,8 @@ pub(super) enum Kind {
     Zero,
     /// Left alone: the target reads zero there.
     Skip,
+    /// Brought over by whoever holds both legs, unread.
+    Offloaded,
 }
 
 /// A window and what is to be done with its units.

@@ -52,6 +52,7 @@ impl Bench {
             source: open(0, DISK_DEPTH),
             copy_source: open(0, COPY_DEPTH),
             target: open(1, DISK_DEPTH + COPY_DEPTH),
+            offload: None,
         };
         let mirror = Box::new(Mirror::new(config, channels).unwrap());
         let memory = RegionTable::with_capacity(16);
@@ -329,8 +330,12 @@ fn what_cannot_work_is_refused_with_qemus_words() {
         let disk = Malloc::new("disk", BLOCK, 64).unwrap();
         let open = |depth| disk.open_channel(depth).unwrap();
         let (source, copy_source) = (open(DISK_DEPTH), open(COPY_DEPTH));
-        let channels =
-            MirrorChannels { source, copy_source, target: open(DISK_DEPTH + COPY_DEPTH) };
+        let channels = MirrorChannels {
+            source,
+            copy_source,
+            target: open(DISK_DEPTH + COPY_DEPTH),
+            offload: None,
+        };
         Mirror::new(config, channels).err().expect("a refusal").to_string()
     };
     let granularity = |granularity| MirrorConfig { granularity, ..MirrorConfig::default() };
@@ -342,6 +347,7 @@ fn what_cannot_work_is_refused_with_qemus_words() {
         source: large.open_channel(DISK_DEPTH).unwrap(),
         copy_source: large.open_channel(COPY_DEPTH).unwrap(),
         target: small.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        offload: None,
     };
     let error = Mirror::new(MirrorConfig::default(), channels).err().unwrap().to_string();
     assert!(error.contains("32256 bytes") && error.contains("32768 bytes"), "{error}");

@@ -15,6 +15,7 @@ mod ranges;
 
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -257,6 +258,10 @@ impl Bdev for Uring {
             .map_err(|error| self.os_error("growing", error.into()))?;
         self.num_blocks.store(geometry.num_blocks, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn regular_file(&self) -> Option<&Arc<OwnedFd>> {
+        (self.file.kind == FileKind::Regular).then_some(&self.file.fd)
     }
 
     fn identity(&self) -> Option<FileIdentity> {

@@ -231,6 +231,11 @@ pub(super) struct BdevMirrorStart {
     /// Whether zeroes may be unallocated on the target.
     #[serde(default = "yes")]
     unmap: bool,
+    /// While no guest is at work, leave copies to the file system or its server where both legs are files there: it makes the files
+    /// share extents, which takes no time. They share a fault of their device then, too, and what is written later costs an
+    /// extent of its own.
+    #[serde(default)]
+    copy_offload: bool,
     /// The target is known to read zero everywhere, so zeroes need not be written. Wrong, it leaves the target wrong.
     #[serde(default)]
     target_is_zero: bool,
@@ -354,6 +359,7 @@ impl BdevMirrorStart {
                 diff_cluster: None,
             },
             auto_dismiss: self.auto_dismiss,
+            copy_offload: self.copy_offload,
             bitmap: None,
         }
     }

@@ -35,6 +35,8 @@ pub struct MirrorPlan {
     pub target: DiskOptions,
     /// What the mirror is told at its start.
     pub config: MirrorConfig,
+    /// Somebody holds both disks who copies without reading and writing.
+    pub offloads: bool,
 }
 
 impl MirrorPlan {
@@ -67,7 +69,7 @@ impl MirrorPlan {
             ..MirrorConfig::default()
         };
         scope::draw(rng, &mut config, target.limits.block_size);
-        Self { target, config }
+        Self { target, config, offloads: rng.chance(300) }
     }
 }
 
@@ -288,6 +290,7 @@ impl World {
             source: self.in_guests_blocks(&self.source)?.open_channel(DISK_DEPTH)?,
             copy_source: self.in_guests_blocks(&self.source)?.open_channel(COPY_DEPTH)?,
             target: self.in_guests_blocks(&target)?.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+            offload: plan.offloads.then(|| target.offload(&self.source, COPY_DEPTH)),
         };
         self.trace.line(format_args!("mirror to {name}: {plan:?}"));
         let mirror = Mirror::new(plan.config.clone(), channels)?;

@@ -119,7 +119,6 @@ enum Phase {
     Landed,
 }
 
-#[derive(Debug)]
 struct Op {
     channel: u32,
     io: BdevIo,
@@ -134,6 +133,8 @@ struct Op {
     result: Result<(), IoError>,
     /// A flush makes durable what had landed before this.
     flush_upto: u64,
+    /// What is written comes from there.
+    from: Option<Arc<Mutex<Medium>>>,
 }
 
 /// An I/O that the disk failed.
@@ -421,6 +422,23 @@ impl SimDisk {
     }
 }
 
+impl SimDisk {
+    /// Copies from `source` to this disk by whoever holds both.
+    #[must_use]
+    pub fn offload(&self, source: &Self, depth: u32) -> Box<dyn IoChannel> {
+        let mut medium = lock(&self.medium);
+        medium.channels += 1;
+        Box::new(SimChannel {
+            medium: Arc::clone(&self.medium),
+            from: Some(Arc::clone(&source.medium)),
+            id: medium.channels,
+            limits: Limits { max_transfer: u32::MAX, ..self.limits },
+            depth,
+            in_flight: [0; IoKind::ALL.len()],
+        })
+    }
+}
+
 impl Bdev for SimDisk {
     fn name(&self) -> &str {
         &self.name
@@ -439,6 +457,7 @@ impl Bdev for SimDisk {
         medium.channels += 1;
         Ok(Box::new(SimChannel {
             medium: Arc::clone(&self.medium),
+            from: None,
             id: medium.channels,
             limits: self.limits,
             depth,
@@ -571,7 +590,14 @@ impl Medium {
             self.trace.finding(format_args!("{}: the base shows through: {:?}", self.name, op.io));
         }
         self.take_clusters(&op.io);
-        let late = gather(&op.slices, memory).unwrap_or_else(|| op.early.clone());
+        if let Some(from) = &op.from {
+            let from = lock(from);
+            let contents = from.cells[sectors_of(&op.io)].iter().map(|cell| cell.content.bytes());
+            op.early = contents.collect::<Vec<_>>().concat();
+            op.sampling = Sampling::Early;
+        }
+        let late = gather(&op.slices, memory).filter(|late| late.len() == op.early.len());
+        let late = late.unwrap_or_else(|| op.early.clone());
         for (at, sector) in sectors_of(&op.io).enumerate() {
             let unwritable = self.faults.full
                 && !self.cells[sector].allocated
@@ -653,6 +679,8 @@ fn gather(slices: &[BufferSlice], memory: &RegionTable) -> Option<Vec<u8>> {
 /// A queue pair to a simulated disk.
 struct SimChannel {
     medium: Arc<Mutex<Medium>>,
+    /// Its writes have no payload: what they write is what this disk holds there.
+    from: Option<Arc<Mutex<Medium>>>,
     id: u32,
     limits: Limits,
     depth: u32,
@@ -674,7 +702,7 @@ impl SimChannel {
             Some("outside the device")
         } else if io.kind != IoKind::Flush && (io.length == 0 || io.length > longest) {
             Some("longer than the limit, or empty")
-        } else if io.kind.has_payload() && bytes != io.length {
+        } else if io.kind.has_payload() && bytes != io.length && self.from.is_none() {
             Some("with a payload of another length")
         } else if payload.len() > self.limits.max_segments as usize {
             Some("with too many segments")
@@ -715,6 +743,7 @@ impl IoChannel for SimChannel {
             stalled: false,
             result: Ok(()),
             flush_upto: 0,
+            from: self.from.clone(),
         });
     }
 

@@ -80,6 +80,7 @@ impl Trial {
             source: open(Side::Source),
             copy_source: open(Side::Source),
             target: open(Side::Target),
+            offload: None,
         };
         let config = MirrorConfig { latency_ceiling, ..blocking() };
         let mirror = Mirror::new(config, channels).unwrap();

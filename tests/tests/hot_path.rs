@@ -1,5 +1,6 @@
 //! The promise of the hot path: a warm reactor under load uses no allocator and makes no system call but those its table
-//! allows (none for disks in memory; `io_uring_enter` for a file; for reads and writes of one on tmpfs `io_submit`).
+//! allows (none for disks in memory; `io_uring_enter` for a file; for reads and writes of one on tmpfs `io_submit`; `futex` for a guest that
+//! arrives by post-copy, once for each request that lacks a page).
 //!
 //! Each case runs in a process of its own, because the proof is its death: a seccomp filter on the reactor's thread kills
 //! the process at the first call that is not allowed (SIGSYS), the sealed allocator aborts it at the first use (SIGABRT).
@@ -30,8 +31,12 @@ use resilver_bdev::{
 };
 use resilver_reactor::{Armed, Context, Idle, Poller, Reactor, ReactorConfig, Work};
 use resilver_sys::alloc_guard::{self, AllocGuard};
-use resilver_sys::{BufferSlice, Mapping, RegionId, RingMode, SubmissionThread, WaitSet};
-use resilver_tests::served::Served;
+use resilver_sys::{
+    BufferSlice, Mapping, OnFault, RegionId, RingMode, SubmissionThread, Userfault, WaitSet,
+};
+use resilver_tests::arriving_guest::{ArrivingGuest, BUFFER, Pace};
+use resilver_tests::served::{Served, wait_until};
+use resilver_tests::sim::ring::SLOTS;
 use resilver_vhost::bdev_virtio::{Virtio, VirtioConfig};
 use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, Request};
 use resilver_vhost::ring::Format;
@@ -53,6 +58,8 @@ const LATENCIES: DelayConfig =
     DelayConfig { avg_read_us: 5, p99_read_us: 50, avg_write_us: 5, p99_write_us: 50 };
 /// `io_uring_enter` on x86-64 and aarch64 alike.
 const IO_URING_ENTER: i64 = 426;
+/// By which a fetcher is woken.
+const FUTEX: i64 = if cfg!(target_arch = "x86_64") { 202 } else { 98 };
 const IO_SUBMIT: i64 = if cfg!(target_arch = "x86_64") { 209 } else { 2 };
 
 /// What the load does after it was sealed, beside its requests.
@@ -256,6 +263,34 @@ fn hammer_served(bdev: &dyn Bdev, allowed: &[i64], ring: ServedRing) {
         }
         assert!(Instant::now() < deadline, "the load did not get on");
     }
+    std::process::exit(0);
+}
+
+/// Serves a guest that arrives by post-copy, with a full ring, and seals the reactor while most of its pages are missing.
+fn hammer_arriving(format: Format) {
+    let bdev = Malloc::new("disk", 512, memory_blocks()).unwrap();
+    let spin = ReactorConfig { idle: Idle::Spin, ..ReactorConfig::default() };
+    let served = Served::with(&bdev, spin, |_| ());
+    let (order, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let sealer =
+        Sealer { filter: filter(&[FUTEX]), order: Arc::clone(&order), done: Arc::clone(&done) };
+    served.reactor().add(Box::new(sealer)).unwrap();
+    let mut guest = ArrivingGuest::new(format, 1, 3);
+    for slot in 0..SLOTS {
+        let kind = if slot % 2 == 0 { IoKind::Read } else { IoKind::Write };
+        let (offset, length) = (slot as u64 * BUFFER, BUFFER);
+        guest.put(ArrivingGuest::buffer(0, slot), &[7; BUFFER as usize]);
+        guest.offer(0, slot, &BdevIo { tag: Tag(0), kind, may_unmap: false, offset, length });
+    }
+    let arrival = guest.arrive(&served.socket(), Pace { most_us: 2000, ..Pace::default() });
+    let ended = || served.stats().requests.get();
+    wait_until("the first requests", || ended() >= 3);
+    order.store(true, Ordering::Release);
+    wait_until("the seal", || done.load(Ordering::Acquire));
+    let left = SLOTS as u64 - ended();
+    assert!(left > 10, "only {left} requests are left");
+    wait_until("the others", || ended() == SLOTS as u64);
+    assert!(arrival.faults() > 5 * left);
     std::process::exit(0);
 }
 
@@ -493,6 +528,8 @@ fn child(case: &str) {
         "malloc, split, tracked" => hammer_served(&malloc(), &[], SPLIT.tracked()),
         "malloc, packed, tracked" => hammer_served(&malloc(), &[], PACKED.tracked()),
         "uring, served" => hammer_served(&file(true, RingMode::Enter), &[IO_URING_ENTER], SPLIT),
+        "arriving, split" => hammer_arriving(Format::Split),
+        "arriving, packed" => hammer_arriving(Format::Packed),
         "mirror copying, background" => over_malloc(Life::Copying(CopyMode::Background)),
         "mirror copying, write-blocking" => over_malloc(Life::Copying(CopyMode::WriteBlocking)),
         "mirror in sync" => over_malloc(Life::InSync),
@@ -570,6 +607,20 @@ fn serving_a_guest_that_polls_costs_nothing_beyond_its_disk() {
         "malloc, packed, tracked",
         "uring, served",
     ] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_guest_whose_memory_is_missing_costs_a_wake_of_its_fetcher_and_nothing_else() {
+    if let Err(error) = Userfault::open(OnFault::Wait) {
+        return resilver_tests::skip(
+            "a_guest_whose_memory_is_missing_costs_a_wake_of_its_fetcher_and_nothing_else",
+            &format!("no userfaultfd: {error}"),
+            "run it on Linux 5.11 or later, where nothing forbids the system call",
+        );
+    }
+    for case in ["arriving, split", "arriving, packed"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

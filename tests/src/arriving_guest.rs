@@ -421,6 +421,15 @@ impl Arrival {
         let _ = self.monitor.0.shutdown(std::net::Shutdown::Both);
     }
 
+    /// The memory as the target has it, to be shared again.
+    ///
+    /// # Panics
+    /// If there are no descriptors left.
+    #[must_use]
+    pub fn memory(&self) -> OwnedFd {
+        self.shared.destination.try_clone().expect("a descriptor")
+    }
+
     /// Whether the file has a page: one that never came is a hole, or whoever brings it would find it taken.
     #[must_use]
     pub fn has(&self, page: u64) -> bool {

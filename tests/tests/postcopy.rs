@@ -285,6 +285,38 @@ fn a_monitor_that_dies_with_pages_owed_leaves_a_disk_that_is_free_and_holes_that
     drop(server.stop());
 }
 
+#[test]
+fn a_monitor_that_connects_again_in_the_middle_is_refused_the_memory_that_lacks_pages() {
+    if !possible(
+        "a_monitor_that_connects_again_in_the_middle_is_refused_the_memory_that_lacks_pages",
+    ) {
+        return;
+    }
+    let served = served();
+    let mut load = Load::new(Format::Split, 1, 17);
+    load.offer();
+    let stuck = Pace { most_us: 0, withheld: pages_of(0, 9) };
+    let mut arrival = load.guest.arrive(&served.socket(), stuck.clone());
+    wait_until("nine requests have ended", || served.stats().requests.get() == 9);
+    arrival.kill();
+    let file = arrival.memory();
+    let again = monitor(&served.socket(), false);
+    let region = RegionDescription { size: 16 * PAGE, ..REGION };
+    for message in [Message::SetMemTable(vec![region]), Message::AddMemReg(region)] {
+        assert_eq!(again.ask(&message, &[file.as_fd()]), Some(Reply::U64(1)), "{message:?}");
+    }
+    drop(again);
+    assert!(stuck.withheld.iter().all(|page| !arrival.has(*page)), "a hole was filled");
+    // Another guest's memory is taken, and that of one that has arrived.
+    let arrival = load.guest.arrive(&served.socket(), Pace::default());
+    load.collect(&arrival, 0..1);
+    arrival.finish();
+    let file = arrival.memory();
+    load.guest.leave(arrival);
+    let again = monitor(&served.socket(), false);
+    again.tell(&Message::SetMemTable(vec![region]), &[file.as_fd()]);
+}
+
 /// A monitor that has shared nothing, and has been told of what comes if `advised`.
 fn monitor(socket: &Path, advised: bool) -> Monitor {
     let monitor = Monitor::connect(socket);

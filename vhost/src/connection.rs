@@ -25,7 +25,7 @@ use crate::dirty_log::{DirtyLog, LogError};
 use crate::inflight::{Holds, InflightError, InflightMemory};
 use crate::memory::{GuestMemory, GuestRegion, MemoryError};
 use crate::message::{DecodeError, FdPresence, Message, RegionDescription, Reply, decode};
-use crate::postcopy::PostCopy;
+use crate::postcopy::{MemoryFile, PostCopy};
 use crate::protocol::{device_state, protocol_features};
 use crate::queue::LiveQueue;
 use crate::ring::{Ring, RingAreas, RingSetupError};
@@ -82,6 +82,12 @@ pub(crate) enum ConnectionError {
     /// A post-copy migration was to begin for memory whose pages the monitor cannot be told of any more.
     #[error("memory was shared before it was said that it arrives later")]
     SharedBefore,
+    /// Memory of a guest whose post-copy migration was broken off here.
+    #[error(
+        "pages of this memory were still on their way when the last session ended, and who shares it now does not say that they \
+         are; the guest has to be started anew"
+    )]
+    Unfinished,
     /// A ring was to start while it may not.
     #[error("the ring was not started: {0}")]
     InTheWay(Obstacle),
@@ -263,12 +269,12 @@ impl Connection {
         match action {
             Action::SetMemory(regions) => {
                 let regions: Result<Vec<_>, _> =
-                    regions.iter().map(|region| map(region, fds.next())).collect();
+                    regions.iter().map(|region| self.map(region, fds.next())).collect();
                 self.set_memory(GuestMemory::new(regions?)?).await?;
             }
             Action::AddRegion(region) => {
                 let mut memory = self.memory.clone();
-                memory.add(map(&region, fds.next())?)?;
+                memory.add(self.map(&region, fds.next())?)?;
                 self.set_memory(memory).await?;
             }
             Action::RemoveRegion(region) => {
@@ -496,6 +502,18 @@ impl Connection {
         Ok(())
     }
 
+    fn map(
+        &self,
+        region: &RegionDescription,
+        fd: Option<OwnedFd>,
+    ) -> Result<GuestRegion, ConnectionError> {
+        let fd = fd.ok_or(ConnectionError::MissingDescriptor)?;
+        if MemoryFile::of(&fd).is_some_and(|file| self.sessions.is_unfinished(file)) {
+            return Err(ConnectionError::Unfinished);
+        }
+        Ok(GuestRegion::map(region, fd.as_fd())?)
+    }
+
     /// Has the data side do something and waits until it is done, or until the front end has gone.
     async fn ask<T: Send + 'static>(
         &self,
@@ -523,11 +541,6 @@ pub(crate) fn send<T: Send + 'static>(
     Ok(receiver)
 }
 
-fn map(region: &RegionDescription, fd: Option<OwnedFd>) -> Result<GuestRegion, ConnectionError> {
-    let fd = fd.ok_or(ConnectionError::MissingDescriptor)?;
-    Ok(GuestRegion::map(region, fd.as_fd())?)
-}
-
 impl ConnectionError {
     /// Whether the front end can be told that its message failed, and go on. The others leave nobody to tell, or nothing
     /// that could go on.
@@ -543,6 +556,7 @@ impl ConnectionError {
             | Self::MissingDescriptor
             | Self::NoPostcopy(_)
             | Self::SharedBefore
+            | Self::Unfinished
             | Self::InTheWay(_) => true,
             Self::Socket(_)
             | Self::Decode(_)

@@ -430,7 +430,7 @@ impl Server {
         self.log_end(ended);
         // First the data side lets go of guest memory, then the front end sees the connection closed.
         let removed = self.abandon(id, &data, &place.seat).await;
-        connection.leave_postcopy("the session ended while the guest's memory was on its way");
+        connection.break_off_postcopy();
         drop(connection);
         place.seat.socket.close();
         self.drain(removed, place).await;

@@ -12,6 +12,7 @@
 //! Whoever is in the way gets [`GRACE`] to go; then the newcomer is refused, with the reason in the log.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,12 +24,15 @@ use tracing::info;
 
 use crate::back_channel::BackChannel;
 use crate::blk::CacheMode;
+use crate::postcopy::MemoryFile;
 use crate::socket::Socket;
 
 /// The most front ends of one controller at a time.
 pub const SESSIONS_MAX: usize = 2;
 /// How long a front end waits for what is in its way before it is refused.
 pub const GRACE: Duration = Duration::from_secs(1);
+/// How many files of guests that did not wholly arrive are remembered: those of several guests with memory in several pieces.
+const UNFINISHED_MAX: usize = 64;
 /// How often is looked whether it has gone.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -137,6 +141,8 @@ pub(crate) struct Sessions {
     limits: Cell<Limits>,
     /// As the last guest left it: a front end that reconnects does not say it again.
     writeback: Cell<CacheMode>,
+    /// Memory of guests whose sessions ended before all of it had come.
+    unfinished: RefCell<VecDeque<MemoryFile>>,
     seats: RefCell<Vec<Rc<Seat>>>,
     changed: Notify,
 }
@@ -161,6 +167,7 @@ impl Sessions {
             disk,
             limits: Cell::new(limits),
             writeback: Cell::new(CacheMode::WriteBack),
+            unfinished: RefCell::default(),
             seats: RefCell::default(),
             changed: Notify::new(),
         }
@@ -192,6 +199,20 @@ impl Sessions {
 
     pub(crate) fn set_writeback(&self, writeback: CacheMode) {
         self.writeback.set(writeback);
+    }
+
+    /// A session has ended before all of its guest's memory had come, which is of these files. A monitor that connects again does
+    /// not say that pages are still missing (QEMU 10), and a device that took holes for memory would fill them with zeroes.
+    pub(crate) fn remember_unfinished(&self, files: &[MemoryFile]) {
+        let mut unfinished = self.unfinished.borrow_mut();
+        unfinished.extend(files);
+        let surplus = unfinished.len().saturating_sub(UNFINISHED_MAX);
+        unfinished.drain(..surplus);
+    }
+
+    /// Whether memory of this file may lack pages that nobody will bring when they are touched.
+    pub(crate) fn is_unfinished(&self, file: MemoryFile) -> bool {
+        self.unfinished.borrow().contains(&file)
     }
 
     /// Requests of sessions that have ended and that the disk still has, whatever controller they came through.

@@ -74,21 +74,25 @@ impl Connection {
         Ok(())
     }
 
-    /// Lets go of what a post-copy migration has, and says how it went. The data side touches no page of it any more, or all have
-    /// come.
-    pub(crate) fn leave_postcopy(&mut self, how: &str) {
-        self.count_pages();
-        let (Some(postcopy), since) = (self.postcopy.take(), self.arriving_since.take()) else {
-            return;
-        };
-        if let Some(since) = since {
-            let (controller, pages) = (self.sessions.controller(), postcopy.fetched());
-            let seconds = since.elapsed().as_secs_f64();
-            info!(
-                controller,
-                "{how}, after {seconds:.1} s; the disk has waited for {pages} of its pages"
-            );
+    /// The session ends, and the data side touches no page any more.
+    pub(crate) fn break_off_postcopy(&mut self) {
+        if let Some(postcopy) = &self.postcopy {
+            self.sessions.remember_unfinished(postcopy.files());
         }
+        self.leave_postcopy("the session ended while the guest's memory was on its way");
+    }
+
+    /// Lets go of what a post-copy migration has, and says how it went.
+    fn leave_postcopy(&mut self, how: &str) {
+        self.count_pages();
+        let taken = (self.postcopy.take(), self.arriving_since.take());
+        let (Some(postcopy), Some(since)) = taken else { return };
+        let (controller, pages) = (self.sessions.controller(), postcopy.fetched());
+        let seconds = since.elapsed().as_secs_f64();
+        info!(
+            controller,
+            "{how}, after {seconds:.1} s; the disk has waited for {pages} of its pages"
+        );
     }
 
     /// Counts the pages that were fetched since this was last done.

@@ -36,6 +36,21 @@ use crate::message::RegionDescription;
 use fetcher::Fetcher;
 use pages::RegionPages;
 
+/// Which file memory is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemoryFile {
+    device: u64,
+    inode: u64,
+}
+
+impl MemoryFile {
+    /// The file behind a descriptor; none where the kernel does not say.
+    pub(crate) fn of(fd: &OwnedFd) -> Option<Self> {
+        let stat = rustix::fs::fstat(fd).ok()?;
+        Some(Self { device: stat.st_dev, inode: stat.st_ino })
+    }
+}
+
 /// Whether this process may have missing pages served.
 ///
 /// # Errors
@@ -52,6 +67,8 @@ pub(crate) struct PostCopy {
     refusal: FaultRefusal,
     /// Every region that is in use or staged.
     regions: Vec<Arc<RegionPages>>,
+    /// The files that they are of.
+    files: Vec<MemoryFile>,
     /// Memory that the monitor has not acknowledged: nobody may touch it yet.
     staged: Option<GuestMemory>,
     /// By ring, from its first start on.
@@ -72,6 +89,7 @@ impl PostCopy {
             faults: Arc::new(Userfault::open(OnFault::Wait)?),
             refusal: FaultRefusal::new()?,
             regions: Vec::new(),
+            files: Vec::new(),
             staged: None,
             fetchers: vec![None; usize::from(num_queues)],
             doorbell,
@@ -106,6 +124,7 @@ impl PostCopy {
         let pages = RegionPages::new(region.mapping(), Some(window.map_err(refused)?));
         let pages = Arc::new(pages);
         self.regions.push(Arc::clone(&pages));
+        self.files.extend(MemoryFile::of(fd).filter(|file| !self.files.contains(file)));
         let told = RegionDescription { user_address: pages.base(), ..*description };
         Ok((region.arriving(pages), told))
     }
@@ -152,6 +171,11 @@ impl PostCopy {
     /// Pages fetched.
     pub(crate) fn fetched(&self) -> u64 {
         self.fetchers.iter().flatten().map(|fetcher| fetcher.fetched()).sum()
+    }
+
+    /// The files of all memory that was shared.
+    pub(crate) fn files(&self) -> &[MemoryFile] {
+        &self.files
     }
 
     /// Pages fetched since this was last asked.

@@ -591,6 +591,7 @@ impl Disk {
     /// Passes the job's events on and does what it wants.
     fn serve_job(&mut self, cx: &Context<'_>) {
         let Root::Job(job) = &mut self.root else { return };
+        job.turn(cx);
         while self.outbox.has_room() {
             let Some(event) = job.take_event() else { break };
             self.outbox.push(DiskEvent::Job(event));

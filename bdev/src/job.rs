@@ -619,6 +619,10 @@ pub trait BlockJob: IoChannel {
     /// The verb is not legal now.
     fn verb(&mut self, cx: &Context<'_>, verb: JobVerb) -> Result<(), VerbError>;
 
+    /// The job's own work: once a turn, when the guest has its answers of that turn. What the reactor does here in person, the guest
+    /// meets only if it asks for something meanwhile.
+    fn turn(&mut self, cx: &Context<'_>);
+
     /// What there is to say about the job.
     fn info(&self, now: Nanos) -> JobInfo;
 

@@ -204,6 +204,7 @@ impl BlockJob for PlainJob {
         self.wants = JobWants::Dissolve;
         Ok(())
     }
+    fn turn(&mut self, _cx: &Context<'_>) {}
     fn info(&self, _now: Nanos) -> JobInfo {
         info()
     }

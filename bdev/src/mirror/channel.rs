@@ -138,6 +138,8 @@ pub struct Mirror {
     done: CompletionBatch,
     /// Something was submitted to a leg since the last commit.
     uncommitted: bool,
+    /// The guest had something in flight in this turn.
+    busy: bool,
 }
 
 impl Mirror {
@@ -174,6 +176,7 @@ impl Mirror {
             answers: VecDeque::with_capacity(OPS as usize + DISK_DEPTH as usize),
             done: CompletionBatch::with_capacity(BATCH),
             uncommitted: false,
+            busy: false,
         })
     }
 
@@ -626,12 +629,8 @@ impl IoChannel for Mirror {
         // A guest on memory has its answers within the turn, and is at work all the same.
         let was_busy = self.guest_busy();
         self.poll_source(cx);
-        self.poll_copy_source(cx);
         self.poll_target(cx);
-        self.poll_offload(cx);
-        let busy = was_busy || self.guest_busy();
-        self.core.turn(busy, cx.now);
-        self.perform(cx);
+        self.busy = was_busy || self.guest_busy();
         while done.room() > 0 {
             let Some(answer) = self.answers.pop_front() else { break };
             done.push(answer);
@@ -715,6 +714,18 @@ impl BlockJob for Mirror {
             Refused::NoCopyToVerify => self.cannot(verb, NO_COPY_TO_VERIFY),
             Refused::ObserverInBackground => self.cannot(verb, OBSERVER_IN_BACKGROUND),
         })
+    }
+
+    /// The copier's turn. Where the reactor does the work it is done here, in the time that the guest takes for its answers, and not
+    /// between its next requests and theirs.
+    fn turn(&mut self, cx: &Context<'_>) {
+        self.poll_copy_source(cx);
+        self.poll_offload(cx);
+        self.core.turn(self.busy, cx.now);
+        self.perform(cx);
+        if self.core.config.inline && self.uncommitted {
+            self.commit(cx);
+        }
     }
 
     fn info(&self, now: Nanos) -> JobInfo {

@@ -83,6 +83,7 @@ impl Bench {
         let mut done = CompletionBatch::with_capacity(64);
         mirror.commit(&cx);
         mirror.poll(&cx, &mut done);
+        mirror.turn(&cx);
         self.done.extend_from_slice(done.as_slice());
         self.events.extend(std::iter::from_fn(|| mirror.take_event()));
     }

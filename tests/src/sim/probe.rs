@@ -159,6 +159,10 @@ impl BlockJob for Probe {
         result
     }
 
+    fn turn(&mut self, cx: &Context<'_>) {
+        self.with(|mirror| mirror.turn(cx));
+    }
+
     fn info(&self, now: Nanos) -> JobInfo {
         self.with(|mirror| mirror.info(now))
     }

@@ -65,6 +65,7 @@ impl InMemory {
         }
         self.mirror.commit(&cx);
         self.mirror.poll(&cx, &mut CompletionBatch::with_capacity(64));
+        self.mirror.turn(&cx);
     }
 }
 

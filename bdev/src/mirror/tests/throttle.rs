@@ -121,6 +121,7 @@ impl Trial {
         let mut done = CompletionBatch::with_capacity(4);
         self.mirror.commit(&cx);
         self.mirror.poll(&cx, &mut done);
+        self.mirror.turn(&cx);
         if !done.as_slice().is_empty()
             && let Some(asked) = self.asked.take()
         {

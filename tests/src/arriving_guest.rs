@@ -25,7 +25,7 @@ use resilver_vhost::message::{
 };
 use resilver_vhost::protocol::{HEADER_BYTES, features, flags};
 use resilver_vhost::ring::Format;
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use crate::raw_guest::{memory_file, send};
@@ -36,6 +36,8 @@ use crate::sim::rng::Rng;
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
+/// Bytes of a huge page.
+const HUGE_PAGE: u64 = 2 << 20;
 /// Bytes of a request's buffer.
 pub const BUFFER: u64 = 5 * PAGE;
 /// Bytes of memory that a ring and its buffers take.
@@ -52,10 +54,22 @@ pub struct Pace {
     pub withheld: BTreeSet<u64>,
 }
 
+/// A memory file of huge pages.
+fn huge_file(size: u64) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    let file = memfd_create("guest", flags).expect("a memfd");
+    ftruncate(&file, size.next_multiple_of(HUGE_PAGE)).expect("memory");
+    file
+}
+
 /// What the monitor's threads share.
 struct Shared {
     source: OwnedFd,
     destination: OwnedFd,
+    /// The destination, mapped: hugetlbfs takes no writes.
+    mapping: Arc<Mapping>,
+    /// Bytes of the pages that come.
+    page: u64,
     /// Pages that were brought. Held while one is, so that half a page is never carried back.
     placed: Mutex<BTreeSet<u64>>,
     pace: Mutex<Pace>,
@@ -67,9 +81,10 @@ struct Shared {
 }
 
 impl Shared {
+    /// Whether the file has a page. hugetlbfs does not say.
     fn has(&self, page: u64) -> bool {
         let at = page * PAGE;
-        seek(&self.destination, SeekFrom::Data(at)).is_ok_and(|found| found == at)
+        self.page == PAGE && seek(&self.destination, SeekFrom::Data(at)).is_ok_and(|it| it == at)
     }
 
     /// Brings a page, if it has not come.
@@ -77,9 +92,14 @@ impl Shared {
         let mut placed = lock(&self.placed);
         if placed.insert(page) {
             self.filled.fetch_or(self.has(page), Ordering::Relaxed);
-            let mut bytes = [0; PAGE as usize];
-            rustix::io::pread(&self.source, &mut bytes, page * PAGE).expect("the source");
-            rustix::io::pwrite(&self.destination, &bytes, page * PAGE).expect("the destination");
+            let mut bytes = vec![0; usize::try_from(self.page).expect("a page")];
+            let at = page * self.page;
+            let length = rustix::io::pread(&self.source, &mut bytes, at).expect("the source");
+            let table = RegionTable::with_capacity(1);
+            let region = table.insert(Arc::clone(&self.mapping)).expect("room for a region");
+            let length = u32::try_from(length).expect("a page");
+            let to = BufferSlice { region, length, offset: at };
+            table.write(to, &bytes[..length as usize]).expect("the destination");
         }
     }
 }
@@ -90,7 +110,7 @@ fn serve(shared: &Shared, faults: &Userfault, base: u64, mut rng: Rng) {
     while !shared.stop.load(Ordering::Acquire) {
         while let Some(address) = faults.next_fault() {
             shared.faults.fetch_add(1, Ordering::Relaxed);
-            waiting.insert((address - base) / PAGE);
+            waiting.insert((address - base) / shared.page);
         }
         let pace = lock(&shared.pace).clone();
         let next = waiting.iter().copied().find(|page| !pace.withheld.contains(page));
@@ -102,7 +122,7 @@ fn serve(shared: &Shared, faults: &Userfault, base: u64, mut rng: Rng) {
         shared.place(page);
         waiting.remove(&page);
         // An error: the target has gone.
-        let _ = faults.wake(base + page * PAGE, PAGE);
+        let _ = faults.wake(base + page * shared.page, shared.page);
     }
 }
 
@@ -113,6 +133,8 @@ pub struct ArrivingGuest {
     memory: Arc<Mapping>,
     rings: Vec<DriverRing>,
     bases: Vec<u32>,
+    /// Bytes of the destination's pages.
+    page: u64,
     rng: Rng,
 }
 
@@ -130,7 +152,13 @@ impl ArrivingGuest {
         let rings = (0..queues).map(ring).collect();
         let fresh = FRESH[usize::from(format == Format::Packed)];
         let bases = vec![fresh; usize::from(queues)];
-        Self { format, source, memory, rings, bases, rng: Rng::new(seed) }
+        Self { format, source, memory, rings, bases, page: PAGE, rng: Rng::new(seed) }
+    }
+
+    /// The same, and where it arrives its memory is of huge pages of 2 MiB, which come whole.
+    #[must_use]
+    pub fn in_huge_pages(self) -> Self {
+        Self { page: HUGE_PAGE, ..self }
     }
 
     /// Where a ring begins in guest memory, bytes.
@@ -196,9 +224,13 @@ impl ArrivingGuest {
         monitor.negotiate(self.format);
         let faults = Userfault::from_fd(monitor.advise());
         monitor.tell(&Message::PostcopyListen, &[]);
+        let destination = if self.page == PAGE { memory_file(size) } else { huge_file(size) };
+        let mapping = Mapping::shared(destination.as_fd(), 0, size).expect("guest memory");
         let shared = Arc::new(Shared {
+            mapping,
+            page: self.page,
             source: self.source.try_clone().expect("a descriptor"),
-            destination: memory_file(size),
+            destination,
             placed: Mutex::default(),
             pace: Mutex::new(pace),
             faults: AtomicU64::new(0),
@@ -229,11 +261,12 @@ impl ArrivingGuest {
     pub fn see(&self, arrival: &Arrival) {
         let placed = lock(&arrival.shared.placed);
         assert!(!arrival.shared.filled.load(Ordering::Relaxed), "the target has filled a hole");
-        let mut bytes = [0; PAGE as usize];
+        let mut bytes = vec![0; usize::try_from(self.page).expect("a page")];
         for page in placed.iter() {
-            let from = &arrival.shared.destination;
-            rustix::io::pread(from, &mut bytes, page * PAGE).expect("the destination");
-            self.put(page * PAGE, &bytes);
+            let (from, at) = (&arrival.shared.destination, page * self.page);
+            rustix::io::pread(from, &mut bytes, at).expect("the destination");
+            let end = usize::try_from(self.memory.len() as u64 - at).expect("64 bits");
+            self.put(at, &bytes[..bytes.len().min(end)]);
         }
     }
 
@@ -441,7 +474,7 @@ impl Arrival {
     /// # Panics
     /// If the target does not say so.
     pub fn finish(&self) {
-        for page in 0..SHARE * self.queues as u64 / PAGE {
+        for page in 0..(SHARE * self.queues as u64).div_ceil(self.shared.page) {
             self.shared.place(page);
         }
         self.set_pace(Pace::default());

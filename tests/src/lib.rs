@@ -6,6 +6,7 @@ pub mod e2e;
 pub mod fake_back_end;
 pub mod fuzz;
 pub mod guest_memory;
+pub mod huge_pages;
 pub mod mounts;
 pub mod raw_guest;
 pub mod served;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use resilver_sys::{BufferSlice, RegionId, RegionTable, WaitSet};
 use resilver_tests::e2e::StorageDaemon;
-use resilver_tests::skip;
+use resilver_tests::huge_pages::HugePages;
 use resilver_vhost::front_end::{
     Connection, ConnectionConfig, DataBuffer, DriverQueue, Finished, FrontEndError, Request,
     RequestError, SubmitError,
@@ -115,49 +115,12 @@ fn pattern(seed: u8, length: usize) -> Vec<u8> {
     (0..length).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8) ^ seed).collect()
 }
 
-/// Huge pages that the host has more while this lives.
-struct HugePages(u64);
-
-impl HugePages {
-    const RESERVED: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// None, said aloud, where they cannot be had.
-    fn reserve(count: u64) -> Option<Self> {
-        let reserve = || {
-            let before = Self::reserved()?;
-            Self::set(before + count)?;
-            let pages = Self(count);
-            (Self::reserved()? >= before + count).then_some(pages)
-        };
-        let pages = reserve();
-        if pages.is_none() {
-            let reason = format!("{count} huge pages cannot be reserved");
-            skip("front_end", &reason, "run it as root, with memory to spare");
-        }
-        pages
-    }
-
-    fn reserved() -> Option<u64> {
-        std::fs::read_to_string(Self::RESERVED).ok()?.trim().parse().ok()
-    }
-
-    fn set(count: u64) -> Option<()> {
-        std::fs::write(Self::RESERVED, count.to_string()).ok()
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = Self::reserved().and_then(|all| Self::set(all.saturating_sub(self.0)));
-    }
-}
-
 #[test]
 fn memory_is_of_huge_pages_where_the_host_has_some_and_is_served_like_any_other() {
     let scratch = Scratch::new();
     let Some(_daemon) = scratch.serve("") else { return };
     // More than the tests beside this one take meanwhile.
-    let Some(_pages) = HugePages::reserve(64) else { return };
+    let Some(_pages) = HugePages::reserve("front_end", 64) else { return };
     let mut driver = Driver::connect(&scratch.socket, ConnectionConfig::default()).unwrap();
     let memory = driver.connection.memory();
     assert!(memory.huge_pages());

@@ -203,9 +203,13 @@ impl Sessions {
 
     /// A session has ended before all of its guest's memory had come, which is of these files. A monitor that connects again does
     /// not say that pages are still missing (QEMU 10), and a device that took holes for memory would fill them with zeroes.
-    pub(crate) fn remember_unfinished(&self, files: &[MemoryFile]) {
+    pub(crate) fn remember_unfinished(&self, files: impl Iterator<Item = MemoryFile>) {
         let mut unfinished = self.unfinished.borrow_mut();
-        unfinished.extend(files);
+        for file in files {
+            if !unfinished.contains(&file) {
+                unfinished.push_back(file);
+            }
+        }
         let surplus = unfinished.len().saturating_sub(UNFINISHED_MAX);
         unfinished.drain(..surplus);
     }

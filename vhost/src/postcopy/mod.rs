@@ -65,10 +65,8 @@ pub(crate) struct PostCopy {
     faults: Arc<Userfault>,
     /// What stands under the reactor's mappings.
     refusal: FaultRefusal,
-    /// Every region that is in use or staged.
-    regions: Vec<Arc<RegionPages>>,
-    /// The files that they are of.
-    files: Vec<MemoryFile>,
+    /// Every region that is in use or staged, and its file.
+    regions: Vec<(Arc<RegionPages>, Option<MemoryFile>)>,
     /// Memory that the monitor has not acknowledged: nobody may touch it yet.
     staged: Option<GuestMemory>,
     /// By ring, from its first start on.
@@ -89,7 +87,6 @@ impl PostCopy {
             faults: Arc::new(Userfault::open(OnFault::Wait)?),
             refusal: FaultRefusal::new()?,
             regions: Vec::new(),
-            files: Vec::new(),
             staged: None,
             fetchers: vec![None; usize::from(num_queues)],
             doorbell,
@@ -123,8 +120,7 @@ impl PostCopy {
             .and_then(|mapping| FaultWindow::new(mapping, Arc::clone(&self.faults)));
         let pages = RegionPages::new(region.mapping(), Some(window.map_err(refused)?));
         let pages = Arc::new(pages);
-        self.regions.push(Arc::clone(&pages));
-        self.files.extend(MemoryFile::of(fd).filter(|file| !self.files.contains(file)));
+        self.regions.push((Arc::clone(&pages), MemoryFile::of(fd)));
         let told = RegionDescription { user_address: pages.base(), ..*description };
         Ok((region.arriving(pages), told))
     }
@@ -147,7 +143,7 @@ impl PostCopy {
     /// Closes the windows of regions that neither `memory` has nor what is staged.
     pub(crate) fn keep(&mut self, memory: &GuestMemory) {
         let staged = self.staged.as_ref();
-        self.regions.retain(|region| {
+        self.regions.retain(|(region, _)| {
             let kept = memory.has_pages(region) || staged.is_some_and(|it| it.has_pages(region));
             if !kept {
                 region.close();
@@ -173,9 +169,9 @@ impl PostCopy {
         self.fetchers.iter().flatten().map(|fetcher| fetcher.fetched()).sum()
     }
 
-    /// The files of all memory that was shared.
-    pub(crate) fn files(&self) -> &[MemoryFile] {
-        &self.files
+    /// The files of all regions.
+    pub(crate) fn files(&self) -> impl Iterator<Item = MemoryFile> {
+        self.regions.iter().filter_map(|(_, file)| *file)
     }
 
     /// Pages fetched since this was last asked.
@@ -191,7 +187,7 @@ impl Drop for PostCopy {
         for fetcher in self.fetchers.iter().flatten() {
             fetcher.close();
         }
-        for region in &self.regions {
+        for (region, _) in &self.regions {
             region.close();
         }
     }

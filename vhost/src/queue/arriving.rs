@@ -1,6 +1,8 @@
 //! A queue whose guest's memory is on its way ([`crate::postcopy`]).
 //!
-//! Apart from the rest, so that the path of every other request is as long as without it: a branch for each look at a ring.
+//! Apart from the rest, so that the path of every other request is as long as without it: a branch for each look at a ring. What both
+//! paths use is inlined by order (`inline(always)` in `queue.rs`, `chain.rs`, `split.rs`, `request.rs` and `blk.rs`): of a function that
+//! has a second caller the compiler makes a call, in the first one too, which were 150 instructions for each request.
 
 use std::sync::Arc;
 

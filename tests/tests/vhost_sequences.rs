@@ -162,7 +162,8 @@ fn a_front_end_whose_descriptor_for_interrupts_blocks_stops_nobody_else() {
     guest.start(0, false);
     assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
     // A full counter, and the flag taken away that both sides share.
-    rustix::io::read(&call, &mut [0; 8]).unwrap();
+    // The answer is seen before the interrupt comes.
+    wait_until("the interrupt", || rustix::io::read(&call, &mut [0; 8]).is_ok());
     rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     rustix::fs::fcntl_setfl(&call, rustix::fs::OFlags::RDWR).unwrap();
     guest.offer(blk_type::IN, 0, DATA, BLOCK);

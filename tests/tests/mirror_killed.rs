@@ -70,6 +70,20 @@ impl Rig {
         self.server.call(verb, json!({ "job_id": "move" }));
     }
 
+    /// Has the source's reads hang, and waits until one of the guest does: a disk that nobody reads drains at once.
+    fn stall_reads(&mut self) {
+        let stall = json!({ "name": "EE_disk", "io_type": "read", "error_type": "pending" });
+        self.server.call("bdev_error_inject_error", stall);
+        let begun = Instant::now();
+        loop {
+            let bdevs = self.server.call("bdev_get_bdevs", json!({ "name": "EE_disk" }));
+            if bdevs[0]["driver_specific"]["error"]["injected"].as_u64() > Some(0) {
+                return;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(30), "nobody reads: {bdevs}");
+        }
+    }
+
     fn records(&mut self) -> usize {
         self.server.call("state_get_records", json!({}))["records"].as_array().unwrap().len()
     }
@@ -145,8 +159,7 @@ fn ended_after_the_switch_over_the_target_is_the_disk() {
 fn ended_between_the_record_and_the_exchange_either_disk_has_everything() {
     for (signal, expected) in [(Signal::KILL, Some(Leg::Target)), (Signal::TERM, None)] {
         let mut rig = Rig::ready(&json!({}));
-        let stall = json!({ "name": "EE_disk", "io_type": "read", "error_type": "pending" });
-        rig.server.call("bdev_error_inject_error", stall);
+        rig.stall_reads();
         rig.verb("job_complete");
         let begun = Instant::now();
         while rig.records() == 0 {
@@ -162,8 +175,7 @@ fn ended_between_the_record_and_the_exchange_either_disk_has_everything() {
 #[test]
 fn ended_after_a_switch_over_was_undone_the_source_is_the_disk() {
     let mut rig = Rig::ready(&json!({}));
-    let stall = json!({ "name": "EE_disk", "io_type": "read", "error_type": "pending" });
-    rig.server.call("bdev_error_inject_error", stall);
+    rig.stall_reads();
     rig.verb("job_complete");
     rig.server
         .wait_for_job("move", "undone", |job| job["status"] == "ready" && job["error"].is_string());

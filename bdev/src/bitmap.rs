@@ -160,10 +160,10 @@ impl Bitmap {
     #[inline]
     #[must_use]
     pub fn count_range(&self, chunks: &Range<u64>) -> u64 {
-        let mut count = 0;
         if self.set == 0 {
-            return count;
+            return 0;
         }
+        let mut count = 0;
         for_words(self.clip(chunks), |index, mask| {
             let set = self.words[index] & mask;
             // Counting bits takes longer than looking whether there are any.
@@ -262,10 +262,11 @@ impl Bitmap {
     /// Replaces a word and keeps count and summary true. Where a guest writes again and again nothing changes.
     #[inline]
     fn put(&mut self, index: usize, word: u64) {
-        let old = std::mem::replace(&mut self.words[index], word);
+        let old = self.words[index];
         if old == word {
             return;
         }
+        self.words[index] = word;
         self.set = self.set + u64::from(word.count_ones()) - u64::from(old.count_ones());
         let bit = 1 << (index as u64 & WORD_MASK);
         let summary = &mut self.summary[index >> WORD_SHIFT];

@@ -166,13 +166,16 @@ impl Target {
         self.graph().must_not_record(target.as_ref())?;
         // The guest's block size stays what it is wherever the disk goes.
         let target = Sectors::at_most(target, source.geometry().block_size)?;
-        let may_offload = start.copy_offload;
-        let offload = may_offload.then(|| offload::between(source.as_ref(), target.as_ref()));
+        let offload = if start.copy_offload {
+            offload::between(source.as_ref(), target.as_ref())
+        } else {
+            None
+        };
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH)?,
             copy_source: source.open_channel(COPY_DEPTH)?,
             target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
-            offload: offload.flatten(),
+            offload,
         };
         let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
         let (sync, observer) = (start.config.sync, start.config.observer);

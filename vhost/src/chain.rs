@@ -18,6 +18,8 @@ use crate::ring::{ChainFault, DESCRIPTOR_BYTES, Descriptor, Descriptors, Format}
 
 mod arriving;
 
+pub(crate) use arriving::Arrived;
+
 /// The most slices of one chain: the data of the largest I/O, its header and its status.
 pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 /// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
@@ -81,6 +83,38 @@ pub struct Extent {
     pub entries: u16,
     /// The link of the last one: in a packed ring, the buffer's id.
     pub last_link: u16,
+}
+
+/// How chains are gathered. The two ways are types, so that each has a path of its own through a queue, and whoever waits for nobody
+/// has no branch for it.
+pub(crate) trait Gather {
+    /// As [`Chain::gather`]; none where pages are missing.
+    ///
+    /// # Errors
+    /// As [`Chain::gather`].
+    fn gather<D: Descriptors>(
+        chain: &mut Chain,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        descriptors: D,
+        indirect: Indirect,
+    ) -> Result<Option<Extent>, ChainFault>;
+}
+
+/// All of the guest's memory is there.
+pub(crate) enum AllThere {}
+
+impl Gather for AllThere {
+    #[inline(always)]
+    fn gather<D: Descriptors>(
+        chain: &mut Chain,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        descriptors: D,
+        indirect: Indirect,
+    ) -> Result<Option<Extent>, ChainFault> {
+        chain.gather(cx, memory, descriptors, indirect).map(Some)
+    }
 }
 
 /// An indirect table.

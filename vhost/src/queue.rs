@@ -11,7 +11,7 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
 use crate::blk_session::MemoryReply;
-use crate::chain::{Chain, Indirect};
+use crate::chain::{AllThere, Chain, Gather, Indirect};
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::protocol::{BLK_HEADER_BYTES, blk_status, descriptor_flags};
@@ -69,6 +69,16 @@ pub(crate) enum Source {
     Ring,
     /// What an earlier session had taken from it, which is owed first.
     Owed,
+}
+
+/// What was found where requests come from.
+enum Next {
+    /// A request, whose chain has been gathered.
+    Taken(Taken),
+    /// Nothing.
+    Nothing,
+    /// One that names pages which are missing: it stays where it is.
+    Missing,
 }
 
 /// Slots in the order in which they came.
@@ -264,11 +274,11 @@ impl LiveQueue {
                 near = self.look_ahead(cx, &shared.memory, batch - count)?;
             }
             near = near.saturating_sub(1);
-            let taken = match source {
-                Source::Ring => self.take(cx, shared)?,
-                Source::Owed => self.take_again(cx, shared)?,
+            let next = match source {
+                Source::Ring => self.take::<AllThere>(cx, shared)?,
+                Source::Owed => self.take_again::<AllThere>(cx, shared)?,
             };
-            let Some(taken) = taken else { break };
+            let Next::Taken(taken) = next else { break };
             self.begin(cx, shared, port, queue, taken);
             count += 1;
         }
@@ -317,50 +327,60 @@ impl LiveQueue {
 
     /// Takes the next request from the ring and gathers its chain.
     #[inline(always)]
-    fn take(&mut self, cx: &Context<'_>, shared: &mut Shared) -> Result<Option<Taken>, RingFault> {
+    fn take<G: Gather>(
+        &mut self,
+        cx: &Context<'_>,
+        shared: &mut Shared,
+    ) -> Result<Next, RingFault> {
         let Shared { chain, memory, .. } = shared;
         let bad = |head| move |what| RingFault::BadChain { head, what };
         match &mut self.ring {
             Ring::Split(ring) => {
-                let Some(head) = ring.pop()? else { return Ok(None) };
-                chain.gather(cx, memory, ring.chain(head), self.indirect).map_err(bad(head))?;
+                let Some(head) = ring.pop()? else { return Ok(Next::Nothing) };
+                let gathered = G::gather(chain, cx, memory, ring.chain(head), self.indirect);
+                if gathered.map_err(bad(head))?.is_none() {
+                    ring.put_back();
+                    return Ok(Next::Missing);
+                }
                 ring.take(head);
-                Ok(Some(Taken { id: head, entries: 1, record: head }))
+                Ok(Next::Taken(Taken { id: head, entries: 1, record: head }))
             }
             Ring::Packed(ring) => {
                 if !ring.has_next() {
-                    return Ok(None);
+                    return Ok(Next::Nothing);
                 }
                 let at = ring.next_index();
-                let extent =
-                    chain.gather(cx, memory, ring.chain(), self.indirect).map_err(bad(at))?;
+                let gathered = G::gather(chain, cx, memory, ring.chain(), self.indirect);
+                let Some(extent) = gathered.map_err(bad(at))? else { return Ok(Next::Missing) };
                 let (id, entries) = (extent.last_link, extent.entries);
                 let record = ring.take(entries)?;
-                Ok(Some(Taken { id, entries, record }))
+                Ok(Next::Taken(Taken { id, entries, record }))
             }
         }
     }
 
     /// Takes the next request that an earlier session had taken and gathers its chain.
-    fn take_again(
+    fn take_again<G: Gather>(
         &mut self,
         cx: &Context<'_>,
         shared: &mut Shared,
-    ) -> Result<Option<Taken>, RingFault> {
-        let Some(taken) = self.again.get(self.begun).copied() else { return Ok(None) };
-        self.begun += 1;
+    ) -> Result<Next, RingFault> {
+        let Some(taken) = self.again.get(self.begun).copied() else { return Ok(Next::Nothing) };
         let Shared { chain, memory, .. } = shared;
         let gathered = match &self.ring {
-            Ring::Split(ring) => chain.gather(cx, memory, ring.chain(taken.id), self.indirect),
+            Ring::Split(ring) => G::gather(chain, cx, memory, ring.chain(taken.id), self.indirect),
             // The ring's own descriptors may have been overwritten since.
             Ring::Packed(ring) => match ring.recorded(taken) {
-                Some(recorded) => chain.gather(cx, memory, recorded, self.indirect),
+                Some(recorded) => G::gather(chain, cx, memory, recorded, self.indirect),
                 None => Err(ChainFault::NextOutside),
             },
         };
-        gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?;
+        if gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?.is_none() {
+            return Ok(Next::Missing);
+        }
+        self.begun += 1;
         shared.stats.resubmitted.add(1);
-        Ok(Some(taken))
+        Ok(Next::Taken(taken))
     }
 
     /// Begins the request that was gathered last.

@@ -283,7 +283,8 @@ impl Core {
             return;
         }
         let most = self.pace.copies(self.config.inline);
-        let most = if self.config.offload_run.is_some() { most.min(OFFLOADS) } else { most };
+        let offloads = self.config.offload_run.is_some() && self.pace == Pace::Alone;
+        let most = if offloads { most.min(OFFLOADS) } else { most };
         let taken = |copy: &&Copy| copy.state != CopyState::Free;
         let (mut busy, mut looks) = (None, 0);
         let mut sweep = Sweep { from: self.cursor, wrapped: false };
@@ -337,9 +338,10 @@ impl Core {
             return Look::Nothing;
         }
         let alone = self.pace == Pace::Alone;
+        let hole = self.maps.hole.get(first);
         let (how, largest) = match self.config.offload_run {
-            _ if self.maps.hole.get(first) && alone => (How::Hole, self.config.hole_run),
-            _ if self.maps.hole.get(first) => (How::Hole, self.config.run),
+            _ if hole && alone => (How::Hole, self.config.hole_run),
+            _ if hole => (How::Hole, self.config.run),
             Some(run) if alone && self.may_offload(first) => (How::Offload, run),
             _ => (How::Read, self.config.run.min(self.run())),
         };

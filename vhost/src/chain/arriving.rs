@@ -6,7 +6,7 @@
 use resilver_reactor::Context;
 use resilver_sys::BufferSlice;
 
-use super::{Chain, Extent, Indirect};
+use super::{Chain, Extent, Gather, Indirect};
 use crate::memory::GuestMemory;
 use crate::postcopy::pages::Wanted;
 use crate::ring::{ChainFault, Descriptor, Descriptors};
@@ -24,31 +24,31 @@ impl From<ChainFault> for Stopped {
     }
 }
 
-impl Chain {
-    /// As [`Chain::gather`]. None where pages are missing: [`Chain::wanted`] says which.
-    ///
-    /// # Errors
-    /// As [`Chain::gather`].
-    #[cold]
-    pub fn gather_arriving<D: Descriptors>(
-        &mut self,
+/// Some of memory may be missing: a chain is gathered where all that it names has arrived. Else [`Chain::wanted`] says what has not.
+pub(crate) enum Arrived {}
+
+impl Gather for Arrived {
+    fn gather<D: Descriptors>(
+        chain: &mut Chain,
         cx: &Context<'_>,
         memory: &GuestMemory,
         descriptors: D,
         indirect: Indirect,
     ) -> Result<Option<Extent>, ChainFault> {
-        self.reset();
-        let there = |chain: &mut Self, table: &Descriptor| chain.has_table(memory, table);
-        let (last_writable, extent) = match self.walk(cx, memory, descriptors, indirect, there) {
+        chain.reset();
+        let there = |chain: &mut Chain, table: &Descriptor| chain.has_table(memory, table);
+        let (last_writable, extent) = match chain.walk(cx, memory, descriptors, indirect, there) {
             Ok(walked) => walked,
             Err(Stopped::Missing) => return Ok(None),
             Err(Stopped::Fault(fault)) => return Err(fault),
         };
-        self.set_status_aside(memory, last_writable)?;
-        let missing = self.wanted(memory).next().is_some();
+        chain.set_status_aside(memory, last_writable)?;
+        let missing = chain.wanted(memory).next().is_some();
         Ok((!missing).then_some(extent))
     }
+}
 
+impl Chain {
     /// The missing pages of what was gathered last.
     pub fn wanted<'a>(&'a self, memory: &'a GuestMemory) -> impl Iterator<Item = Wanted> + 'a {
         let gathered = self.slices.get(..self.len).unwrap_or_default().iter();

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use resilver_bdev::Port;
 use resilver_reactor::Context;
 
-use super::{LiveQueue, NO_SLOT, PER_TURN, Shared, Source};
+use super::{LiveQueue, NO_SLOT, Next, PER_TURN, Shared, Source};
+use crate::chain::Arrived;
 use crate::postcopy::fetcher::Fetcher;
-use crate::ring::{ChainFault, Ring, RingFault, Taken};
+use crate::ring::RingFault;
 
 /// What a queue waits for.
 #[derive(Debug, Default)]
@@ -59,82 +60,22 @@ impl LiveQueue {
         let (_, most) = PER_TURN;
         let mut count = 0;
         while count < usize::from(most) && self.free != NO_SLOT && !self.arriving.is_waiting() {
-            let taken = match source {
-                Source::Ring => self.take_arriving(cx, shared)?,
-                Source::Owed => self.take_again_arriving(cx, shared)?,
+            let next = match source {
+                Source::Ring => self.take::<Arrived>(cx, shared)?,
+                Source::Owed => self.take_again::<Arrived>(cx, shared)?,
             };
-            let Some(taken) = taken else { break };
+            let taken = match next {
+                Next::Taken(taken) => taken,
+                Next::Nothing => break,
+                Next::Missing => {
+                    self.wait_for_pages(shared);
+                    break;
+                }
+            };
             self.begin(cx, shared, port, queue, taken);
             count += 1;
         }
         Ok(count)
-    }
-
-    /// As [`LiveQueue::take`].
-    fn take_arriving(
-        &mut self,
-        cx: &Context<'_>,
-        shared: &mut Shared,
-    ) -> Result<Option<Taken>, RingFault> {
-        let Shared { chain, memory, .. } = shared;
-        let bad = |head| move |what| RingFault::BadChain { head, what };
-        let taken = match &mut self.ring {
-            Ring::Split(ring) => {
-                let Some(head) = ring.pop()? else { return Ok(None) };
-                let gathered = chain.gather_arriving(cx, memory, ring.chain(head), self.indirect);
-                if gathered.map_err(bad(head))?.is_some() {
-                    ring.take(head);
-                    Some(Taken { id: head, entries: 1, record: head })
-                } else {
-                    ring.put_back();
-                    None
-                }
-            }
-            Ring::Packed(ring) => {
-                if !ring.has_next() {
-                    return Ok(None);
-                }
-                let at = ring.next_index();
-                let gathered = chain.gather_arriving(cx, memory, ring.chain(), self.indirect);
-                match gathered.map_err(bad(at))? {
-                    Some(extent) => {
-                        let (id, entries) = (extent.last_link, extent.entries);
-                        Some(Taken { id, entries, record: ring.take(entries)? })
-                    }
-                    None => None,
-                }
-            }
-        };
-        if taken.is_none() {
-            self.wait_for_pages(shared);
-        }
-        Ok(taken)
-    }
-
-    /// As [`LiveQueue::take_again`].
-    fn take_again_arriving(
-        &mut self,
-        cx: &Context<'_>,
-        shared: &mut Shared,
-    ) -> Result<Option<Taken>, RingFault> {
-        let Some(taken) = self.again.get(self.begun).copied() else { return Ok(None) };
-        let Shared { chain, memory, .. } = shared;
-        let gathered = match &self.ring {
-            Ring::Split(ring) => {
-                chain.gather_arriving(cx, memory, ring.chain(taken.id), self.indirect)
-            }
-            Ring::Packed(ring) => match ring.recorded(taken) {
-                Some(recorded) => chain.gather_arriving(cx, memory, recorded, self.indirect),
-                None => Err(ChainFault::NextOutside),
-            },
-        };
-        if gathered.map_err(|what| RingFault::BadChain { head: taken.id, what })?.is_none() {
-            self.wait_for_pages(shared);
-            return Ok(None);
-        }
-        self.begun += 1;
-        shared.stats.resubmitted.add(1);
-        Ok(Some(taken))
     }
 
     /// Asks for what the chain that was gathered last lacks.

@@ -1,6 +1,7 @@
-//! `resilver bench`: how fast and how even a vhost-user-blk back end answers: ours, SPDK's, QEMU's, any.
+//! `resilver bench`: how fast and how even a vhost-user-blk back end answers: ours, SPDK's, QEMU's, any; and what the same load
+//! on a file makes without one.
 //!
-//! A *cell* is one combination of pattern, block size, depth and queues. Each cell is run on every socket in turn, again
+//! A *cell* is one combination of pattern, block size, depth and queues. Each cell is run on every disk in turn, again
 //! and again, in changing order, so that what a machine does meanwhile falls on all of them alike; what is compared is the
 //! pairs of one round. A run that others disturbed is not thrown away: how much of the time of client and server was taken
 //! is shown beside it.
@@ -18,14 +19,19 @@ use crate::interrupt::{self, Interrupt};
 use crate::{Interrupted, Session, output};
 
 mod client;
+mod disk;
+mod file;
 mod life;
 mod machine;
 mod plot;
 mod report;
+mod socket;
 
 use client::{Client, Run};
+use file::BareFile;
 use machine::{Paused, Server};
 use report::{Cell, Report, Target};
+use socket::Socket;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -35,8 +41,10 @@ Examples:
   resilver bench --socket /run/resilver/vm1 --job randread:4k:1 --job randrw:128k:32:4 --overwrite
   resilver bench --socket /run/resilver/vm1 --rw randwrite --overwrite --iodepth 32 --mirror vm1 --mirror-target /mnt/b/vm1.raw \
       --plot life.svg
+  resilver bench --socket /run/resilver/vm1 --file /srv/scratch.raw --iodepth 1,32,128 --repeat 10 --core 3 --file-core 2 --pause-others
 
 With --mirror the disk's whole move is one timeline: before, copying, in sync, switching over, after.
+With --file the same load runs on a file or block device by io_uring, without a server: what the sockets are compared with.
 Back ends serve one front end at a time: a disk must not be in use by a machine while it is measured.";
 
 /// The most requests in flight.
@@ -92,8 +100,14 @@ impl Pattern {
 #[command(after_help = EXAMPLES)]
 pub(crate) struct BenchArgs {
     /// A back end's socket, with a name for the report if wanted; several are compared with the first.
-    #[arg(long = "socket", value_name = "[NAME=]PATH", required = true, value_parser = named_socket)]
+    #[arg(long = "socket", value_name = "[NAME=]PATH", required_unless_present = "files", value_parser = named_path)]
     sockets: Vec<(String, PathBuf)>,
+    /// A file or block device to put the same load on without a server; sockets are compared with the first of these.
+    #[arg(long = "file", value_name = "[NAME=]PATH", value_parser = named_path)]
+    files: Vec<(String, PathBuf)>,
+    /// Measure files though others have them locked, as a server has those that it serves.
+    #[arg(long, requires = "files")]
+    force_share: bool,
     /// What requests do.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "randread")]
     rw: Vec<Pattern>,
@@ -119,7 +133,7 @@ pub(crate) struct BenchArgs {
     /// How long a run goes on before it is measured.
     #[arg(long, default_value = "500ms", value_parser = humantime::parse_duration)]
     warmup: Duration,
-    /// Runs of each cell on each socket.
+    /// Runs of each cell on each disk; from 6 on, ratios have an interval.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeat: u32,
     /// Sleep for interrupts instead of polling, as an ordinary guest does.
@@ -128,6 +142,9 @@ pub(crate) struct BenchArgs {
     /// Pin the client to this core; give it one that no reactor uses.
     #[arg(long, value_name = "N")]
     core: Option<usize>,
+    /// Pin the client to this core while it measures files: the servers' own, to have the same work done in the same place.
+    #[arg(long, value_name = "N", requires_all = ["files", "core"])]
+    file_core: Option<usize>,
     /// Stop the servers of the other sockets while one is measured (SIGSTOP): for servers that poll when nobody asks anything.
     #[arg(long)]
     pause_others: bool,
@@ -135,7 +152,7 @@ pub(crate) struct BenchArgs {
     #[arg(long)]
     overwrite: bool,
     /// Mirror this bdev to --mirror-target and switch over meanwhile: one timeline of the first cell.
-    #[arg(long, value_name = "BDEV", requires = "mirror_target", conflicts_with_all = ["repeat", "interrupts"])]
+    #[arg(long, value_name = "BDEV", requires = "mirror_target", conflicts_with_all = ["repeat", "interrupts", "files"])]
     mirror: Option<String>,
     /// The file to mirror to, which is made, or a block device.
     #[arg(long, value_name = "FILE", requires = "mirror")]
@@ -171,7 +188,31 @@ pub(crate) struct Job {
     pub(crate) time: Duration,
 }
 
+impl Job {
+    /// Requests in flight in the fullest queue.
+    fn per_queue(&self) -> u16 {
+        self.depth.div_ceil(self.queues)
+    }
+}
+
+/// Where a disk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    /// Behind the socket of a server.
+    Socket(PathBuf),
+    /// A file or block device, without one.
+    File(PathBuf),
+}
+
 impl BenchArgs {
+    /// What is measured, by name. Files come first: they are what a server is compared with.
+    fn disks(&self) -> Vec<(String, Place)> {
+        let files = self.files.iter().map(|(name, path)| (name.clone(), Place::File(path.clone())));
+        let sockets =
+            self.sockets.iter().map(|(name, path)| (name.clone(), Place::Socket(path.clone())));
+        files.chain(sockets).collect()
+    }
+
     /// Writes the files that were asked for.
     fn write(&self, json: &str, markdown: &str, svg: &str) -> anyhow::Result<()> {
         let files = [(&self.json_file, json), (&self.markdown, markdown), (&self.plot, svg)];
@@ -243,10 +284,7 @@ fn measure(session: &Session, args: &BenchArgs, interrupt: &Interrupt) -> anyhow
     let jobs = args.jobs()?;
     // Before this thread is pinned: then it sees its own core only.
     let other_core = other_core(args);
-    if let Some(core) = args.core {
-        let pinned = core_affinity::set_for_current(core_affinity::CoreId { id: core });
-        ensure!(pinned, "the client cannot be pinned to core {core}");
-    }
+    pin(args.core)?;
     if let (Some(source), Some(target)) = (&args.mirror, &args.mirror_target) {
         return run_life(session, args, &jobs, source, target, interrupt);
     }
@@ -271,6 +309,16 @@ fn measure(session: &Session, args: &BenchArgs, interrupt: &Interrupt) -> anyhow
         &report.to_markdown(),
         &plot::distributions(&report),
     )
+}
+
+/// Pins this thread, which is the client's, if a core was named.
+fn pin(core: Option<usize>) -> anyhow::Result<()> {
+    let Some(id) = core else { return Ok(()) };
+    ensure!(
+        core_affinity::set_for_current(core_affinity::CoreId { id }),
+        "the client cannot be pinned to core {id}"
+    );
+    Ok(())
 }
 
 /// Takes the timeline of a mirror.
@@ -310,7 +358,8 @@ fn other_core(args: &BenchArgs) -> Option<usize> {
 /// A comparison under way.
 struct Bench<'a> {
     args: &'a BenchArgs,
-    /// Who is behind each socket.
+    disks: Vec<(String, Place)>,
+    /// Who is behind each disk.
     servers: Vec<Server>,
     other_core: Option<usize>,
     round_trips: Vec<f64>,
@@ -324,23 +373,26 @@ impl<'a> Bench<'a> {
         interrupt: Interrupt,
     ) -> anyhow::Result<Self> {
         let patience = ConnectionConfig::default().deadline;
-        let servers = args.sockets.iter().map(|(_, path)| Server::of(path, patience));
+        let disks = args.disks();
+        let servers = disks.iter().map(|(_, place)| match place {
+            Place::Socket(path) => Server::of(path, patience),
+            Place::File(_) => Ok(Server::Nobody),
+        });
         let servers = servers.collect::<Result<_, _>>()?;
-        Ok(Self { args, servers, other_core, round_trips: Vec::new(), interrupt })
+        Ok(Self { args, disks, servers, other_core, round_trips: Vec::new(), interrupt })
     }
 
-    /// Runs one cell on every socket, as often as was asked for. Each round begins with another socket.
+    /// Runs one cell on every disk, as often as was asked for. Each round begins with another disk.
     fn measure(&mut self, job: &Job) -> anyhow::Result<Cell> {
-        let sockets = &self.args.sockets;
         let mut targets: Vec<Target> =
-            sockets.iter().map(|(name, _)| Target::new(name.clone())).collect();
+            self.disks.iter().map(|(name, _)| Target::new(name.clone())).collect();
         for round in 0..self.args.repeat as usize {
             self.look_at_cores()?;
-            for turn in 0..sockets.len() {
-                let at = (round + turn) % sockets.len();
+            for turn in 0..targets.len() {
+                let at = (round + turn) % targets.len();
                 let run = self
                     .run(at, job, round as u64 + 1)
-                    .with_context(|| format!("{}, {}", sockets[at].0, report::heading(job)))?;
+                    .with_context(|| format!("{}, {}", self.disks[at].0, report::heading(job)))?;
                 targets[at].add(run);
             }
         }
@@ -349,11 +401,20 @@ impl<'a> Bench<'a> {
 
     fn run(&self, at: usize, job: &Job, seed: u64) -> anyhow::Result<Run> {
         let server = self.servers[at];
-        let paused = self.pause(Some(server))?;
-        let client = Client::connect(&self.args.sockets[at].1, job, seed, &self.interrupt)?;
-        let run = client.run(server);
-        drop(paused);
-        run
+        let _paused = self.pause(Some(server))?;
+        match &self.disks[at].1 {
+            Place::Socket(path) => {
+                let disk = Socket::connect(path, job, seed)?;
+                Client::new(disk, job, seed, &self.interrupt)?.run(server)
+            }
+            Place::File(path) => {
+                pin(self.args.file_core)?;
+                let disk = BareFile::open(path, job, seed, self.args.force_share)?;
+                let run = Client::new(disk, job, seed, &self.interrupt)?.run(server);
+                pin(self.args.file_core.and(self.args.core))?;
+                run
+            }
+        }
     }
 
     fn pause(&self, measured: Option<Server>) -> anyhow::Result<Paused> {
@@ -407,7 +468,7 @@ fn block_size(text: &str) -> Result<ByteSize, String> {
 }
 
 /// Reads `NAME=PATH` or `PATH`.
-fn named_socket(text: &str) -> Result<(String, PathBuf), String> {
+fn named_path(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
         Some((name, path)) if !name.is_empty() && !name.contains('/') && !path.is_empty() => {
             Ok((name.to_owned(), PathBuf::from(path)))

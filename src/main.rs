@@ -53,7 +53,7 @@ enum Command {
     /// Serve a scratch disk, mirror it under load, switch over and check every byte.
     Demo(demo::DemoArgs),
     /// Measure the latency and the throughput of vhost-user-blk back ends, and compare them.
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
     /// Print shell completions.
     #[command(after_help = "Example: resilver completions bash > /etc/bash_completion.d/resilver")]
     Completions {

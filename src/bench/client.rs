@@ -4,16 +4,15 @@
 //! moment. So a latency is what a driver in a guest would see, the client's own work included, and the clock costs little
 //! even at millions of requests a second. Nothing is allocated while it runs.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use hdrhistogram::Histogram;
-use resilver_sys::{BufferSlice, RegionTable, WaitSet, usize_from};
-use resilver_vhost::front_end::{Connection, ConnectionConfig, DataBuffer, DriverQueue, Request};
+use resilver_sys::WaitSet;
 
 use super::Job;
+use super::disk::{Access, Disk};
 use super::life::{Recorder, Shared};
 use super::machine::{Disturbance, Server, Watch};
 use crate::content::Random;
@@ -25,7 +24,7 @@ const LATENCY_MAX: u64 = 60_000_000_000;
 const DIGITS: u8 = 3;
 /// The longest sleep, nanoseconds: a bound on how late the end of a run is seen.
 const SLEEP: u64 = 20_000_000;
-/// A back end that ends nothing for so long has failed.
+/// A disk that ends nothing for so long has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a timeline goes on before it looks whether it is to stop.
 const STRETCH: Duration = Duration::from_millis(5);
@@ -44,6 +43,8 @@ pub(crate) struct Run {
     /// Nanoseconds.
     pub(crate) latency: Histogram<u64>,
     pub(crate) disturbance: Disturbance,
+    /// Of a file without a server: whether its page cache was bypassed.
+    pub(crate) direct: Option<bool>,
 }
 
 impl Run {
@@ -61,11 +62,10 @@ struct Slot {
     begun: Instant,
 }
 
-/// A connected client.
-pub(crate) struct Client {
+/// A client of a disk.
+pub(crate) struct Client<D> {
     job: Job,
-    connection: Connection,
-    queues: Vec<DriverQueue>,
+    disk: D,
     slots: Vec<Slot>,
     random: Random,
     /// Requests that fit on the disk.
@@ -79,46 +79,33 @@ pub(crate) struct Client {
     interrupt: Interrupt,
 }
 
-impl Client {
-    /// Connects to a back end.
-    pub(crate) fn connect(
-        path: &Path,
+impl<D: Disk> Client<D> {
+    /// A client that does this job on a disk that was opened for it.
+    pub(crate) fn new(
+        disk: D,
         job: &Job,
         seed: u64,
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
-        let per_queue = job.depth.div_ceil(job.queues);
-        // Three descriptors a request where there are no indirect ones.
-        let queue_size = per_queue.saturating_mul(3).next_power_of_two().max(16);
-        let config = ConnectionConfig {
-            queues: job.queues,
-            queue_size,
-            segments: 1,
-            data_bytes: usize::from(job.depth) * usize_from(u64::from(job.block)),
-            ..ConnectionConfig::default()
-        };
-        let (connection, queues) = Connection::connect(path, config)?;
-        let device = *connection.device();
-        fill(&connection, seed)?;
+        let shape = disk.shape();
         ensure!(
-            job.read_percent == 100 || !device.read_only,
+            job.read_percent == 100 || !shape.read_only,
             "the disk can only be read; measure read or randread"
         );
         ensure!(
-            job.block.is_multiple_of(device.block_size),
+            job.block.is_multiple_of(shape.block_size),
             "the disk has blocks of {} bytes; --bs must be a multiple",
-            device.block_size
+            shape.block_size
         );
-        let places = device.capacity / u64::from(job.block);
+        let places = shape.capacity / u64::from(job.block);
         ensure!(places > 0, "the disk is smaller than one request");
         let now = Instant::now();
         let slots = (0..usize::from(job.depth))
-            .map(|slot| Slot { queue: slot % queues.len(), begun: now })
+            .map(|slot| Slot { queue: slot % disk.queues(), begun: now })
             .collect();
         Ok(Self {
             job: *job,
-            connection,
-            queues,
+            disk,
             slots,
             random: Random::new(seed),
             places,
@@ -136,7 +123,7 @@ impl Client {
         for slot in 0..self.slots.len() {
             self.submit(slot, begun)?;
         }
-        self.publish();
+        self.disk.publish();
         self.turns_until(begun + self.job.warmup)?;
         let watch = Watch::begin(server);
         self.turns_until(Instant::now() + SETTLE)?;
@@ -149,7 +136,8 @@ impl Client {
         let latency = self.histogram.clone();
         self.drain()?;
         let bytes = requests * u64::from(self.job.block);
-        Ok(Run { requests, bytes, time, latency, disturbance })
+        let direct = self.disk.shape().direct;
+        Ok(Run { requests, bytes, time, latency, disturbance, direct })
     }
 
     /// Keeps the depth until it is told to stop, and records all the while.
@@ -164,7 +152,7 @@ impl Client {
         for slot in 0..self.slots.len() {
             self.submit(slot, begun)?;
         }
-        self.publish();
+        self.disk.publish();
         while !shared.stops() {
             self.turns_until(Instant::now() + STRETCH)?;
         }
@@ -197,32 +185,28 @@ impl Client {
     /// Ends what is in flight.
     fn drain(&mut self) -> anyhow::Result<()> {
         let begun = Instant::now();
-        while self.queues.iter().any(|queue| queue.in_flight() > 0) {
+        while self.disk.in_flight() > 0 {
             self.turn(false)?;
             self.look(Instant::now(), begun)?;
         }
         Ok(())
     }
 
-    fn look(&self, now: Instant, last: Instant) -> anyhow::Result<()> {
-        if self.connection.is_closed() {
-            bail!("the back end closed the connection");
-        }
+    fn look(&mut self, now: Instant, last: Instant) -> anyhow::Result<()> {
+        self.disk.look()?;
         if self.interrupt.is_there() {
             bail!("interrupted");
         }
-        ensure!(now - last < PATIENCE, "the back end ended nothing for {PATIENCE:?}");
+        ensure!(now - last < PATIENCE, "nothing has ended for {PATIENCE:?}");
         Ok(())
     }
 
     /// Takes what has ended and, if told to, asks for as much again. False if nothing had ended.
     fn turn(&mut self, refill: bool) -> anyhow::Result<bool> {
         let mut now = None;
-        for queue in 0..self.queues.len() {
-            while let Some(finished) = self.queues[queue].pop()? {
-                finished.result.context("a request failed")?;
+        for queue in 0..self.disk.queues() {
+            while let Some(slot) = self.disk.pop(queue)? {
                 let now = *now.get_or_insert_with(Instant::now);
-                let slot = usize_from(finished.tag);
                 let begun = self.slots.get(slot).context("a request that nobody made")?.begun;
                 let latency = u64::try_from((now - begun).as_nanos()).unwrap_or(LATENCY_MAX);
                 self.histogram.saturating_record(latency);
@@ -236,7 +220,7 @@ impl Client {
             }
         }
         if now.is_some() && refill {
-            self.publish();
+            self.disk.publish();
         }
         Ok(now.is_some())
     }
@@ -255,46 +239,17 @@ impl Client {
             0 => false,
             percent => self.random.below(100) < percent,
         };
-        let request = if reads { Request::Read { offset } } else { Request::Write { offset } };
-        let buffer =
-            DataBuffer { offset: slot as u64 * u64::from(self.job.block), length: self.job.block };
-        self.slots[slot].begun = now;
-        Ok(self.queues[self.slots[slot].queue].submit(request, &[buffer], slot as u64)?)
-    }
-
-    fn publish(&mut self) {
-        self.queues.iter_mut().for_each(DriverQueue::publish);
+        let slot_of = &mut self.slots[slot];
+        slot_of.begun = now;
+        self.disk.submit(slot_of.queue, Access { slot, reads, offset })
     }
 
     /// Waits for an interrupt.
     fn sleep(&mut self) {
-        let mut quiet = true;
-        for queue in &mut self.queues {
-            quiet &= queue.arm();
-        }
-        if quiet {
-            let mut set = WaitSet::with_capacity(self.queues.len());
-            self.queues.iter().for_each(|queue| set.add(queue.call_fd()));
+        let mut set = WaitSet::with_capacity(self.disk.queues());
+        if self.disk.arm(&mut set) {
             set.sleep(Some(SLEEP));
         }
-        self.queues.iter_mut().for_each(DriverQueue::disarm);
+        self.disk.disarm();
     }
-}
-
-/// Fills the buffers with what nobody can compress or leave out: zeroes would be skipped by a copier, and make holes.
-fn fill(connection: &Connection, seed: u64) -> anyhow::Result<()> {
-    /// Bytes that are written at once.
-    const PART: usize = 4096;
-    let memory = connection.memory();
-    let table = RegionTable::with_capacity(1);
-    let region = table.insert(Arc::clone(memory.mapping()))?;
-    let mut random = Random::new(seed);
-    let mut bytes = [0; PART];
-    for offset in (0..memory.data_bytes()).step_by(PART) {
-        bytes.chunks_exact_mut(8).for_each(|it| it.copy_from_slice(&random.next().to_le_bytes()));
-        let part = &bytes[..PART.min(memory.data_bytes() - offset)];
-        let length = u32::try_from(part.len())?;
-        table.write(BufferSlice { region, length, offset: offset as u64 }, part)?;
-    }
-    Ok(())
 }

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::machine::{Disturbance, Server};
 use super::report::{PERCENTILES, micros};
+use super::socket::Socket;
 use super::{Job, report};
 use crate::interrupt::Interrupt;
 use crate::load::Phase;
@@ -119,7 +120,7 @@ pub(crate) fn run(
 ) -> anyhow::Result<Life> {
     let shared = Arc::new(Shared::default());
     let server = Server::of(socket, ConnectionConfig::default().deadline)?;
-    let client = Client::connect(socket, job, 1, interrupt)?;
+    let client = Client::new(Socket::connect(socket, job, 1)?, job, 1, interrupt)?;
     let its_shared = Arc::clone(&shared);
     let begun = Instant::now();
     let load = std::thread::Builder::new()

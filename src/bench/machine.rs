@@ -8,14 +8,15 @@
 //! A server that polls while nobody asks it anything takes its core from the one that is measured next: [`Paused`]
 //! stops the others meanwhile. Whatever ends the benchmark, they go on: also an interrupt, which drops nothing.
 
+use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -29,9 +30,16 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Turns of one look at how far two cores are from each other.
 const BOUNCES: u32 = 2_000;
 
-/// The process behind a socket.
+/// Who is behind a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Server(Option<Pid>);
+pub(crate) enum Server {
+    /// The process behind a socket.
+    Process(Pid),
+    /// The client itself, as with a file, and the threads that the kernel gives it for its requests.
+    Nobody,
+    /// A process that cannot be told.
+    Unknown,
+}
 
 impl Server {
     /// Asks the socket, by a connection that says nothing. One that is not there yet is waited for, as the client waits.
@@ -53,22 +61,41 @@ impl Server {
         let stream = stream.with_context(|| format!("cannot connect to {}", socket.display()))?;
         let credentials = rustix::net::sockopt::socket_peercred(&stream)?;
         // A server in our own process, as in tests, is nobody whom one could stop.
-        let pid = Some(credentials.pid).filter(|pid| *pid != rustix::process::getpid());
-        Ok(Self(pid))
+        let ours = credentials.pid == rustix::process::getpid();
+        Ok(if ours { Self::Unknown } else { Self::Process(credentials.pid) })
     }
 
     /// Stops it (SIGSTOP) until it is resumed.
     fn pause(self) -> anyhow::Result<()> {
-        let pid = self.0.context("a server whose process is unknown cannot be paused")?;
-        kill_process(pid, Signal::STOP).context("cannot pause a server")
+        match self {
+            Self::Process(pid) => kill_process(pid, Signal::STOP).context("cannot pause a server"),
+            Self::Nobody => Ok(()),
+            Self::Unknown => bail!("a server whose process is unknown cannot be paused"),
+        }
     }
 
     fn resume(self) {
-        if let Some(pid) = self.0 {
+        if let Self::Process(pid) = self {
             // One that is gone says so by its socket.
             let _ = kill_process(pid, Signal::CONT);
         }
     }
+
+    /// The directories of its threads below `/proc`, without the calling one.
+    fn threads(self) -> Vec<PathBuf> {
+        let (tasks, own) = match self {
+            Self::Process(pid) => (format!("/proc/{}/task", pid.as_raw_nonzero()), None),
+            Self::Nobody => ("/proc/self/task".to_owned(), own_thread()),
+            Self::Unknown => return Vec::new(),
+        };
+        let all = std::fs::read_dir(tasks).into_iter().flatten().filter_map(Result::ok);
+        all.filter(|it| own.as_ref() != Some(&it.file_name())).map(|it| it.path()).collect()
+    }
+}
+
+/// The number of the calling thread: where `/proc/thread-self` points is `PID/task/TID` (proc_thread-self(5)).
+fn own_thread() -> Option<OsString> {
+    Some(std::fs::read_link("/proc/thread-self").ok()?.file_name()?.to_owned())
 }
 
 /// Servers that are stopped; they go on when this ends.
@@ -132,11 +159,10 @@ impl Accounts {
         let (busy, stolen) = all_cpus(&stat);
         let of = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
         let client = Threads::parse(&of(Path::new("/proc/thread-self/schedstat")));
-        let tasks = server.0.map(|pid| format!("/proc/{}/task", pid.as_raw_nonzero()));
-        let tasks = tasks.and_then(|path| std::fs::read_dir(path).ok()).into_iter().flatten();
-        let server = tasks
-            .filter_map(Result::ok)
-            .map(|task| Threads::parse(&of(&task.path().join("schedstat"))))
+        let server = server
+            .threads()
+            .iter()
+            .map(|thread| Threads::parse(&of(&thread.join("schedstat"))))
             .fold(Threads::default(), Threads::plus);
         Self { busy, stolen, client, server }
     }
@@ -196,7 +222,7 @@ impl Watch {
         let ours = client.plus(server).ran;
         Disturbance {
             time: self.begun.elapsed(),
-            server_known: self.server.0.is_some(),
+            server_known: self.server != Server::Unknown,
             foreign: after.busy.saturating_sub(self.before.busy).saturating_sub(ours),
             stolen: after.stolen.saturating_sub(self.before.stolen),
             waited: client.plus(server).waited,
@@ -345,7 +371,7 @@ mod tests {
 
     #[test]
     fn what_others_used_is_no_more_than_there_was() {
-        let watch = Watch::begin(Server(None));
+        let watch = Watch::begin(Server::Unknown);
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_millis(100) {
             std::hint::spin_loop();
@@ -355,6 +381,28 @@ mod tests {
             * u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
         assert!(found.foreign <= all + Duration::from_millis(100), "{found:?}");
         assert!(found.time >= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn without_a_server_the_threads_beside_the_client_are_the_servers() {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let worked = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+            let watch = Watch::begin(Server::Nobody);
+            std::thread::sleep(Duration::from_millis(100));
+            let found = watch.end();
+            stop.store(true, Ordering::Relaxed);
+            found
+        });
+        assert!(worked.server_known);
+        assert!(worked.server_ran >= Duration::from_millis(20), "{worked:?}");
+        // Nobody is there to be stopped, and nothing is lost by it.
+        let paused = Paused::all_but(&[Server::Nobody], None).unwrap();
+        drop(paused);
     }
 
     #[test]
@@ -370,7 +418,7 @@ mod tests {
         // Ours: nobody pauses himself.
         let server = Server::of(&path, Duration::from_secs(30)).unwrap();
         let listener = binder.join().unwrap();
-        assert_eq!(server, Server(None));
+        assert_eq!(server, Server::Unknown);
         assert!(server.pause().is_err());
         drop(listener);
         assert!(Server::of(&path, Duration::ZERO).is_err());
@@ -392,7 +440,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(1));
             }
         };
-        let (one, other) = (Server(Some(pid)), Server(None));
+        let (one, other) = (Server::Process(pid), Server::Unknown);
         let paused = Paused::all_but(&[one], Some(other)).unwrap();
         becomes("T");
         drop(paused);

@@ -40,6 +40,33 @@ impl Spread {
     }
 }
 
+/// How much of a chance an [`interval`] has of having the median in it, at least.
+const CONFIDENCE: f64 = 0.95;
+
+/// Where the median of what such values are drawn from lies: between two of them, by order alone (a value falls on either side of
+/// the median like a coin), so nothing is assumed of how they are distributed. None for fewer than six, whose ends are not
+/// far enough apart.
+pub(crate) fn interval(values: impl IntoIterator<Item = f64>) -> Option<(f64, f64)> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    // The chance that of so many values the median has only so few on its one side; `cut` of them are left out on each.
+    let count = values.len();
+    let mut chance = 0.5_f64.powi(i32::try_from(count).ok()?);
+    let (mut tail, mut cut) = (0.0, 0);
+    while tail + chance <= (1.0 - CONFIDENCE) / 2.0 {
+        tail += chance;
+        cut += 1;
+        chance *= ratio_of(count + 1 - cut, cut);
+    }
+    let low = *values.get(cut.checked_sub(1)?)?;
+    Some((low, *values.get(count - cut)?))
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn ratio_of(one: usize, other: usize) -> f64 {
+    one as f64 / other as f64
+}
+
 /// One back end in one cell.
 pub(crate) struct Target {
     pub(crate) name: String,
@@ -82,10 +109,13 @@ impl Target {
     }
 
     /// Against another, run by run of the same round.
-    fn ratio(&self, base: &Self) -> Option<Spread> {
-        Spread::of(
-            self.runs.iter().zip(&base.runs).map(|(ours, theirs)| ours.iops() / theirs.iops()),
-        )
+    fn ratios(&self, base: &Self) -> impl Iterator<Item = f64> {
+        self.runs.iter().zip(&base.runs).map(|(ours, theirs)| ours.iops() / theirs.iops())
+    }
+
+    /// Whether it was a file whose page cache was bypassed, or could not be.
+    fn direct(&self) -> Option<bool> {
+        self.runs.first()?.direct
     }
 
     fn to_json(&self, base: &Self) -> Value {
@@ -108,12 +138,15 @@ impl Target {
                 })
             })
             .collect();
+        let mut ratio = Spread::of(self.ratios(base)).map_or(Value::Null, Spread::to_json);
+        ratio["interval_95"] = json!(interval(self.ratios(base)));
         json!({
             "name": self.name,
             "iops": self.iops().map(Spread::to_json),
             "bytes_per_second": self.bytes_per_second(),
             "latency_ns": percentiles,
-            "iops_to_first": self.ratio(base).map(Spread::to_json),
+            "iops_to_first": ratio,
+            "direct": self.direct(),
             "runs": runs,
         })
     }
@@ -123,9 +156,12 @@ impl Target {
         let latency = self.latency();
         let iops = self.iops();
         let spread = iops.map(|it| (it.max - it.min) / it.median * 100.0);
-        let ratio = self.ratio(base).filter(|_| !std::ptr::eq(self, base));
+        let compared = !std::ptr::eq(self, base);
+        let ratio = Spread::of(self.ratios(base)).filter(|_| compared);
+        let interval = interval(self.ratios(base)).filter(|_| compared);
+        let buffered = if self.direct() == Some(false) { " (buffered)" } else { "" };
         let mut row = vec![
-            self.name.clone(),
+            format!("{}{buffered}", self.name),
             iops.map_or_else(String::new, |it| thousands(it.median)),
             spread.map_or_else(String::new, |it| format!("{it:.0}%")),
             self.bytes_per_second()
@@ -144,13 +180,14 @@ impl Target {
             || "1".to_owned(),
             |it| format!("{:.2} ({:.2}-{:.2})", it.median, it.min, it.max),
         ));
+        row.push(interval.map_or_else(String::new, |(low, high)| format!("{low:.2}-{high:.2}")));
         row
     }
 }
 
 /// Heads of a table of targets.
-const HEADS: [&str; 12] = [
-    "socket",
+const HEADS: [&str; 13] = [
+    "disk",
     "IOPS",
     "spread",
     "MiB/s",
@@ -162,6 +199,7 @@ const HEADS: [&str; 12] = [
     "max us",
     "taken",
     "to the first",
+    "its interval",
 ];
 
 /// One combination, on every back end.

@@ -26,6 +26,43 @@ fn sockets_go_by_the_name_that_they_are_given_or_by_their_file() {
 }
 
 #[test]
+fn a_file_is_measured_beside_a_server_and_told_in_every_form() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    for name in ["disk", "file"] {
+        std::fs::File::create(path(name)).unwrap().set_len(8 << 20).unwrap();
+    }
+    let (disk, socket) = (path("disk"), path("sock"));
+    let Some(_daemon) = StorageDaemon::serve("bench", &disk, &socket, ",num-queues=2") else {
+        return;
+    };
+    let file = path("file");
+    let (socket, file) = (socket.to_str().unwrap(), file.to_str().unwrap());
+    let jobs = ["--job", "randread:4k:8:2", "--job", "randwrite:8k:4", "--overwrite"];
+    let rounds = ["--time", "30ms", "--warmup", "5ms", "--repeat", "6"];
+    let disks = ["--socket", socket, "--file", file];
+    let args = args(&[disks.as_slice(), &jobs, &rounds].concat());
+    let mut bench = Bench::new(&args, None, Interrupt::default()).unwrap();
+    let cells = args.jobs().unwrap().iter().map(|job| bench.measure(job).unwrap()).collect();
+    let report = bench.report(cells);
+    let json = report.to_json();
+    for cell in 0..2 {
+        let [bare, served] = [0, 1].map(|at| &json["cells"][cell]["targets"][at]);
+        assert_eq!((bare["name"].as_str(), served["name"].as_str()), (Some("file"), Some("sock")));
+        assert_eq!((bare["direct"].as_bool(), served["direct"].as_bool()), (Some(true), None));
+        for run in bare["runs"].as_array().unwrap() {
+            assert!(run["requests"].as_u64() > Some(10), "{run}");
+            assert_eq!(run["machine"]["server_known"], true);
+        }
+        let ratio = &served["iops_to_first"];
+        // Of six pairs the ends.
+        assert_eq!(ratio["interval_95"], serde_json::json!([ratio["min"], ratio["max"]]));
+    }
+    assert_eq!(report.to_markdown().matches("| file |").count(), 2);
+    assert_eq!(plot::distributions(&report).matches("<path").count(), 4);
+}
+
+#[test]
 fn what_writes_must_be_asked_for_by_name() {
     let refused = args(&["--socket", "s", "--rw", "randread,randwrite"]).jobs().unwrap_err();
     assert!(refused.to_string().contains("--overwrite"), "{refused}");
@@ -103,6 +140,36 @@ fn a_spread_is_the_middle_and_the_ends() {
 }
 
 #[test]
+fn an_interval_of_the_median_leaves_out_what_a_coin_allows() {
+    let of = |count: u32| report::interval((1..=count).map(f64::from));
+    // By the table of the sign test at 5%, as any book of statistics has it: none left out on either side up to 8, one up to 11,
+    // two up to 14.
+    assert_eq!((of(0), of(1), of(5)), (None, None, None));
+    assert_eq!((of(6), of(8)), (Some((1.0, 6.0)), Some((1.0, 8.0))));
+    assert_eq!((of(9), of(10), of(11)), (Some((2.0, 8.0)), Some((2.0, 9.0)), Some((2.0, 10.0))));
+    assert_eq!((of(12), of(25)), (Some((3.0, 10.0)), Some((8.0, 18.0))));
+    let (low, high) = of(1000).unwrap();
+    assert_eq!((low, high), (469.0, 532.0));
+}
+
+#[test]
+fn a_file_needs_no_socket_and_is_what_sockets_are_compared_with() {
+    let both = args(&["--socket", "vm1", "--file", "bare=/srv/f", "--socket", "vm2"]);
+    let names: Vec<String> = both.disks().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["bare", "vm1", "vm2"]);
+    assert_eq!(args(&["--file", "f"]).disks(), [("f".to_owned(), Place::File("f".into()))]);
+    for wrong in [
+        // Nothing to measure, nothing to share, nothing to pin, and no mirror of what is not served.
+        [].as_slice(),
+        &["--socket", "s", "--force-share"],
+        &["--socket", "s", "--core", "1", "--file-core", "0"],
+        &["--file", "f", "--mirror", "vm1", "--mirror-target", "t"],
+    ] {
+        assert!(Line::try_parse_from([&["bench"], wrong].concat()).is_err(), "{wrong:?}");
+    }
+}
+
+#[test]
 fn a_timeline_is_asked_for_with_both_ends_of_the_move() {
     let one = Line::try_parse_from(["bench", "--socket", "s", "--mirror", "a"]);
     assert!(one.is_err());
@@ -115,7 +182,8 @@ fn made_up(iops: u64, most: u64) -> Run {
     let mut latency = hdrhistogram::Histogram::new_with_bounds(1, 60_000_000_000, 3).unwrap();
     (1..=most).for_each(|micros| latency.record(micros * 1000).unwrap());
     let time = Duration::from_secs(1);
-    Run { requests: iops, bytes: iops * 4096, time, latency, disturbance: Default::default() }
+    let disturbance = Default::default();
+    Run { requests: iops, bytes: iops * 4096, time, latency, disturbance, direct: None }
 }
 
 /// Two servers, the second twice as fast; the first has a name that XML would misread.
@@ -148,6 +216,7 @@ fn percentiles_ratios_and_rates_are_those_of_the_runs() {
     near(&one["iops"]["median"], 2000.0);
     near(&one["iops"]["max"], 3000.0);
     near(&other["iops_to_first"]["median"], 2.0);
+    assert_eq!(other["iops_to_first"]["interval_95"], serde_json::json!(null), "of three pairs");
     near(&json["round_trip_ns"]["median"], 100.0);
 }
 

@@ -117,6 +117,20 @@ impl Mount {
         Self { directory, _device: None }
     }
 
+    /// A ramfs, which has no direct I/O.
+    ///
+    /// # Panics
+    /// If mount fails.
+    #[must_use]
+    pub fn ramfs() -> Self {
+        let directory = tempfile::tempdir().expect("a scratch directory");
+        run(
+            "mount",
+            &["-t", "ramfs", "ramfs", directory.path().to_str().expect("a path in UTF-8")],
+        );
+        Self { directory, _device: None }
+    }
+
     /// Where it is mounted.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -1,4 +1,5 @@
-//! `resilver bench` as somebody at a terminal runs it: what it stops goes on, however it ends.
+//! `resilver bench` as somebody at a terminal runs it: what it stops goes on, however it ends; what a server adds to a file is told,
+//! and a file that a server has is left alone.
 
 #![allow(clippy::unwrap_used)] // a test may panic
 
@@ -65,5 +66,35 @@ fn an_interrupted_comparison_leaves_no_server_stopped() {
     }
     for server in &mut servers {
         server.call("rpc_get_methods", json!({}));
+    }
+}
+
+#[test]
+fn a_served_file_is_compared_with_itself_only_if_that_is_wanted() {
+    let mut server = Server::start();
+    let file = server.path("vm.raw");
+    std::fs::File::create(&file).unwrap().set_len(8 << 20).unwrap();
+    server.serve_file("disk", &file, "vm");
+    let run = |more: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(["--json", "bench", "--iodepth", "1,8", "--time", "30ms", "--warmup", "2ms"]);
+        command.arg("--socket").arg(server.controller("vm")).arg("--file").arg(&file);
+        command.args(more).output().unwrap()
+    };
+    let refused = run(&[]);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{said}");
+    assert!(said.contains("is in use: locked by process"), "{said}");
+
+    let told = run(&["--force-share", "--repeat", "6"]);
+    let said = String::from_utf8_lossy(&told.stderr);
+    assert!(told.status.success(), "{said}");
+    let report: serde_json::Value = serde_json::from_slice(&told.stdout).unwrap();
+    for cell in report["cells"].as_array().unwrap() {
+        let [bare, served] = [0, 1].map(|at| &cell["targets"][at]);
+        assert_eq!((bare["name"].as_str(), served["name"].as_str()), (Some("vm.raw"), Some("vm")));
+        assert!(bare["iops"]["min"].as_f64() > Some(0.0), "{bare}");
+        let interval = served["iops_to_first"]["interval_95"].as_array().unwrap();
+        assert!(interval[0].as_f64() <= interval[1].as_f64(), "{interval:?}");
     }
 }

@@ -56,12 +56,27 @@ pub(super) struct OpenFile {
     pub(super) deallocates: bool,
     /// Whether its data is in the host's memory, so that no read or write waits for a device.
     pub(super) in_memory: bool,
-    pub(super) lock: Lock,
+    /// What it is locked with, if at all.
+    pub(super) lock: Option<Lock>,
     pub(super) identity: FileIdentity,
 }
 
+/// Who else may have the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Others {
+    /// Nobody who writes, and nobody at all beside a writer: it is locked.
+    KeptOut,
+    /// Anybody: it is not locked, and a lock of theirs is not minded.
+    LetBe,
+}
+
 /// Opens, locks and examines.
-pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFile, BdevError> {
+pub(super) fn open(
+    path: &Path,
+    read_only: bool,
+    direct: bool,
+    others: Others,
+) -> Result<OpenFile, BdevError> {
     let failed = |action, source: io::Error| {
         let hint = hint(&source, read_only, direct).to_owned();
         BdevError::File { action, path: path.to_owned(), source, hint }
@@ -78,7 +93,8 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
     let mut flags = OFlags::empty();
     flags.set(OFlags::DIRECT, direct);
     // On a block device O_EXCL asks the kernel that nobody has it mounted or otherwise claimed (open(2)).
-    flags.set(OFlags::EXCL, kind == FileKind::BlockDevice && !read_only);
+    let claimed = kind == FileKind::BlockDevice && !read_only && others == Others::KeptOut;
+    flags.set(OFlags::EXCL, claimed);
     let file = OpenOptions::new()
         .read(true)
         .write(!read_only)
@@ -86,12 +102,18 @@ pub(super) fn open(path: &Path, read_only: bool, direct: bool) -> Result<OpenFil
         .open(&canonical)
         .map_err(|error| failed("opening", error))?;
 
-    let lock = if read_only { Lock::Shared } else { Lock::Exclusive };
-    lock_soon(file.as_fd(), lock).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => {
-            BdevError::Locked { path: path.to_owned(), holder: super::holder::describe(&file) }
+    let lock = match others {
+        Others::LetBe => None,
+        Others::KeptOut if read_only => Some(Lock::Shared),
+        Others::KeptOut => Some(Lock::Exclusive),
+    };
+    lock.map_or(Ok(()), |lock| lock_soon(file.as_fd(), lock)).map_err(|error| {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => {
+                BdevError::Locked { path: path.to_owned(), holder: super::holder::describe(&file) }
+            }
+            _ => failed("locking", error),
         }
-        _ => failed("locking", error),
     })?;
 
     let size = rustix::fs::seek(&file, SeekFrom::End(0))

@@ -27,7 +27,7 @@ use rustix::io::Errno;
 
 use channel::{MAX_RANGE, MAX_TRANSFER, Parts, UringChannel};
 use engine::Queues;
-use file::{FileKind, OpenFile};
+use file::{FileKind, OpenFile, Others};
 
 pub use engine::Engine;
 pub use file::create;
@@ -83,8 +83,24 @@ impl Uring {
     /// # Errors
     /// [`BdevError::Locked`] if somebody uses it; otherwise what is wrong with it and what to do.
     pub fn open(config: UringConfig) -> Result<Self, BdevError> {
-        let file = file::open(&config.path, config.read_only, config.direct)?;
+        let file = file::open(&config.path, config.read_only, config.direct, Others::KeptOut)?;
         Self::over(config, file)
+    }
+
+    /// The same for whoever measures a file beside those who use it: it is not locked, and no lock of theirs is minded. Never for
+    /// what a guest keeps its data on.
+    ///
+    /// # Errors
+    /// As [`Uring::open`], but for the lock.
+    pub fn open_unlocked(config: UringConfig) -> Result<Self, BdevError> {
+        let file = file::open(&config.path, config.read_only, config.direct, Others::LetBe)?;
+        Self::over(config, file)
+    }
+
+    /// The open file, for whoever does without a channel. It keeps its lock until the last of its owners has let go.
+    #[must_use]
+    pub fn file(&self) -> &Arc<OwnedFd> {
+        &self.file.fd
     }
 
     /// The same with the block size that is asked for whatever direct I/O needs: where that needs larger ones, through a view
@@ -93,7 +109,7 @@ impl Uring {
     /// # Errors
     /// As [`Uring::open`].
     pub fn open_in_sectors(mut config: UringConfig) -> Result<Arc<dyn Bdev>, BdevError> {
-        let file = file::open(&config.path, config.read_only, config.direct)?;
+        let file = file::open(&config.path, config.read_only, config.direct, Others::KeptOut)?;
         let asked = config.block_size;
         config.block_size = asked.map(|asked| asked.max(file.alignment.offset));
         let bdev = Arc::new(Self::over(config, file)?);
@@ -275,8 +291,9 @@ impl Bdev for Uring {
             RingMode::SubmissionThread(_) => "sqpoll",
         };
         let lock = match self.file.lock {
-            Lock::Shared => "shared",
-            Lock::Exclusive => "exclusive",
+            Some(Lock::Shared) => "shared",
+            Some(Lock::Exclusive) => "exclusive",
+            None => "none",
         };
         let number = |number: u32| Detail::Number(u64::from(number));
         vec![

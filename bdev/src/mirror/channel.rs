@@ -356,7 +356,7 @@ impl Mirror {
             } else if tag.0 & READ != 0 {
                 let slot = slot_of(tag);
                 let (tag, came) = self.reads[usize::from(slot)];
-                self.core.throttle.answered(cx.now - came);
+                self.core.guest_answered(cx.now - came);
                 self.answers.push_back(Completion { tag, result });
                 self.free_reads.push(slot);
             } else {

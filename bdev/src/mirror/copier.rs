@@ -9,8 +9,8 @@
 //! him: a file system keeps everybody from both files meanwhile. If he cannot, which is no fault of either leg, the run is dirty
 //! again, and copied as others are from then on.
 //!
-//! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight. Where
-//! the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
+//! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight, and for how
+//! much of the time (`share`). Where the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
 //! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs; as long
 //! as the job gets on by that.
 //!
@@ -57,19 +57,14 @@ impl Pace {
             Self::Held => 8,
         }
     }
-
-    /// Bytes of one copy of data.
-    fn run(self) -> u64 {
-        match self {
-            Self::Alone | Self::Firm => u64::MAX,
-            Self::Gentle | Self::Held => 128 << 10,
-        }
-    }
 }
 
 /// Where the reactor does the work: bytes that the copier reads at once where no guest is at work, few enough to be still in the
 /// core's cache when they are written.
 const INLINE_ALONE: u64 = 256 << 10;
+
+/// Where a device does it: bytes of one copy beside a guest whose latency has a ceiling.
+const HELD_RUN: u64 = 128 << 10;
 
 /// A guest that had nothing in flight for so long is not at work. Shorter, and the copier would fill the device in the moment
 /// between two requests of a guest that makes one at a time.
@@ -246,10 +241,24 @@ impl Core {
         } else if self.config.auto_converge && !self.auto_converged {
             self.maybe_converge(now);
         }
-        // Once it is ready it is to stay near; before, it is to get there.
-        let ready = self.stage == Stage::Ready;
-        let few = if ready { self.config.window.into() } else { 0 };
-        self.shrinking.seen(self.maps.dirty.bytes(), few, now)
+        if self.shrinking.is_due(now) {
+            // Once it is ready it is to stay near; before, it is to get there.
+            let ready = self.stage == Stage::Ready;
+            let few = if ready { self.config.window.into() } else { 0 };
+            self.shrinking.seen(self.left_bytes(), self.done_bytes(), few, now);
+        }
+        self.shrinking.yes()
+    }
+
+    /// Bytes that are to be copied, those of copies under way among them.
+    pub(super) fn left_bytes(&self) -> u64 {
+        self.maps.dirty.bytes() + self.in_flight_bytes()
+    }
+
+    /// Bytes that the copier has dealt with since the job began.
+    pub(super) fn done_bytes(&self) -> u64 {
+        let Counters { copied, zero, skipped, .. } = self.counters;
+        copied + zero + skipped
     }
 
     /// Bytes that copies under way have yet to do.
@@ -259,10 +268,8 @@ impl Core {
 
     /// A background copy that has been for nothing for some seconds goes over to write-blocking, once, where that is allowed.
     fn maybe_converge(&mut self, now: Nanos) {
-        let left = self.maps.dirty.bytes() + self.in_flight_bytes();
-        let Counters { copied, zero, skipped, .. } = self.counters;
         let switches = !matches!(self.stage, Stage::Running | Stage::Ready);
-        if self.chase.is_vain(left, copied + zero + skipped, now) && !switches {
+        if self.chase.is_vain(self.left_bytes(), self.done_bytes(), now) && !switches {
             self.auto_converged = true;
             self.config.copy_mode = CopyMode::WriteBlocking;
             self.tell(JobEvent::AutoConverged);
@@ -276,11 +283,22 @@ impl Core {
             self.beside_guest.forgive(now);
         }
         if !self.copier_runs() {
-            return;
+            return self.share.off();
         }
         if now < self.bad.until() {
             self.copier_due = Some(self.bad.until());
-            return;
+            return self.share.off();
+        }
+        // What was given up and has not ended holds nobody up.
+        let live = |copy: &&Copy| copy.state == CopyState::Waiting || copy.is_at_work();
+        if self.pace == Pace::Gentle && !self.config.inline {
+            let idle = !self.copies.iter().any(|copy| live(&copy));
+            if let Some(until) = self.share.rests_until(idle, now) {
+                self.copier_due = Some(until);
+                return;
+            }
+        } else {
+            self.share.off();
         }
         let most = self.pace.copies(self.config.inline);
         let offloads = self.config.offload_run.is_some() && self.pace == Pace::Alone;
@@ -293,15 +311,13 @@ impl Core {
             else {
                 return;
             };
-            // What was given up and has not ended holds nobody up.
-            let live = |copy: &&Copy| copy.state == CopyState::Waiting || copy.is_at_work();
             if self.copies.iter().filter(live).count() >= most {
                 return;
             }
             let wait = self.limiter.wait(now).max(self.beside_guest.wait(now));
             if wait > Nanos::ZERO {
                 self.copier_due = Some(now + wait);
-                return;
+                return self.share.off();
             }
             if looks == LOOKS {
                 self.copier_due = Some(now);
@@ -571,6 +587,13 @@ impl Core {
         }
     }
 
+    /// The guest has its answer, after so long.
+    #[inline]
+    pub(super) fn guest_answered(&mut self, latency: Nanos) {
+        self.throttle.answered(latency);
+        self.share.answered();
+    }
+
     /// Bytes that are to be read at once where the reactor does the work.
     fn inline_window(&self) -> u64 {
         match self.pace {
@@ -585,10 +608,12 @@ impl Core {
 
     /// Bytes of one copy of data.
     fn run(&self) -> u64 {
-        match (self.config.inline, self.pace) {
-            (false, pace) | (true, pace @ (Pace::Alone | Pace::Firm)) => pace.run(),
+        match (self.pace, self.config.inline) {
+            (Pace::Alone | Pace::Firm, _) => u64::MAX,
             // A window, or the guest would meet it for long.
-            (true, _) => self.inline_window(),
+            (Pace::Gentle | Pace::Held, true) => self.inline_window(),
+            (Pace::Gentle, false) => self.share.window(),
+            (Pace::Held, false) => HELD_RUN,
         }
     }
 
@@ -596,7 +621,7 @@ impl Core {
     fn take_window(&mut self) -> u64 {
         let (most, unit) = (u64::from(self.config.window), u64::from(self.config.zero_unit));
         if !self.config.inline {
-            return most;
+            return if self.pace == Pace::Gentle { most.min(self.share.window()) } else { most };
         }
         let window = self.inline_window();
         self.asked = 0;

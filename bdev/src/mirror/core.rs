@@ -29,6 +29,7 @@ use super::ranges::{Entered, Holder, Ranges};
 use super::rate::{Chase, Limiter, Rates, Shrinking};
 use super::rows::Rows;
 use super::scope::{ObserverPolicy, SyncMode};
+use super::share::Share;
 use super::tables::{Bits, Failed, Legs, Span, TargetHindrance, WriteRow, on_write};
 use super::throttle::Throttle;
 use super::trail::Unawaited;
@@ -293,6 +294,8 @@ pub(super) struct Core {
     /// What the copier may do beside the guest, and the limiter that sees to it.
     pub throttle: Throttle,
     pub beside_guest: Limiter,
+    /// When it rests, where a device does the work.
+    pub share: Share,
     pub auto_converged: bool,
     pub errors: ErrorLog,
     pub counters: Counters,
@@ -347,7 +350,7 @@ impl Core {
             falls_behind: false,
             asked: 0,
             pace: Pace::Alone,
-            shrinking: Shrinking::default(),
+            shrinking: Shrinking::NEW,
             chase: Chase::default(),
             cursor: 0,
             // Where nothing is brought over, nobody looks for holes.
@@ -357,6 +360,7 @@ impl Core {
             bad: BadSpots::default(),
             beside_guest: Limiter::even(throttle.allowance().unwrap_or(0), Nanos::ZERO),
             throttle,
+            share: Share::NEW,
             auto_converged: false,
             errors: ErrorLog::default(),
             counters: Counters::default(),
@@ -668,7 +672,7 @@ impl Core {
     /// Answers the guest.
     pub(super) fn answer(&mut self, slot: Slot, result: Result<(), IoError>, now: Nanos) {
         let op = self.ops[usize::from(slot)];
-        self.throttle.answered(now - op.arrived);
+        self.guest_answered(now - op.arrived);
         self.act(Action::Answer { tag: op.tag, result });
         self.guest_live -= 1;
         if op.kind != IoKind::Flush {

@@ -21,6 +21,7 @@ mod ranges;
 mod rate;
 mod rows;
 mod scope;
+mod share;
 mod tables;
 mod throttle;
 mod trail;

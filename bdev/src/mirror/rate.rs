@@ -231,34 +231,41 @@ impl Rates {
 }
 
 /// Over which time it is looked whether the dirty bytes get less.
-const SHRINKS_WITHIN: Nanos = Nanos::from_millis(500);
+const SHRINKS_WITHIN: Nanos = Nanos::from_millis(200);
 
-/// Whether what is left to do gets less by a gentle copier's work, beside a guest that makes more.
+/// Whether a gentle copier gets on beside a guest that makes more to do: how large the disk is must not matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Shrinking {
     since: Nanos,
+    /// What was left and had been done then.
     left: u64,
+    done: u64,
     yes: bool,
 }
 
-impl Default for Shrinking {
-    fn default() -> Self {
-        Self { since: Nanos::ZERO, left: u64::MAX, yes: true }
-    }
-}
-
 impl Shrinking {
-    /// So many bytes are left now, and how it goes on is to be seen.
-    pub(super) fn from(left: u64, now: Nanos) -> Self {
-        Self { since: now, left, yes: true }
+    /// Of a job that has yet to begin.
+    pub(super) const NEW: Self = Self { since: Nanos::ZERO, left: u64::MAX, done: 0, yes: true };
+
+    /// So many bytes are left now and so many were done, and how it goes on is to be seen.
+    pub(super) fn from(left: u64, done: u64, now: Nanos) -> Self {
+        Self { since: now, left, done, yes: true }
     }
 
-    /// So many bytes are left now. Whether they got less by a sixteenth in the last stretch, or are as few as will do.
-    pub(super) fn seen(&mut self, left: u64, few: u64, now: Nanos) -> bool {
-        if now >= self.since + SHRINKS_WITHIN {
-            self.yes = left <= few || left < self.left - self.left / 16;
-            (self.since, self.left) = (now, left);
-        }
+    /// Whether a stretch is over, and it is to be [seen](Self::seen) how it went.
+    pub(super) fn is_due(&self, now: Nanos) -> bool {
+        now >= self.since + SHRINKS_WITHIN
+    }
+
+    /// A stretch is over; so many bytes are left now, and so many were done.
+    pub(super) fn seen(&mut self, left: u64, done: u64, few: u64, now: Nanos) {
+        let progress = self.left.saturating_sub(left);
+        let yes = left <= few || progress > done.saturating_sub(self.done) / 4;
+        *self = Self { since: now, left, done, yes };
+    }
+
+    /// Whether of what was done in the last stretch more than a quarter need not be done again, or as few are left as will do.
+    pub(super) fn yes(&self) -> bool {
         self.yes
     }
 }
@@ -372,18 +379,27 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_get_less_in_a_stretch_is_not_shrinking() {
-        let mut shrinking = Shrinking::default();
-        let mut at = |millis, left| shrinking.seen(left, 0, Nanos::from_millis(millis));
-        assert!(at(1000, 1600));
-        assert!(at(1200, 1600), "the stretch is not over");
-        assert!(at(1500, 1400));
-        assert!(!at(2000, 1350));
-        assert!(!at(2100, 10));
-        assert!(at(2500, 10));
-        assert!(!at(3000, 10) && at(3500, 0) && at(4000, 0), "nothing is left");
-        assert!(!shrinking.seen(6, 5, Nanos::from_millis(4500)));
-        assert!(shrinking.seen(5, 5, Nanos::from_millis(5000)), "few enough");
+    fn what_is_undone_as_fast_as_it_is_done_is_not_shrinking_however_much_is_left() {
+        let mut shrinking = Shrinking::from(1 << 40, 0, Nanos::ZERO);
+        let mut at = |millis, left, done| {
+            let now = Nanos::from_millis(millis);
+            if shrinking.is_due(now) {
+                shrinking.seen(left, done, 0, now);
+            }
+            shrinking.yes()
+        };
+        let left = 1 << 40;
+        assert!(at(199, left, 100), "the stretch is not over");
+        assert!(at(200, left - 50, 100));
+        assert!(!at(400, left - 60, 200));
+        assert!(!at(500, left - 150, 300));
+        assert!(at(600, left - 160, 300));
+        assert!(!at(800, left - 160, 300), "nothing is done");
+        assert!(at(1000, 0, 400) && at(1200, 0, 400), "nothing is left");
+        shrinking.seen(6, 400, 5, Nanos::from_millis(1400));
+        assert!(!shrinking.yes());
+        shrinking.seen(5, 400, 5, Nanos::from_millis(1600));
+        assert!(shrinking.yes(), "few enough");
     }
 
     #[test]

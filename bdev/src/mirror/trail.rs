@@ -79,7 +79,7 @@ impl Core {
         self.falls_behind = true;
         let begins = before == Mirroring::Behind && self.mirroring() == Mirroring::Trailing;
         if begins {
-            self.shrinking = Shrinking::from(self.maps.dirty.bytes(), now);
+            self.shrinking = Shrinking::from(self.left_bytes(), self.done_bytes(), now);
         }
         begins
     }

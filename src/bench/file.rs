@@ -3,8 +3,8 @@
 //! It is what the `uring` bdev does by default, and nothing else: direct I/O, io_uring with the file registered, everything
 //! that a turn submits told with one system call, completions taken from the ring as they appear there. The buffers are not
 //! registered, because a guest's memory is not; nor is the ring polled in the kernel (`IOPOLL`), which few disks can. They
-//! lie in huge pages as far as the kernel gives them, and each begins a page. One ring for each queue, and one thread for
-//! all, as a reactor has it.
+//! lie in memory of the kind that the client shares with a server, for a request of many small pages costs the kernel more
+//! than one of a huge page. One ring for each queue, and one thread for all, as a reactor has it.
 //!
 //! Invariants: a file that is written is locked against everybody, one that is read against those who write, unless the
 //! operator has it otherwise; so nobody measures by accident what a server serves.
@@ -12,15 +12,16 @@
 use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use resilver_bdev::uring::{Engine, Uring, UringConfig};
 use resilver_bdev::{Bdev as _, BdevError};
 use resilver_sys::uring::SLOTS_MAX;
 use resilver_sys::{
-    BufferSlice, Direction, Mapping, PAGE_SIZE, RegionId, RegionTable, Ring, RingMode, WaitSet,
-    usize_from,
+    BufferSlice, Direction, PAGE_SIZE, RegionId, RegionTable, Ring, RingMode, WaitSet, usize_from,
 };
+use resilver_vhost::front_end::SharedMemory;
 use rustix::io::Errno;
 
 use super::disk::{Access, Disk, Shape, fill};
@@ -36,7 +37,7 @@ pub(crate) struct BareFile {
     /// Slots whose requests have ended and that were not handed out yet, by queue.
     ended: Vec<VecDeque<usize>>,
     shape: Shape,
-    /// Bytes of a request, and of the room that each has.
+    /// Bytes of a request, and of the room that each has: whole pages, which any file takes.
     block: u32,
     room: u64,
 }
@@ -54,10 +55,10 @@ impl BareFile {
         };
         let room = job.block.next_multiple_of(u32::try_from(PAGE_SIZE)?);
         let length = usize::from(job.depth) * usize_from(u64::from(room));
-        let buffers = Mapping::anonymous(length)?;
-        fill(&buffers, length, seed)?;
+        let buffers = SharedMemory::new(length, 0)?;
+        fill(buffers.mapping(), length, seed)?;
         let memory = RegionTable::with_capacity(1);
-        let region = memory.insert(buffers)?;
+        let region = memory.insert(Arc::clone(buffers.mapping()))?;
         let per_queue = job.per_queue();
         let rings = (0..job.queues).map(|_| {
             let mut ring = Ring::new(bdev.file(), u32::from(per_queue), RingMode::Enter)?;

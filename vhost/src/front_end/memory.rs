@@ -68,8 +68,12 @@ impl Carved {
 }
 
 impl SharedMemory {
-    /// Memory with `data_bytes` for the caller and at least `ring_bytes` for rings.
-    pub(super) fn new(data_bytes: usize, ring_bytes: usize) -> Result<Self, FrontEndError> {
+    /// Memory with `data_bytes` for the caller and at least `ring_bytes` for rings. Without rings and never shared it is for whoever
+    /// wants the same kind of memory as a front end has.
+    ///
+    /// # Errors
+    /// The kernel has no more memory or descriptors.
+    pub fn new(data_bytes: usize, ring_bytes: usize) -> Result<Self, FrontEndError> {
         let data_bytes = data_bytes.next_multiple_of(PAGE_SIZE) as u64;
         let length = data_bytes + ring_bytes.next_multiple_of(PAGE_SIZE) as u64;
         let huge = descriptor(length.next_multiple_of(HUGE_PAGE), true);

@@ -10,10 +10,11 @@
 
 use resilver_reactor::Nanos;
 
-/// What copies may take of the requests that the guest has answered in a time, percent.
+/// What copies may take of the requests that the guest has answered in a time, percent: what is more is rested for.
 const TAKEN: u64 = 35;
-/// Less than this, and the copier may take more.
-const LITTLE: u64 = 25;
+/// Copies that take more than this while they are made are to be smaller, those that take less than that larger.
+const MUCH: u64 = 25;
+const LITTLE: u64 = 15;
 /// How long it is copied before it is rested: long beside the time of a request, or those of the one would end in the other.
 const STRETCH: Nanos = Nanos::from_millis(4);
 /// The shortest rest, for the same reason.
@@ -144,7 +145,7 @@ impl Share {
         let lost = all.saturating_sub(kept) * 100 / all.max(1);
         self.lost = u64::try_from(lost).unwrap_or(100);
         (self.beside, self.at_rest, self.rests) = (Seen::NOTHING, Seen::NOTHING, 0);
-        if self.lost > TAKEN {
+        if self.lost > MUCH {
             self.window = (self.window / 2).max(LEAST);
         } else if self.lost < LITTLE {
             self.window = (self.window * 2).min(MOST);
@@ -200,8 +201,8 @@ mod tests {
 
     #[test]
     fn a_window_is_found_that_leaves_the_guest_its_part() {
-        // Half of the device's time at 512 KiB, and what is read takes its time.
-        let device = |window: u64| (100 * 512 / (512 + (window >> 10)), Nanos(window * 2));
+        // Half of the device's time at 1 MiB, and what is read takes its time.
+        let device = |window: u64| (100 * 1024 / (1024 + (window >> 10)), Nanos(window * 2));
         let (copied, kept, window) = run(device);
         assert_eq!(window, 256 << 10);
         assert!(copied >= 75 && kept >= 65, "{copied} {kept}");

@@ -13,12 +13,13 @@ use resilver_reactor::Nanos;
 /// What copies may take of the requests that the guest has answered in a time, percent: what is more is rested for.
 const TAKEN: u64 = 35;
 /// Copies that take more than this while they are made are to be smaller, those that take less than that larger.
-const MUCH: u64 = 25;
+const MUCH: u64 = 30;
 const LITTLE: u64 = 15;
-/// How long it is copied before it is rested: long beside the time of a request, or those of the one would end in the other.
-const STRETCH: Nanos = Nanos::from_millis(4);
-/// The shortest rest, for the same reason.
-const REST_LEAST: Nanos = Nanos::from_millis(1);
+/// How long it is copied before it is rested: long beside the time of a request.
+const STRETCH: Nanos = Nanos::from_millis(8);
+/// The shortest rest, and how much of a rest goes by before it is counted: what was asked for beside a copy has been answered then.
+const REST_LEAST: Nanos = Nanos::from_millis(2);
+const SETTLED: Nanos = Nanos::from_millis(1);
 /// Rests that are enough to compare, and requests that are enough in them.
 const RESTS: u32 = 8;
 const ANSWERS: u64 = 64;
@@ -34,6 +35,8 @@ enum Phase {
     Off,
     /// It copies.
     Copies,
+    /// It rests until then, and the guest still feels the last copies.
+    Settles(Nanos),
     /// It rests until then.
     Rests(Nanos),
 }
@@ -106,7 +109,10 @@ impl Share {
             Phase::Copies if idle && now >= self.since + STRETCH => {
                 let copied = now - self.since;
                 self.beside.add(copied, self.answers);
-                self.enter(Phase::Rests(now + self.rest(copied)), now);
+                self.enter(Phase::Settles(now + self.rest(copied)), now);
+            }
+            Phase::Settles(until) if now >= self.since + SETTLED => {
+                self.enter(Phase::Rests(until), now);
             }
             Phase::Rests(until) if now >= until => {
                 self.at_rest.add(now - self.since, self.answers);
@@ -114,9 +120,11 @@ impl Share {
                 self.compare();
                 self.enter(Phase::Copies, now);
             }
-            Phase::Copies | Phase::Rests(_) => {}
+            Phase::Copies | Phase::Settles(_) | Phase::Rests(_) => {}
         }
         match self.phase {
+            // To be called again when it begins to count.
+            Phase::Settles(_) => Some(self.since + SETTLED),
             Phase::Rests(until) => Some(until),
             Phase::Off | Phase::Copies => None,
         }
@@ -216,6 +224,7 @@ mod tests {
         share.off();
         assert_eq!(share.rests_until(true, at(1000)), None, "a stretch begins anew");
         assert_eq!(share.rests_until(false, at(1010)), None, "a copy is in flight");
-        assert!(share.rests_until(true, at(1010)).is_some_and(|until| until > at(1025)));
+        assert_eq!(share.rests_until(true, at(1010)), Some(at(1011)), "until it can be counted");
+        assert!(share.rests_until(true, at(1011)).is_some_and(|until| until > at(1025)));
     }
 }

@@ -26,7 +26,7 @@ mod arriving;
 /// The most requests of one queue that are in flight at a time.
 pub const SLOTS_MAX: u16 = 1024;
 /// The fewest and the most requests that a turn takes from one ring, of those that are there; see [`LiveQueue::fetch`].
-const PER_TURN: (u16, u16) = (8, 32);
+const PER_TURN: (u16, u16) = (4, 32);
 /// The most from a packed ring.
 const PACKED_PER_TURN: u16 = 16;
 /// Chains whose parts are prefetched together: what a core can have on the way to it at a time.
@@ -243,7 +243,8 @@ impl LiveQueue {
     ///
     /// Of what is in the ring it takes two thirds, and of a deep one no more than [`PER_TURN`]. What a turn takes of a disk that is memory
     /// it gives back together; if that were all, the guest would wait while the reactor serves its requests, and the reactor while the
-    /// guest makes new ones.
+    /// guest makes new ones. That is so of a disk's rings together, so a third is left of a few requests, too: they may be a deep guest's
+    /// share in one of many rings.
     ///
     /// # Errors
     /// The driver broke the ring, or the chains that are owed.

@@ -10,9 +10,9 @@
 //! again, and copied as others are from then on.
 //!
 //! Beside a guest the copier takes little room. Where the device does the work that is a matter of how much is in flight, and for how
-//! much of the time (`share`). Where the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for: there it moves, at a time, in
-//! proportion to what the guest has asked for meanwhile, so that both get their share of the core whatever a request costs; as long
-//! as the job gets on by that.
+//! much of the time (`share`). Where the reactor does it itself (both legs work inline), whatever the copier moves the guest waits for:
+//! there it moves, at a time, in proportion to what the guest has asked for meanwhile, so that both get their share of the core
+//! whatever a request costs; as long as the job gets on by that.
 //!
 //! A copy holds its chunks against guest writes for as long as it lasts. The copier looks for chunks where no guest write
 //! is; only if it finds none does a copy get in line behind one, so that a chunk written without pause is copied too.
@@ -292,8 +292,8 @@ impl Core {
         // What was given up and has not ended holds nobody up.
         let live = |copy: &&Copy| copy.state == CopyState::Waiting || copy.is_at_work();
         if self.pace == Pace::Gentle && !self.config.inline {
-            let idle = !self.copies.iter().any(|copy| live(&copy));
-            if let Some(until) = self.share.rests_until(idle, now) {
+            let is_idle = || !self.copies.iter().any(|copy| live(&copy));
+            if let Some(until) = self.share.rests_until(is_idle, now) {
                 self.copier_due = Some(until);
                 return;
             }
@@ -621,7 +621,7 @@ impl Core {
     fn take_window(&mut self) -> u64 {
         let (most, unit) = (u64::from(self.config.window), u64::from(self.config.zero_unit));
         if !self.config.inline {
-            return if self.pace == Pace::Gentle { most.min(self.share.window()) } else { most };
+            return most.min(self.run());
         }
         let window = self.inline_window();
         self.asked = 0;

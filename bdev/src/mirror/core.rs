@@ -294,7 +294,7 @@ pub(super) struct Core {
     /// What the copier may do beside the guest, and the limiter that sees to it.
     pub throttle: Throttle,
     pub beside_guest: Limiter,
-    /// When it rests, where a device does the work.
+    /// How much it reads at once beside the guest and when it rests, where a device does the work.
     pub share: Share,
     pub auto_converged: bool,
     pub errors: ErrorLog,

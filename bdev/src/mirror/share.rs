@@ -7,6 +7,14 @@
 //!
 //! Compared are rates, not latencies: they say what a guest keeps, whatever its depth. A guest that asks for little keeps it
 //! all, whatever the copier does.
+//!
+//! | from | to | when |
+//! | --- | --- | --- |
+//! | off | copies | a gentle copier may begin |
+//! | copies | settles | [`STRETCH`] is over, and the last copy has ended: the rest begins |
+//! | settles | rests | [`SETTLED`] is over: what the guest gets done from now on is without copies |
+//! | rests | copies | the rest is over; what was seen is compared |
+//! | any | off | the copier has nothing to do, waits for something else, or is not gentle |
 
 use resilver_reactor::Nanos;
 
@@ -23,8 +31,7 @@ const SETTLED: Nanos = Nanos::from_millis(1);
 /// Rests that are enough to compare, and requests that are enough in them.
 const RESTS: u32 = 8;
 const ANSWERS: u64 = 64;
-/// Bytes that are read at once: at first, at least, at most.
-const FIRST: u64 = 128 << 10;
+/// Bytes that are read at once: at least, and at first; at most.
 const LEAST: u64 = 128 << 10;
 const MOST: u64 = 1 << 20;
 
@@ -83,7 +90,7 @@ impl Share {
         at_rest: Seen::NOTHING,
         rests: 0,
         lost: 100,
-        window: FIRST,
+        window: LEAST,
     };
 
     /// Bytes to be read at once.
@@ -102,11 +109,11 @@ impl Share {
         self.phase = Phase::Off;
     }
 
-    /// Until when the copier rests, whose last copy has ended if `idle`; none if it may begin another.
-    pub(super) fn rests_until(&mut self, idle: bool, now: Nanos) -> Option<Nanos> {
+    /// Until when the copier rests, whose last copy has ended if it `is_idle`; none if it may begin another.
+    pub(super) fn rests_until(&mut self, is_idle: impl Fn() -> bool, now: Nanos) -> Option<Nanos> {
         match self.phase {
             Phase::Off => self.enter(Phase::Copies, now),
-            Phase::Copies if idle && now >= self.since + STRETCH => {
+            Phase::Copies if now >= self.since + STRETCH && is_idle() => {
                 let copied = now - self.since;
                 self.beside.add(copied, self.answers);
                 self.enter(Phase::Settles(now + self.rest(copied)), now);
@@ -175,7 +182,7 @@ mod tests {
         while now < Nanos::from_secs(4) {
             now = now + STEP;
             copy = copy.filter(|(_, end)| now < *end);
-            if share.rests_until(copy.is_none(), now).is_none() && copy.is_none() {
+            if share.rests_until(|| copy.is_none(), now).is_none() && copy.is_none() {
                 let (left, time) = beside(share.window());
                 copy = Some((left, now + time));
             }
@@ -220,11 +227,11 @@ mod tests {
     fn what_was_copied_for_other_reasons_is_not_rested_for() {
         let mut share = Share::NEW;
         let at = Nanos::from_millis;
-        assert_eq!(share.rests_until(true, at(0)), None);
+        assert_eq!(share.rests_until(|| true, at(0)), None);
         share.off();
-        assert_eq!(share.rests_until(true, at(1000)), None, "a stretch begins anew");
-        assert_eq!(share.rests_until(false, at(1010)), None, "a copy is in flight");
-        assert_eq!(share.rests_until(true, at(1010)), Some(at(1011)), "until it can be counted");
-        assert!(share.rests_until(true, at(1011)).is_some_and(|until| until > at(1025)));
+        assert_eq!(share.rests_until(|| true, at(1000)), None, "a stretch begins anew");
+        assert_eq!(share.rests_until(|| false, at(1010)), None, "a copy is in flight");
+        assert_eq!(share.rests_until(|| true, at(1010)), Some(at(1011)), "until it can be counted");
+        assert!(share.rests_until(|| true, at(1011)).is_some_and(|until| until > at(1025)));
     }
 }

@@ -201,6 +201,36 @@ fn extents_tell_data_from_holes_to_the_end_of_the_disk() {
 }
 
 #[test]
+fn data_in_memory_is_told_in_steps_and_ends_where_it_ends() {
+    const SIZE: u64 = 16 * MIB;
+    for (_directory, path) in scratches(SIZE) {
+        let bdev = Uring::open(config(&path)).unwrap();
+        let steps = detail(&bdev, "engine") == Detail::Text("aio".to_owned());
+        let mut driver = Driver::new(&bdev, 4);
+        let payload = [driver.slice(0, 65536)];
+        // Five steps and a half, with a small hole that no step meets.
+        for at in (MIB..13 * MIB / 2).step_by(65536).filter(|at| *at != 5 * MIB / 2) {
+            assert_eq!(driver.write(at, &payload), Ok(()));
+        }
+        let (mut at, mut holes) = (0, Vec::new());
+        while at < SIZE {
+            let extent = bdev.extent(at).unwrap();
+            assert_eq!(extent.offset, at);
+            at += extent.length;
+            if extent.hole {
+                holes.push((extent.offset, extent.length));
+            }
+        }
+        let mut expected =
+            vec![(0, MIB), (5 * MIB / 2, 65536), (13 * MIB / 2, SIZE - 13 * MIB / 2)];
+        if steps {
+            expected.remove(1);
+        }
+        assert_eq!((at, holes), (SIZE, expected), "in memory: {steps}");
+    }
+}
+
+#[test]
 fn an_unmap_and_zeroes_that_may_unmap_give_room_back_and_other_zeroes_do_not() {
     for (_directory, path) in scratches(4 * MIB) {
         let bdev = Uring::open(config(&path)).unwrap();

@@ -1,7 +1,9 @@
 //! Channels: reactor-local queue pairs to a bdev.
 
+use std::sync::Arc;
+
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BufferSlice, WaitSet};
+use resilver_sys::{BufferSlice, Mapping, WaitSet};
 
 use crate::io::{BdevIo, Completion, IoError, IoKind};
 
@@ -167,6 +169,16 @@ pub trait IoChannel: Send {
     fn works_inline(&self) -> bool {
         false
     }
+
+    /// Says that payloads will often lie in the first `length` bytes of `pool`, whose content is the parent's alone: a channel to
+    /// the kernel has it pinned there once, instead of for each I/O. Called once, by control, before the channel has moved
+    /// in. A hint.
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        let _ = (pool, length);
+    }
+
+    /// The parent goes and takes the pool along that it has spoken of.
+    fn forget_pool(&mut self) {}
 
     /// Called on the reactor's thread when the channel has moved in: register memory.
     fn attach(&mut self, cx: &Context<'_>) {

@@ -12,7 +12,7 @@
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context};
-use resilver_sys::{BufferSlice, WaitSet};
+use resilver_sys::{BufferSlice, Mapping, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::{Bdev, BdevError, Detail, Geometry};
@@ -96,6 +96,14 @@ impl IoChannel for PassthruChannel {
 
     fn works_inline(&self) -> bool {
         self.base.works_inline()
+    }
+
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        self.base.expect_pool(pool, length);
+    }
+
+    fn forget_pool(&mut self) {
+        self.base.forget_pool();
     }
 
     fn attach(&mut self, cx: &Context<'_>) {

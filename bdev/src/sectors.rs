@@ -555,6 +555,14 @@ impl IoChannel for SectorChannel {
         self.base.works_inline()
     }
 
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        self.base.expect_pool(pool, length);
+    }
+
+    fn forget_pool(&mut self) {
+        self.base.forget_pool();
+    }
+
     fn attach(&mut self, cx: &Context<'_>) {
         self.base.attach(cx);
         // Without a place in the table every partial I/O fails with an error of its buffers, which says so.

@@ -25,14 +25,13 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::inline::{OPERATIONS, share_of_a_turn};
 use crate::region::{BadSlice, BufferSlice, RegionTable};
 use crate::vector::{Direction, Vector};
 use crate::zeroed::{Zeroed, zeroed};
 
-/// The most operations of one commit. The host's `fs.aio-max-nr`, 65536 unless somebody changed it, counts this much for each queue.
-const BATCH: usize = 128;
-/// A commit takes no further operation once it has this many bytes, whose copying takes some 60 µs: the length of a turn.
-const BATCH_BYTES: u64 = 1 << 20;
+/// Operations of one commit, at most. The host's `fs.aio-max-nr`, 65536 unless somebody changed it, counts this much for each queue.
+const BATCH: usize = OPERATIONS;
 
 /// `AIO_RING_MAGIC` of fs/aio.c: what this layout of the ring is called.
 const RING_MAGIC: u32 = 0xa10a_10a1;
@@ -296,15 +295,10 @@ impl Aio {
         if self.pushed.is_empty() {
             return;
         }
-        let (mut count, mut bytes): (libc::c_long, u64) = (0, 0);
-        for (slot, entry) in self.pushed.iter().zip(self.batch.iter_mut()) {
-            let slot = &mut self.slots[*slot as usize];
-            if bytes >= BATCH_BYTES {
-                break;
-            }
-            bytes += slot.bytes;
-            *entry = &raw mut slot.iocb;
-            count += 1;
+        let lengths = self.pushed.iter().map(|slot| self.slots[*slot as usize].bytes);
+        let count = share_of_a_turn(lengths);
+        for (slot, entry) in self.pushed.iter().zip(&mut self.batch[..count]) {
+            *entry = &raw mut self.slots[*slot as usize].iocb;
         }
         // SAFETY: the first `count` entries of the batch are operations in slots, to be written (the kernel marks them) as well
         // as read; what they point to stays valid until their completions: buffers by their leases, vectors in their slots,

@@ -17,6 +17,7 @@ pub mod alloc_guard;
 pub mod area;
 pub mod file;
 pub mod foreign;
+mod inline;
 pub mod mapping;
 pub mod nudge;
 mod prefetch;

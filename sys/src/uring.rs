@@ -13,10 +13,20 @@
 //! would bind the ring to the thread that enabled it, and disks move. `SUBMIT_ALL` keeps one bad entry from holding up the
 //! rest of its batch.
 //!
+//! **Files in memory.** tmpfs cannot say "this would wait", so io_uring would hand its reads and writes to worker threads. Where the
+//! file is open for direct I/O and marked `O_NONBLOCK`, io_uring takes it by its word and carries them out before the call
+//! returns, on the thread that calls: [`RingMode::Inline`]. For tmpfs that is a copy and waits for nothing, unless a page was
+//! swapped out; for others it might be a wait for a device, and which file is which is for the owner to know. A commit takes a
+//! turn's share only.
+//!
+//! **A pool** of memory that payloads often are in may be registered: its pages are pinned once, and neither looked up nor held for
+//! each operation. The kernel keeps them, not the addresses, so what it has in flight there stays sound whoever unmaps it.
+//!
 //! **Sizes.** The submission queue has two entries per slot. One would do but for the submission thread, which publishes
 //! its head after a whole batch: slots completed in it may be filled again before. The completion queue is twice that, so it
 //! cannot overflow.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -26,7 +36,11 @@ use std::sync::Arc;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
 
+use crate::PAGE_SIZE;
+use crate::inline::share_of_a_turn;
+use crate::mapping::Mapping;
 use crate::region::{BadSlice, BufferSlice, RegionTable};
 use crate::vector::{Direction, Vector};
 use crate::zeroed::zeroed;
@@ -37,6 +51,8 @@ pub const SLOTS_MAX: u32 = 8192;
 const SUBMISSION_THREAD_IDLE_MS: u32 = 1000;
 /// What the one file of a ring is registered as.
 const FILE: Fixed = Fixed(0);
+/// What its pool is registered as.
+const POOL: u16 = 0;
 /// The `user_data` of entries that belong to no slot.
 const NO_SLOT: u64 = u64::MAX;
 /// `_IO(0x12, 0)` of linux/blkdev.h: discard on a block device, Linux 6.12.
@@ -47,6 +63,9 @@ const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
 pub enum RingMode {
     /// One system call for all that was pushed since the last.
     Enter,
+    /// The same, for a file in memory that is open for direct I/O: a call returns when reads and writes are done, and takes
+    /// as many as a turn should.
+    Inline,
     /// A kernel thread looks for them: no system call while it is awake.
     SubmissionThread(SubmissionThread),
 }
@@ -105,6 +124,10 @@ pub struct Ring {
     mode: RingMode,
     in_flight: u32,
     unsubmitted: bool,
+    /// In [`RingMode::Inline`], the bytes of each operation that the kernel has not been told of, oldest first.
+    untold: VecDeque<u32>,
+    /// What is registered: this many bytes from the beginning of a mapping, which keeps its addresses from becoming another's.
+    pool: Option<(Arc<Mapping>, usize)>,
 }
 
 // SAFETY: the raw pointers in a Ring are the vectors it owns and the ring's own mappings; nothing in it is tied to a thread
@@ -129,6 +152,11 @@ impl Ring {
     pub fn new(file: &Arc<OwnedFd>, slots: u32, mode: RingMode) -> io::Result<Self> {
         if slots == 0 || slots > SLOTS_MAX {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        if let RingMode::Inline = mode {
+            // Before it is registered, which is when io_uring looks at it.
+            let flags = rustix::fs::fcntl_getfl(file)?;
+            rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK)?;
         }
         let mut builder = IoUring::builder();
         builder.setup_submit_all();
@@ -160,7 +188,37 @@ impl Ring {
             mode,
             in_flight: 0,
             unsubmitted: false,
+            untold: VecDeque::with_capacity(2 * slots as usize),
+            pool: None,
         })
+    }
+
+    /// Whether this kernel carries out reads and writes of a file in memory as [`RingMode::Inline`] wants it: tried on a file
+    /// of ours.
+    #[must_use]
+    pub fn works_inline() -> bool {
+        try_inline().unwrap_or(false)
+    }
+
+    /// Registers the first `length` bytes of memory whose content is its owner's alone, from where payloads will often come. One
+    /// pool for each ring.
+    ///
+    /// # Errors
+    /// There is one, or this user may not have so much pinned (`RLIMIT_MEMLOCK`); the ring does without.
+    pub fn register(&mut self, pool: &Arc<Mapping>, length: usize) -> io::Result<()> {
+        let length = length.min(pool.len());
+        let all = libc::iovec { iov_base: pool.base().as_ptr().cast(), iov_len: length };
+        // SAFETY: `length` mapped bytes, whose pages the kernel pins before it returns; it uses their addresses only to find an
+        // operation's place among them. As long as the ring names such places, it holds the mapping.
+        unsafe { self.ring.submitter().register_buffers(&[all]) }?;
+        self.pool = Some((Arc::clone(pool), length));
+        Ok(())
+    }
+
+    /// Lets go of a registered pool. Its pages stay pinned until the ring is closed: to have the kernel give them back can take a
+    /// wait for all that it has in flight.
+    pub fn forget_pool(&mut self) {
+        self.pool = None;
     }
 
     /// Operations pushed and not reaped.
@@ -199,6 +257,16 @@ impl Ring {
         let buffers = &mut self.slots[slot as usize];
         buffers.lease(memory, payload)?;
         let entry = match (direction, buffers.as_slice()) {
+            (Direction::Read, [one]) if is_within(&self.pool, one) => {
+                opcode::ReadFixed::new(FILE, one.iov_base.cast(), payload[0].length, POOL)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Write, [one]) if is_within(&self.pool, one) => {
+                opcode::WriteFixed::new(FILE, one.iov_base.cast(), payload[0].length, POOL)
+                    .offset(offset)
+                    .build()
+            }
             (Direction::Read, [one]) => {
                 opcode::Read::new(FILE, one.iov_base.cast(), payload[0].length)
                     .offset(offset)
@@ -216,7 +284,8 @@ impl Ring {
                 opcode::Writev::new(FILE, many.as_ptr(), count(many)).offset(offset).build()
             }
         };
-        self.push(slot, entry);
+        let bytes = payload.iter().fold(0u32, |sum, slice| sum.saturating_add(slice.length));
+        self.push(slot, entry, bytes);
         Ok(())
     }
 
@@ -224,7 +293,7 @@ impl Ring {
     #[inline]
     pub fn push_sync(&mut self, slot: u32) {
         self.slots[slot as usize].assert_idle();
-        self.push(slot, opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build());
+        self.push(slot, opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(), 0);
     }
 
     /// Pushes a [`RangeOp`] on `length` bytes at `offset`. Panics if the slot is busy.
@@ -246,7 +315,7 @@ impl Ring {
                     .build()
             }
         };
-        self.push(slot, entry);
+        self.push(slot, entry, 0);
     }
 
     /// Tells the kernel what was pushed: at most one system call, none if nothing was. What the kernel cannot take now it
@@ -256,11 +325,25 @@ impl Ring {
         if !self.unsubmitted {
             return;
         }
+        if let RingMode::Inline = self.mode {
+            return self.commit_a_share();
+        }
         let told = self.ring.submit().is_ok();
         self.unsubmitted = match self.mode {
-            RingMode::Enter => !told || !self.ring.submission().is_empty(),
+            RingMode::Enter | RingMode::Inline => !told || !self.ring.submission().is_empty(),
             RingMode::SubmissionThread(_) => !told,
         };
+    }
+
+    /// Tells the kernel of as much as it should carry out in a turn.
+    fn commit_a_share(&mut self) {
+        let share = share_of_a_turn(self.untold.iter().map(|bytes| u64::from(*bytes)));
+        #[allow(clippy::cast_possible_truncation)] // at most what a turn takes
+        let count = share as u32;
+        // SAFETY: so many entries have been pushed, and what they point to stays valid: see `push_raw`. No argument is passed.
+        let told = unsafe { self.ring.submitter().enter::<libc::sigset_t>(count, 0, 0, None) };
+        self.untold.drain(..told.unwrap_or(0).min(share));
+        self.unsubmitted = !self.untold.is_empty();
     }
 
     /// Hands every completion to `each`, as its slot and the kernel's result (negative `errno`, or bytes); the slot is idle
@@ -287,24 +370,27 @@ impl Ring {
     pub fn keep_workers_off_this_core(&mut self) {
         let Some(others) = other_cores() else { return };
         // The kernel makes a thread's worker pool at its first submission, and has nothing to restrict before.
-        self.push_raw(opcode::Nop::new().build().user_data(NO_SLOT));
+        self.push_raw(opcode::Nop::new().build().user_data(NO_SLOT), 0);
         self.commit();
         let _ = self.ring.submitter().register_iowq_aff(&others);
     }
 
-    fn push(&mut self, slot: u32, entry: Entry) {
-        self.push_raw(entry.user_data(u64::from(slot)));
+    fn push(&mut self, slot: u32, entry: Entry, bytes: u32) {
+        self.push_raw(entry.user_data(u64::from(slot)), bytes);
         self.slots[slot as usize].occupy();
         self.in_flight += 1;
     }
 
-    fn push_raw(&mut self, entry: Entry) {
+    fn push_raw(&mut self, entry: Entry, bytes: u32) {
         // SAFETY: what the entry points to stays valid until its completion: buffers by their leases and the vector in its
         // slot, which is not touched while it is busy; both are leaked rather than freed if the ring is dropped before. The
         // file is registered and held.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         assert!(pushed.is_ok(), "the submission queue has two entries per slot and cannot be full");
         self.unsubmitted = true;
+        if let RingMode::Inline = self.mode {
+            self.untold.push_back(bytes);
+        }
     }
 }
 
@@ -332,6 +418,48 @@ impl Drop for Ring {
             ManuallyDrop::drop(&mut self.file);
         }
     }
+}
+
+/// Whether a buffer lies in the registered pool.
+#[inline]
+fn is_within(pool: &Option<(Arc<Mapping>, usize)>, buffer: &libc::iovec) -> bool {
+    let Some((mapping, length)) = pool else { return false };
+    // Below the pool's beginning the difference wraps around to far behind its end.
+    let at = (buffer.iov_base as usize).wrapping_sub(mapping.base().as_ptr() as usize);
+    at < *length && buffer.iov_len <= *length - at
+}
+
+/// A file in memory, open for direct I/O. One can only be made without; this opens it once more.
+fn file_in_memory(bytes: u64) -> io::Result<OwnedFd> {
+    let file = rustix::fs::memfd_create(c"inline", MemfdFlags::CLOEXEC)?;
+    rustix::fs::ftruncate(&file, bytes)?;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// Writes and reads a page of a file in memory; whether both had ended when the call returned.
+fn try_inline() -> io::Result<bool> {
+    let file = Arc::new(file_in_memory(PAGE_SIZE as u64)?);
+    let mut ring = Ring::new(&file, 1, RingMode::Inline)?;
+    let table = RegionTable::with_capacity(1);
+    let memory = Mapping::anonymous(PAGE_SIZE).map_err(io::Error::other)?;
+    let region = table.insert(memory).map_err(io::Error::other)?;
+    #[allow(clippy::cast_possible_truncation)] // a page
+    let all = BufferSlice { region, length: PAGE_SIZE as u32, offset: 0 };
+    for direction in [Direction::Write, Direction::Read] {
+        ring.push_transfer(&table, 0, direction, 0, &[all]).map_err(io::Error::other)?;
+        ring.commit();
+        let (at_once, mut whole) = (ring.has_completions(), true);
+        while ring.in_flight() > 0 {
+            ring.reap(&table, |_, result| whole &= result == all.length.cast_signed());
+            std::thread::yield_now();
+        }
+        if !at_once || !whole {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// The length of a vector, as the kernel counts it.
@@ -392,7 +520,10 @@ mod tests {
     }
 
     fn write_then_read_back(mode: RingMode) {
-        let file = scratch(65536);
+        write_then_read_back_in(scratch(65536), mode);
+    }
+
+    fn write_then_read_back_in(file: Arc<OwnedFd>, mode: RingMode) {
         let (table, region, _mapping) = memory(1 << 20);
         let slice = |offset, length| BufferSlice { region, length, offset };
         table.write(slice(0, 5), b"hello").unwrap();
@@ -432,6 +563,75 @@ mod tests {
         let thread = SubmissionThread::start(0).unwrap();
         write_then_read_back(RingMode::SubmissionThread(thread.clone()));
         write_then_read_back(RingMode::SubmissionThread(thread));
+    }
+
+    /// A file in memory for a ring that works inline; none where no kernel does so.
+    fn inline_file(bytes: u64) -> Option<Arc<OwnedFd>> {
+        Ring::works_inline().then(|| Arc::new(file_in_memory(bytes).unwrap()))
+    }
+
+    #[test]
+    fn what_is_written_inline_is_read_back() {
+        if let Some(file) = inline_file(65536) {
+            write_then_read_back_in(file, RingMode::Inline);
+        }
+    }
+
+    #[test]
+    fn a_commit_to_a_file_in_memory_carries_out_a_share_of_a_turn_before_it_returns() {
+        let Some(file) = inline_file(4 << 20) else { return };
+        let (table, region, _mapping) = memory(4 << 20);
+        let mut ring = Ring::new(&file, 4, RingMode::Inline).unwrap();
+        let large = |offset| BufferSlice { region, length: 600 << 10, offset };
+        for slot in 0..3 {
+            let offset = u64::from(slot) << 20;
+            ring.push_transfer(&table, slot, Direction::Write, offset, &[large(offset)]).unwrap();
+        }
+        let mut turns = Vec::new();
+        while ring.in_flight() > 0 {
+            let mut ended = Vec::new();
+            ring.commit();
+            ring.reap(&table, |slot, result| ended.push((slot, result)));
+            turns.push(ended);
+        }
+        let whole = 600 << 10;
+        assert_eq!(turns, [vec![(0, whole), (1, whole)], vec![(2, whole)]]);
+        assert!(!ring.has_unsubmitted());
+    }
+
+    /// Payloads inside a registered pool, across its end and outside arrive alike, and when it was let go of as before.
+    fn by_a_pool(file: Arc<OwnedFd>, mode: RingMode) {
+        let (table, region, mapping) = memory(1 << 20);
+        let mut ring = Ring::new(&file, 4, mode).unwrap();
+        ring.register(&mapping, 65536).unwrap();
+        assert!(ring.register(&mapping, 65536).is_err(), "one pool for each ring");
+        let slice = |offset| BufferSlice { region, length: 4096, offset };
+        for round in 0..2u8 {
+            let places = [0, 65536 - 4096, 65536 - 512, 1 << 19];
+            for (slot, place) in (0..).zip(places) {
+                table.write(slice(place), &[slot * 16 + round; 4096]).unwrap();
+                let (at, payload) = (u64::from(slot) << 13, &[slice(place)]);
+                ring.push_transfer(&table, slot.into(), Direction::Write, at, payload).unwrap();
+                assert_eq!(finish(&mut ring, &table), [(slot.into(), 4096)]);
+                table.fill_zero(slice(place)).unwrap();
+                ring.push_transfer(&table, slot.into(), Direction::Read, at, payload).unwrap();
+                assert_eq!(finish(&mut ring, &table), [(slot.into(), 4096)]);
+                let mut bytes = [0; 4096];
+                table.read(slice(place), &mut bytes).unwrap();
+                assert_eq!(bytes, [slot * 16 + round; 4096]);
+            }
+            let held = Arc::strong_count(&mapping);
+            ring.forget_pool();
+            assert_eq!(Arc::strong_count(&mapping), held - usize::from(round == 0));
+        }
+    }
+
+    #[test]
+    fn payloads_in_a_registered_pool_arrive_as_all_others() {
+        by_a_pool(scratch(65536), RingMode::Enter);
+        if let Some(file) = inline_file(65536) {
+            by_a_pool(file, RingMode::Inline);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A driver of one bdev channel: what a disk does on a reactor, turn by turn, in the hands of a test.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use resilver_bdev::{Bdev, BdevIo, CompletionBatch, IoChannel, IoError, IoKind, Limits, Tag};
@@ -19,6 +20,7 @@ pub type Results = HashMap<Tag, Result<(), IoError>>;
 pub struct Driver {
     memory: RegionTable,
     region: RegionId,
+    mapping: Arc<Mapping>,
     channel: Box<dyn IoChannel>,
     batch: CompletionBatch,
     clock: Clock,
@@ -57,11 +59,12 @@ impl Driver {
     fn build(bdev: &dyn Bdev, depth: u32, batch: usize, bytes: usize) -> Self {
         let memory = RegionTable::with_capacity(16);
         let mapping = Mapping::anonymous(bytes).expect("memory for payloads");
-        let region = memory.insert(mapping).expect("an empty table has room");
+        let region = memory.insert(Arc::clone(&mapping)).expect("an empty table has room");
         let channel = bdev.open_channel(depth).expect("the channel opens");
         let mut driver = Self {
             memory,
             region,
+            mapping,
             channel,
             batch: CompletionBatch::with_capacity(batch),
             clock: Clock::monotonic(),
@@ -71,6 +74,16 @@ impl Driver {
         let now = driver.now();
         driver.channel.attach(&Context { now, memory: &driver.memory });
         driver
+    }
+
+    /// Tells the channel that payloads are often in the first `length` bytes of this memory.
+    pub fn expect_pool(&mut self, length: usize) {
+        self.channel.expect_pool(&self.mapping, length);
+    }
+
+    /// Tells it that they no longer are.
+    pub fn forget_pool(&mut self) {
+        self.channel.forget_pool();
     }
 
     /// What the channel accepts.

@@ -18,7 +18,7 @@ use resilver_bdev::sectors::Sectors;
 use resilver_bdev::uring::{Engine, Uring, UringConfig};
 use resilver_bdev::{Bdev, Geometry, IoError, IoKind, SEGMENTS_MAX};
 use resilver_reactor::Armed;
-use resilver_sys::{BufferSlice, Mapping, RingMode, SubmissionThread, WaitSet};
+use resilver_sys::{BufferSlice, Mapping, Ring, RingMode, SubmissionThread, WaitSet};
 use resilver_tests::driver::{Driver, pattern};
 use resilver_tests::e2e::StorageDaemon;
 use resilver_tests::served::Served;
@@ -147,6 +147,9 @@ fn subjects() -> Vec<Subject> {
         Subject::file("uring, sqpoll", scratch, true, RingMode::SubmissionThread(thread)),
         Subject::ours(),
     ];
+    if Ring::works_inline() {
+        subjects.push(Subject::in_memory("uring, on tmpfs inline", true, Engine::Inline));
+    }
     subjects.extend(Subject::theirs());
     subjects
 }
@@ -196,6 +199,29 @@ fn the_first_and_the_last_block_are_read_back_as_written() {
             driver.clear(&payload);
             assert_eq!(driver.read(offset, &payload), Ok(()), "{}", subject.name);
             assert_eq!(driver.bytes(&payload), pattern(offset + 1, block), "{}", subject.name);
+        }
+    }
+}
+
+#[test]
+fn payloads_in_a_pool_that_was_spoken_of_arrive_as_all_others() {
+    for subject in media() {
+        let mut driver = Driver::new(&*subject.bdev, 4);
+        driver.expect_pool(65536);
+        for round in 0..2 {
+            // Inside, across the end, in several slices, outside.
+            let inside = vec![driver.slice(8192, 16384)];
+            let across = vec![driver.slice(65536 - 8192, 16384)];
+            let several = vec![driver.slice(0, 4096), driver.slice(12288, 12288)];
+            let outside = vec![driver.slice(1 << 20, 16384)];
+            for (offset, payload) in (0..).step_by(65536).zip([inside, across, several, outside]) {
+                driver.fill(&payload, offset + round);
+                assert_eq!(driver.write(offset, &payload), Ok(()), "{}", subject.name);
+                driver.clear(&payload);
+                assert_eq!(driver.read(offset, &payload), Ok(()), "{}", subject.name);
+                assert_eq!(driver.bytes(&payload), pattern(offset + round, 16384));
+            }
+            driver.forget_pool();
         }
     }
 }

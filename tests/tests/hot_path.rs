@@ -1,5 +1,5 @@
 //! The promise of the hot path: a warm reactor under load uses no allocator and makes no system call but those its table
-//! allows (none for disks in memory; `io_uring_enter` for a file; for reads and writes of one on tmpfs `io_submit`; `futex` for a guest that
+//! allows (none for disks in memory; `io_uring_enter` for a file; for reads and writes by Linux AIO `io_submit`; `futex` for a guest that
 //! arrives by post-copy, once for each request that lacks a page).
 //!
 //! Each case runs in a process of its own, because the proof is its death: a seccomp filter on the reactor's thread kills
@@ -24,7 +24,7 @@ use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
 use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::sectors::Sectors;
-use resilver_bdev::uring::{self, Uring, UringConfig};
+use resilver_bdev::uring::{self, Engine, Uring, UringConfig};
 use resilver_bdev::{
     Bdev, BdevIo, Completion, Consumer, ConsumerId, DISK_DEPTH, DirtyBitmap, Disk, DiskCommand,
     DiskHandle, IoError, IoKind, IoStats, JobStatus, Port, Reply, StartJob, Tag,
@@ -32,7 +32,7 @@ use resilver_bdev::{
 use resilver_reactor::{Armed, Context, Idle, Poller, Reactor, ReactorConfig, Work};
 use resilver_sys::alloc_guard::{self, AllocGuard};
 use resilver_sys::{
-    BufferSlice, Mapping, OnFault, RegionId, RingMode, SubmissionThread, Userfault, WaitSet,
+    BufferSlice, Mapping, OnFault, RegionId, Ring, RingMode, SubmissionThread, Userfault, WaitSet,
 };
 use resilver_tests::arriving_guest::{ArrivingGuest, BUFFER, Pace};
 use resilver_tests::served::{Served, wait_until};
@@ -456,15 +456,15 @@ fn memory_blocks() -> u64 {
 }
 
 fn file(direct: bool, mode: RingMode) -> Uring {
-    file_in(&std::env::temp_dir(), direct, mode)
+    file_by(&std::env::temp_dir(), direct, mode, None)
 }
 
-/// A file on tmpfs, by the engine that is chosen for it.
-fn file_in_memory() -> Uring {
-    file_in(Path::new("/dev/shm"), true, RingMode::Enter)
+/// A file on tmpfs, by this engine or the one that is chosen for it.
+fn file_in_memory(engine: Option<Engine>) -> Uring {
+    file_by(Path::new("/dev/shm"), true, RingMode::Enter, engine)
 }
 
-fn file_in(folder: &Path, direct: bool, mode: RingMode) -> Uring {
+fn file_by(folder: &Path, direct: bool, mode: RingMode, engine: Option<Engine>) -> Uring {
     let path = folder.join(format!("hot-path-{}.raw", std::process::id()));
     uring::create(&path, DISK).unwrap();
     let config = UringConfig {
@@ -474,7 +474,7 @@ fn file_in(folder: &Path, direct: bool, mode: RingMode) -> Uring {
         read_only: false,
         direct,
         mode,
-        engine: None,
+        engine,
     };
     let disk = Uring::open(config).unwrap();
     std::fs::remove_file(path).unwrap();
@@ -518,9 +518,14 @@ fn child(case: &str) {
             let disk = file(true, RingMode::SubmissionThread(thread));
             hammer(&disk, &[IO_URING_ENTER], Sin::None);
         }
-        "tmpfs" => hammer(&file_in_memory(), &[IO_SUBMIT, IO_URING_ENTER], Sin::None),
-        "tmpfs, reads and writes" => {
-            hammer_by(&file_in_memory(), None, &[IO_SUBMIT], Sin::None, Mix::ReadsAndWrites);
+        "tmpfs" => hammer(&file_in_memory(None), &[IO_URING_ENTER], Sin::None),
+        "tmpfs, aio" => {
+            let disk = file_in_memory(Some(Engine::Aio));
+            hammer(&disk, &[IO_SUBMIT, IO_URING_ENTER], Sin::None);
+        }
+        "tmpfs, aio, reads and writes" => {
+            let disk = file_in_memory(Some(Engine::Aio));
+            hammer_by(&disk, None, &[IO_SUBMIT], Sin::None, Mix::ReadsAndWrites);
         }
         "null, served" => hammer_served(&null(), &[], SPLIT),
         "malloc, split" => hammer_served(&malloc(), &[], SPLIT),
@@ -537,6 +542,11 @@ fn child(case: &str) {
         "mirror of files in sync" => {
             let source = file(true, RingMode::Enter);
             let target = ErrorBdev::new("target", Arc::new(file(true, RingMode::Enter)));
+            hammer_mirrored(&source, (&target, Life::InSync), &[IO_URING_ENTER]);
+        }
+        "mirror on tmpfs in sync" => {
+            let source = file_in_memory(None);
+            let target = ErrorBdev::new("target", Arc::new(file_in_memory(None)));
             hammer_mirrored(&source, (&target, Life::InSync), &[IO_URING_ENTER]);
         }
         "a system call" => hammer(&null(), &[], Sin::SystemCall),
@@ -591,8 +601,20 @@ fn a_file_costs_only_the_enter_and_allocates_nothing() {
 }
 
 #[test]
-fn a_file_on_tmpfs_costs_one_call_for_reads_and_writes_and_another_for_the_rest() {
-    for case in ["tmpfs", "tmpfs, reads and writes"] {
+fn a_file_on_tmpfs_costs_only_the_enter() {
+    let name = "a_file_on_tmpfs_costs_only_the_enter";
+    if !Ring::works_inline() {
+        let remedy = "run it on Linux 6.6 or later";
+        return resilver_tests::skip(name, "io_uring carries out nothing on tmpfs itself", remedy);
+    }
+    for case in ["tmpfs", "mirror on tmpfs in sync"] {
+        assert_eq!(run(case), None, "{case}: ended by a signal");
+    }
+}
+
+#[test]
+fn a_file_by_aio_costs_one_call_for_reads_and_writes_and_another_for_the_rest() {
+    for case in ["tmpfs, aio", "tmpfs, aio, reads and writes"] {
         assert_eq!(run(case), None, "{case}: ended by a signal");
     }
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use resilver_bdev::uring::{self, Engine, Uring, UringConfig};
 use resilver_bdev::{Bdev, BdevError, Detail, Extent, IoError, IoKind};
-use resilver_sys::{RingMode, SubmissionThread};
+use resilver_sys::{Ring, RingMode, SubmissionThread};
 use resilver_tests::driver::{Driver, pattern};
 use resilver_tests::mounts::{self, LoopDevice, Mount};
 
@@ -277,16 +277,30 @@ fn a_grown_disk_keeps_its_content_and_is_never_shrunk() {
 }
 
 #[test]
-fn a_file_in_memory_is_served_by_aio_unless_it_is_asked_otherwise_and_no_other_is() {
+fn a_file_in_memory_is_served_within_the_call_unless_it_is_asked_otherwise_and_no_other_is() {
     let by = |path: &Path, engine| Uring::open(UringConfig { engine, ..config(path) });
     let told = |path: &Path, engine| detail(&by(path, engine).unwrap(), "engine");
     let (name, [on_disk, in_memory]) = (|name: &str| Detail::Text(name.to_owned()), scratches(MIB));
     assert_eq!(told(&on_disk.1, None), name("io_uring"));
-    assert_eq!(told(&in_memory.1, None), name("aio"));
+    let best = if Ring::works_inline() { "inline" } else { "aio" };
+    assert_eq!(told(&in_memory.1, None), name(best));
     assert_eq!(told(&in_memory.1, Some(Engine::Aio)), name("aio"));
     assert_eq!(told(&in_memory.1, Some(Engine::IoUring)), name("io_uring"));
-    let error = by(&on_disk.1, Some(Engine::Aio)).unwrap_err().to_string();
-    assert!(error.contains("not on tmpfs") && error.contains("use io_uring"), "{error}");
+    for engine in [Engine::Aio, Engine::Inline] {
+        let error = by(&on_disk.1, Some(engine)).unwrap_err().to_string();
+        assert!(error.contains("not on tmpfs") && error.contains("use io_uring"), "{error}");
+    }
+    let buffered = |engine| UringConfig {
+        direct: false,
+        block_size: Some(512),
+        engine,
+        ..config(&in_memory.1)
+    };
+    let opened = Uring::open(buffered(None)).unwrap();
+    assert_eq!(detail(&opened, "engine"), name("aio"), "only direct I/O is done within the call");
+    drop(opened);
+    let error = Uring::open(buffered(Some(Engine::Inline))).unwrap_err().to_string();
+    assert!(error.contains("direct I/O") && error.contains("use aio"), "{error}");
 }
 
 #[test]
@@ -345,7 +359,8 @@ fn a_full_ext4_answers_no_space_and_goes_on_when_there_is_room() {
 #[test]
 fn a_full_tmpfs_answers_no_space_and_goes_on_when_there_is_room() {
     if mounts::available("a_full_tmpfs_answers_no_space_and_goes_on_when_there_is_room") {
-        for engine in [Engine::IoUring, Engine::Aio] {
+        let inline = Ring::works_inline().then_some(Engine::Inline);
+        for engine in [Engine::IoUring, Engine::Aio].into_iter().chain(inline) {
             let mount = Mount::tmpfs(16 * MIB);
             a_full_file_system_answers_no_space_and_goes_on_when_there_is_room(
                 &mount,

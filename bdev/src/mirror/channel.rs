@@ -32,6 +32,9 @@ use crate::job::{
 const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
 /// Units of bounce memory: one for each request of an ordinary size in flight, twice over.
 const UNITS: u32 = 2 * DISK_DEPTH;
+/// Those of them that the legs' kernel queues keep pinned. They are the first to be taken: a guest that has no more in flight than
+/// that, on files in memory no more than a turn takes, meets no others.
+const PINNED_UNITS: u32 = 64;
 /// Bytes of a copy's buffer, where `buf_size` does not say less.
 const WINDOW: u32 = 1 << 20;
 /// The most bytes of one copy inside a hole, where the target deallocates them. Where it writes zeroes out, a hole costs as
@@ -151,7 +154,11 @@ impl Mirror {
         validate(&config, &channels)?;
         let limits = combined_limits(channels.source.limits(), channels.target.limits());
         let core = core_config(&config, &limits, &channels);
-        let MirrorChannels { source, copy_source, target, offload } = channels;
+        let MirrorChannels { mut source, copy_source, mut target, offload } = channels;
+        let bounce = Pool::new(UNITS, BOUNCE_UNIT)?;
+        for leg in [&mut source, &mut target] {
+            leg.expect_pool(&bounce.mapping, (PINNED_UNITS * BOUNCE_UNIT) as usize);
+        }
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
@@ -167,7 +174,7 @@ impl Mirror {
             offload,
             reads: vec![(Tag(0), Nanos::ZERO); DISK_DEPTH as usize].into_boxed_slice(),
             free_reads: (0..DISK_DEPTH as u16).rev().collect(),
-            bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
+            bounce,
             free_units: (0..UNITS as u16).rev().collect(),
             buffers: Pool::new(copies + 2 * u32::from(CHECKS), window)?,
             zero_unit,
@@ -476,6 +483,8 @@ impl Mirror {
         }
         let mut info = mirror.core.info(now);
         info.status = JobStatus::Concluded;
+        mirror.source.forget_pool();
+        mirror.target.forget_pool();
         let (survivor, other) = match side {
             Side::Source => (mirror.source, mirror.target),
             Side::Target => (mirror.target, mirror.source),

@@ -10,9 +10,10 @@
 //! operation that never ends keeps its slot, its leases and its chunks for ever; the others go on.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BadSlice, BufferSlice, Direction, RegionTable, Slices, WaitSet};
+use resilver_sys::{BadSlice, BufferSlice, Direction, Mapping, RegionTable, Slices, WaitSet};
 
 use super::engine::Queues;
 use super::file::{Alignment, FileKind};
@@ -376,6 +377,15 @@ impl IoChannel for UringChannel {
 
     fn works_inline(&self) -> bool {
         self.queues.work_inline()
+    }
+
+    /// A refusal (this user may not have so much pinned) costs time, and nothing else.
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        let _ = self.queues.register(pool, length);
+    }
+
+    fn forget_pool(&mut self) {
+        self.queues.forget_pool();
     }
 
     fn attach(&mut self, cx: &Context<'_>) {

@@ -1,20 +1,24 @@
-//! The engine of a `uring` channel: which of the kernel's two queues takes an operation.
+//! The engine of a `uring` channel: which of the kernel's two queues takes an operation, and who carries it out.
 //!
 //! | engine | reads and writes | flushes, ranges | for |
 //! | --- | --- | --- | --- |
 //! | `io_uring` | io_uring | io_uring | everything |
-//! | `aio` | Linux AIO | io_uring | files on tmpfs and ramfs |
+//! | `inline` | io_uring, within the call | io_uring | files on tmpfs, by direct I/O |
+//! | `aio` | Linux AIO, within the call | io_uring | files on tmpfs and ramfs |
 //!
-//! On tmpfs io_uring hands every request to a kernel worker thread, and Linux AIO carries out a turn's requests within one
-//! call. It has no way to deallocate or zero a range, and no flush that is worth having; those are rare and stay where they are. The
+//! On tmpfs io_uring hands every request to a kernel worker thread, unless the file is opened so that it dares to carry out a
+//! turn's requests itself, within one call ([`RingMode::Inline`]). Before Linux 6.6 tmpfs knows no direct I/O, and that cannot be
+//! had; Linux AIO does the same for some more work in the kernel. It has no way to deallocate or zero a range, and no flush that is worth having; those are rare and stay where they are. The
 //! two queues have no order between them, and need none: a flush covers what was completed before it was submitted, and
 //! what is completed was reaped.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use resilver_sys::uring::RangeOp;
-use resilver_sys::{Aio, BadSlice, BufferSlice, Direction, RegionTable, Ring};
+use resilver_sys::{Aio, BadSlice, BufferSlice, Direction, Mapping, RegionTable, Ring, RingMode};
 
 use super::file::OpenFile;
 use crate::device::BdevError;
@@ -24,6 +28,8 @@ use crate::device::BdevError;
 pub enum Engine {
     /// io_uring.
     IoUring,
+    /// io_uring that carries reads and writes out within its call, for files in memory.
+    Inline,
     /// Linux AIO, for files whose data is in memory.
     Aio,
 }
@@ -34,23 +40,38 @@ impl Engine {
     pub fn name(self) -> &'static str {
         match self {
             Self::IoUring => "io_uring",
+            Self::Inline => "inline",
             Self::Aio => "aio",
         }
     }
 
     /// The engine of a file: the one asked for, else the better one that is to be had.
-    pub(super) fn of(file: &OpenFile, asked: Option<Self>, path: &Path) -> Result<Self, BdevError> {
+    pub(super) fn of(
+        file: &OpenFile,
+        direct: bool,
+        asked: Option<Self>,
+        path: &Path,
+    ) -> Result<Self, BdevError> {
+        let inline = file.in_memory && direct && Ring::works_inline();
         match asked {
-            Some(Self::Aio) if !file.in_memory => Err(BdevError::Invalid {
-                parameter: "engine",
-                value: Self::Aio.name().to_owned(),
-                expected: format!(
-                    "'{}' is not on tmpfs or ramfs, and a reactor that waits for a device inside a submission keeps all its \
+            Some(engine @ (Self::Inline | Self::Aio)) if !file.in_memory => {
+                Err(BdevError::Invalid {
+                    parameter: "engine",
+                    value: engine.name().to_owned(),
+                    expected: format!(
+                        "'{}' is not on tmpfs or ramfs, and a reactor that waits for a device inside a submission keeps all its \
                      disks waiting: use io_uring",
-                    path.display()
-                ),
+                        path.display()
+                    ),
+                })
+            }
+            Some(Self::Inline) if !inline => Err(BdevError::Invalid {
+                parameter: "engine",
+                value: Self::Inline.name().to_owned(),
+                expected: "it needs direct I/O and Linux 6.6: use aio".to_owned(),
             }),
             Some(engine) => Ok(engine),
+            None if inline => Ok(Self::Inline),
             None if file.in_memory && Aio::probe().is_ok() => Ok(Self::Aio),
             None => Ok(Self::IoUring),
         }
@@ -61,18 +82,51 @@ impl Engine {
 #[derive(Debug)]
 pub(super) struct Queues {
     ring: Ring,
+    /// Whether reads and writes are done when a commit returns.
+    inline: bool,
     /// Takes reads and writes if it is there.
     transfers: Option<Aio>,
 }
 
 impl Queues {
-    pub(super) fn new(ring: Ring, transfers: Option<Aio>) -> Self {
-        Self { ring, transfers }
+    /// The queues of an engine for `file`; `mode` is for what the engine leaves open.
+    pub(super) fn new(
+        engine: Engine,
+        file: &Arc<OwnedFd>,
+        slots: u32,
+        mode: &RingMode,
+    ) -> Result<Self, String> {
+        let mode = if engine == Engine::Inline { &RingMode::Inline } else { mode };
+        let ring = Ring::new(file, slots, mode.clone()).map_err(|error| {
+            format!(
+                "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
+                 (sysctl kernel.io_uring_disabled)"
+            )
+        })?;
+        let transfers = match engine {
+            Engine::IoUring | Engine::Inline => None,
+            Engine::Aio => Some(Aio::new(file, slots).map_err(|error| {
+                format!(
+                    "Linux AIO: {error}; raise the host's limit (sysctl fs.aio-max-nr), or make the bdev with engine=io_uring"
+                )
+            })?),
+        };
+        Ok(Self { ring, inline: engine != Engine::IoUring, transfers })
     }
 
     /// Whether reads and writes are carried out while they are told to the kernel.
     pub(super) fn work_inline(&self) -> bool {
-        self.transfers.is_some()
+        self.inline
+    }
+
+    /// As [`Ring::register`]. What Linux AIO carries gains nothing by it.
+    pub(super) fn register(&mut self, pool: &Arc<Mapping>, length: usize) -> io::Result<()> {
+        if self.transfers.is_some() { Ok(()) } else { self.ring.register(pool, length) }
+    }
+
+    /// As [`Ring::forget_pool`].
+    pub(super) fn forget_pool(&mut self) {
+        self.ring.forget_pool();
     }
 
     /// As [`Ring::push_transfer`].

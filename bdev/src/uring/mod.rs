@@ -1,4 +1,4 @@
-//! `uring`: a file or block device, through io_uring; reads and writes of files in memory through Linux AIO.
+//! `uring`: a file or block device, through io_uring, or where that cannot do it within its call through Linux AIO.
 //!
 //! The control side ([`Uring`]) opens the file, takes its lock for life and finds what alignment direct I/O really needs;
 //! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
@@ -20,8 +20,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use resilver_sys::RingMode;
 use resilver_sys::file::Lock;
-use resilver_sys::{Aio, Ring, RingMode};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
@@ -58,7 +58,7 @@ pub struct UringConfig {
     pub read_only: bool,
     /// Bypass the host's page cache.
     pub direct: bool,
-    /// How requests reach the kernel, but for reads and writes by [`Engine::Aio`].
+    /// How requests reach the kernel, but for those of [`Engine::Inline`], and reads and writes by [`Engine::Aio`].
     pub mode: RingMode,
     /// What carries out reads and writes; none chooses by the file system.
     pub engine: Option<Engine>,
@@ -125,7 +125,7 @@ impl Uring {
     fn over(config: UringConfig, file: OpenFile) -> Result<Self, BdevError> {
         let block_size = block_size(&config, file.alignment.offset)?;
         let geometry = geometry(&config, file.size, block_size)?;
-        let engine = Engine::of(&file, config.engine, &config.path)?;
+        let engine = Engine::of(&file, config.direct, config.engine, &config.path)?;
         Ok(Self {
             config,
             file,
@@ -216,21 +216,8 @@ impl Bdev for Uring {
         let resources =
             |reason: String| BdevError::Resources { name: self.config.name.clone(), reason };
         let slots = u32::try_from(Ledger::slots(depth)).unwrap_or(u32::MAX);
-        let ring = Ring::new(&self.file.fd, slots, self.config.mode.clone()).map_err(|error| {
-            resources(format!(
-                "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
-                 (sysctl kernel.io_uring_disabled)"
-            ))
-        })?;
-        let transfers = match self.engine {
-            Engine::IoUring => None,
-            Engine::Aio => Some(Aio::new(&self.file.fd, slots).map_err(|error| {
-                resources(format!(
-                    "Linux AIO: {error}; raise the host's limit (sysctl fs.aio-max-nr), or make the bdev with engine=io_uring"
-                ))
-            })?),
-        };
-        let queues = Queues::new(ring, transfers);
+        let queues =
+            Queues::new(self.engine, &self.file.fd, slots, &self.config.mode).map_err(resources)?;
         let pool = if self.config.direct { Pool::Full } else { Pool::ZeroesOnly };
         let bounce = Bounce::new(pool).map_err(|error| resources(error.to_string()))?;
         let limits = Limits {
@@ -306,7 +293,7 @@ impl Bdev for Uring {
     fn details(&self) -> Vec<(&'static str, Detail)> {
         let text = |text: &str| Detail::Text(text.to_owned());
         let mode = match self.config.mode {
-            RingMode::Enter => "enter",
+            RingMode::Enter | RingMode::Inline => "enter",
             RingMode::SubmissionThread(_) => "sqpoll",
         };
         let lock = match self.file.lock {

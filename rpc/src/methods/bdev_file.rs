@@ -22,6 +22,8 @@ fn yes() -> bool {
 pub(crate) enum EngineName {
     /// io_uring. On tmpfs a kernel worker thread has every request.
     IoUring,
+    /// io_uring that is done when its call returns: files on tmpfs only, by direct I/O, from Linux 6.6 on.
+    Inline,
     /// Linux AIO: files on tmpfs or ramfs only.
     Aio,
 }
@@ -30,6 +32,7 @@ impl From<EngineName> for Engine {
     fn from(name: EngineName) -> Self {
         match name {
             EngineName::IoUring => Self::IoUring,
+            EngineName::Inline => Self::Inline,
             EngineName::Aio => Self::Aio,
         }
     }
@@ -53,7 +56,7 @@ pub(crate) struct BdevUringCreate {
     /// Bypass the host's page cache (O_DIRECT).
     #[serde(default = "yes")]
     pub(crate) direct: bool,
-    /// What carries out reads and writes; if not given, `aio` for a file on tmpfs or ramfs and `io_uring` for any other.
+    /// What carries out reads and writes; if not given, `inline` for a file on tmpfs, `aio` where that cannot be had, and `io_uring` for any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) engine: Option<EngineName>,
     /// UUID of the bdev; a random one if not given.

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use resilver_bdev::uring::{Engine, Uring, UringConfig};
+use resilver_bdev::uring::{Uring, UringConfig};
 use resilver_bdev::{Bdev as _, BdevError};
 use resilver_sys::uring::SLOTS_MAX;
 use resilver_sys::{
@@ -61,7 +61,7 @@ impl BareFile {
         let region = memory.insert(Arc::clone(buffers.mapping()))?;
         let per_queue = job.per_queue();
         let rings = (0..job.queues).map(|_| {
-            let mut ring = Ring::new(bdev.file(), u32::from(per_queue), RingMode::Enter)?;
+            let mut ring = Ring::new(bdev.file(), u32::from(per_queue), bdev.ring_mode())?;
             ring.keep_workers_off_this_core();
             Ok(ring)
         });
@@ -106,7 +106,7 @@ fn open(path: &Path, read_only: bool, shared: bool) -> Result<(Uring, bool), Bde
             read_only,
             direct,
             mode: RingMode::Enter,
-            engine: Some(Engine::IoUring),
+            engine: None,
         };
         let opened = if shared { Uring::open_unlocked(config) } else { Uring::open(config) };
         opened.map(|bdev| (bdev, direct))

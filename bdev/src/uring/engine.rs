@@ -45,6 +45,14 @@ impl Engine {
         }
     }
 
+    /// How its ring works, where the operator wants `asked`.
+    pub(super) fn ring_mode(self, asked: RingMode) -> RingMode {
+        match self {
+            Self::Inline => RingMode::Inline,
+            Self::IoUring | Self::Aio => asked,
+        }
+    }
+
     /// The engine of a file: the one asked for, else the better one that is to be had.
     pub(super) fn of(
         file: &OpenFile,
@@ -94,10 +102,9 @@ impl Queues {
         engine: Engine,
         file: &Arc<OwnedFd>,
         slots: u32,
-        mode: &RingMode,
+        mode: RingMode,
     ) -> Result<Self, String> {
-        let mode = if engine == Engine::Inline { &RingMode::Inline } else { mode };
-        let ring = Ring::new(file, slots, mode.clone()).map_err(|error| {
+        let ring = Ring::new(file, slots, engine.ring_mode(mode)).map_err(|error| {
             format!(
                 "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
                  (sysctl kernel.io_uring_disabled)"

@@ -127,7 +127,9 @@ struct Case {
     writable_from: usize,
     /// Parts from here on are in an indirect table.
     indirect_from: Option<usize>,
-    /// Entries of that table beyond its chain.
+    /// The chain goes through that table backwards, once it has left its first entry.
+    backwards: bool,
+    /// Entries of the table beyond its chain.
     slack: u32,
     /// Which descriptor of the ring's table comes first, and how far it is from one to the next (odd, so none comes twice).
     first: u16,
@@ -168,17 +170,27 @@ fn case() -> impl Strategy<Value = Case> {
             .prop_map(|(at, length)| Wrong::Length(at, length)),
     ];
     let parts = proptest::collection::vec((address, length), 1..12);
-    let layout = (0..SIZE, 0..SIZE / 2, 0u32..4, 0usize..12);
+    let layout = (0..SIZE, 0..SIZE / 2, 0u32..4, 0usize..12, proptest::bool::ANY);
     let wrong = prop_oneof![3 => Just(Vec::new()), 4 => proptest::collection::vec(wrong, 1..3)];
     let indirect =
         prop_oneof![Just(None), (0usize..12).prop_map(Some), (0usize..12).prop_map(Some)];
     let allowed = prop_oneof![9 => Just(Indirect::Allowed), 1 => Just(Indirect::Refused)];
     (parts, layout, indirect, allowed, wrong).prop_map(|(parts, layout, from, indirect, wrong)| {
-        let (first, stride, slack, writable_from) = layout;
+        let (first, stride, slack, writable_from, backwards) = layout;
         let indirect_from = from.filter(|from| *from < parts.len());
         let stride = 2 * stride + 1;
         let writable_from = writable_from % parts.len();
-        Case { parts, writable_from, indirect_from, slack, first, stride, indirect, wrong }
+        Case {
+            parts,
+            writable_from,
+            indirect_from,
+            backwards,
+            slack,
+            first,
+            stride,
+            indirect,
+            wrong,
+        }
     })
 }
 
@@ -188,14 +200,17 @@ impl Case {
         let mut tables = vec![(0, 0, 0, 0); 2 * usize::from(SIZE)];
         let place = |at: usize| (self.first + self.stride * u16::try_from(at).unwrap()) % SIZE;
         let direct = self.indirect_from.unwrap_or(self.parts.len());
+        let inside = |at: usize| {
+            let end = if self.backwards { self.parts.len() } else { direct };
+            if at == direct { 0 } else { end.abs_diff(at) }
+        };
         for (at, (address, length)) in self.parts.iter().enumerate() {
             let last = if at + 1 == self.parts.len() { 0 } else { NEXT };
             let write = if at >= self.writable_from { WRITE } else { 0 };
             let (entry, next) = if at < direct {
                 (usize::from(place(at)), place(at + 1))
             } else {
-                let inside = at - direct;
-                (usize::from(SIZE) + inside, u16::try_from(inside + 1).unwrap())
+                (usize::from(SIZE) + inside(at), u16::try_from(inside(at + 1)).unwrap())
             };
             tables[entry] = (*address, *length, last | write, next);
         }

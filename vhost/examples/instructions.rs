@@ -1,5 +1,5 @@
 //! A guest whose every request is counted: `instructions DISK OP DEPTH ROUNDS` gives a disk `ROUNDS` times `DEPTH` requests of 4 KiB on a
-//! split ring and steps the reactor by hand until they are done. `scripts/bench/instructions` runs it under callgrind, which counts the
+//! split ring, each an indirect table of three descriptors as Linux makes them, and steps the reactor by hand until they are done. `scripts/bench/instructions` runs it under callgrind, which counts the
 //! instructions of [`counted_turn`] and of nothing else: what serving costs, without the guest, exactly the same each time.
 //!
 //! Everything is in one thread, so a count has no luck in it: no request comes a turn later because a core was far away. The guest
@@ -33,9 +33,11 @@ use resilver_vhost::queue::LiveQueue;
 use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// Entries of the ring: three a request, as a driver without indirect descriptors has them.
-const RING: u16 = 512;
-const DEPTH_MAX: u16 = RING / 4;
+/// Entries of the ring: one a request.
+const RING: u16 = 256;
+const DEPTH_MAX: u16 = RING / 2;
+/// Descriptors of a request.
+const PARTS: u16 = 3;
 /// Bytes of a request, and blocks of the disk.
 const LENGTH: u32 = 4096;
 const BLOCKS: u64 = 32768;
@@ -44,11 +46,13 @@ const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const HEADERS: u64 = 0x5000;
 const STATUS: u64 = 0x7000;
+const TABLES: u64 = 0x8000;
 const DATA: u64 = 0x1_0000;
 const MEMORY: u64 = 0x20_0000;
 /// Flags of a descriptor (virtio 2.7.5).
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 /// Rounds before the first that counts.
 const WARM_UP: u64 = 16;
 /// Turns that a round may take.
@@ -151,6 +155,15 @@ impl World {
         self.memory.write_all_at(bytes, at).unwrap();
     }
 
+    fn put_descriptor(&self, at: u64, address: u64, length: u32, flags: u16, next: u16) {
+        let mut descriptor = [0; 16];
+        descriptor[..8].copy_from_slice(&address.to_le_bytes());
+        descriptor[8..12].copy_from_slice(&length.to_le_bytes());
+        descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+        descriptor[14..].copy_from_slice(&next.to_le_bytes());
+        self.put(at, &descriptor);
+    }
+
     fn word(&self, at: u64) -> u16 {
         let mut bytes = [0; 2];
         self.memory.read_exact_at(&mut bytes, at).unwrap();
@@ -160,7 +173,8 @@ impl World {
     /// Makes so many requests available at once, each of its own place on the disk.
     fn offer(&mut self, kind: u32, depth: u16) {
         for slot in 0..depth {
-            let (head, step) = (slot * 3, u64::from(slot));
+            let step = u64::from(slot);
+            let (table, bytes) = (TABLES + 64 * step, 16 * u32::from(PARTS));
             let turn = u64::from(self.offered.wrapping_add(slot));
             let sector = turn.wrapping_mul(2_654_435_761) % (BLOCKS / 8) * 8;
             let mut header = [0; 16];
@@ -174,16 +188,13 @@ impl World {
                 (DATA + u64::from(LENGTH) * step, LENGTH, data),
                 (STATUS + step, 1, WRITE),
             ];
-            for (entry, (address, length, flags)) in (head..).zip(buffers) {
-                let mut descriptor = [0; 16];
-                descriptor[..8].copy_from_slice(&address.to_le_bytes());
-                descriptor[8..12].copy_from_slice(&length.to_le_bytes());
-                descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
-                descriptor[14..].copy_from_slice(&(entry + 1).to_le_bytes());
-                self.put(16 * u64::from(entry), &descriptor);
+            for (part, (address, length, flags)) in (0..PARTS).zip(buffers) {
+                let at = table + 16 * u64::from(part);
+                self.put_descriptor(at, address, length, flags, part + 1);
             }
+            self.put_descriptor(16 * step, table, bytes, INDIRECT, 0);
             let place = u64::from(self.offered.wrapping_add(slot) % RING);
-            self.put(AVAILABLE + 4 + 2 * place, &head.to_le_bytes());
+            self.put(AVAILABLE + 4 + 2 * place, &slot.to_le_bytes());
         }
         self.offered = self.offered.wrapping_add(depth);
         self.put(AVAILABLE + 2, &self.offered.to_le_bytes());

@@ -57,6 +57,8 @@ pub struct Chain {
     readable: usize,
     readable_bytes: u64,
     writable_bytes: u64,
+    /// Address and length of the last buffer that the device may write, if there are writable bytes.
+    last_writable: (u64, u32),
     buffers: Buffers,
     status: BufferSlice,
 }
@@ -70,6 +72,7 @@ impl Default for Chain {
             readable: 0,
             readable_bytes: 0,
             writable_bytes: 0,
+            last_writable: (0, 0),
             buffers: Buffers::Gathered,
             status: BufferSlice::EMPTY,
         }
@@ -117,12 +120,19 @@ impl Gather for AllThere {
     }
 }
 
+/// Descriptors of a table that are fetched together: those of most requests, two lines of the guest's cache.
+const TOGETHER: u32 = 8;
+
 /// An indirect table.
 struct Table {
     address: u64,
     entries: u32,
     /// The next descriptor.
     index: u32,
+    /// Those from `first` to `end` have been fetched.
+    first: u32,
+    end: u32,
+    fetched: [u8; TOGETHER as usize * DESCRIPTOR_BYTES],
 }
 
 impl Chain {
@@ -139,9 +149,9 @@ impl Chain {
         indirect: Indirect,
     ) -> Result<Extent, ChainFault> {
         self.reset();
-        let (last_writable, extent) =
+        let extent =
             self.walk(cx, memory, descriptors, indirect, |_, _| Ok::<_, ChainFault>(()))?;
-        self.set_status_aside(memory, last_writable)?;
+        self.set_status_aside(memory)?;
         Ok(extent)
     }
 
@@ -154,16 +164,11 @@ impl Chain {
 
     /// Takes the last byte that the device may write from the buffers.
     #[inline]
-    fn set_status_aside(
-        &mut self,
-        memory: &GuestMemory,
-        last_writable: Option<Descriptor>,
-    ) -> Result<(), ChainFault> {
+    fn set_status_aside(&mut self, memory: &GuestMemory) -> Result<(), ChainFault> {
         // The last byte of the last writable buffer, wherever the rest of the chain points.
-        let status = last_writable.and_then(|last| {
-            let address = last.address.checked_add(u64::from(last.length) - 1)?;
-            memory.translate(address, 1)
-        });
+        let (address, length) = self.last_writable;
+        let last = (self.writable_bytes > 0).then(|| address.checked_add(u64::from(length) - 1));
+        let status = last.flatten().and_then(|last| memory.translate(last, 1));
         self.status = status.ok_or(ChainFault::NoStatus)?;
         self.writable_bytes -= 1;
         if self.buffers == Buffers::Gathered
@@ -177,7 +182,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Follows the descriptors; answers the last one that the device may write to. `enter` says whether a table may be read.
+    /// Follows the descriptors. `enter` says whether a table may be read.
     #[inline(always)]
     fn walk<D: Descriptors, E: From<ChainFault>>(
         &mut self,
@@ -186,8 +191,8 @@ impl Chain {
         mut descriptors: D,
         indirect: Indirect,
         enter: impl FnOnce(&mut Self, &Descriptor) -> Result<(), E>,
-    ) -> Result<(Option<Descriptor>, Extent), E> {
-        let (mut extent, mut last_writable) = (Extent::default(), None);
+    ) -> Result<Extent, E> {
+        let mut extent = Extent::default();
         for _ in 0..descriptors.most() {
             let descriptor = descriptors.fetch().ok_or(ChainFault::NextOutside)?;
             extent.entries += 1;
@@ -198,12 +203,12 @@ impl Chain {
                 }
                 let table = Table::enter(&descriptor)?;
                 enter(self, &descriptor)?;
-                self.walk_table(cx, memory, table, D::FORMAT, &mut last_writable)?;
-                return Ok((last_writable, extent));
+                self.walk_table(cx, memory, table, D::FORMAT)?;
+                return Ok(extent);
             }
-            self.add(memory, descriptor, &mut last_writable)?;
+            self.add(memory, descriptor)?;
             if !descriptor.has(descriptor_flags::NEXT) {
-                return Ok((last_writable, extent));
+                return Ok(extent);
             }
         }
         Err(ChainFault::Loop.into())
@@ -217,14 +222,13 @@ impl Chain {
         memory: &GuestMemory,
         mut table: Table,
         format: Format,
-        last_writable: &mut Option<Descriptor>,
     ) -> Result<(), ChainFault> {
         for _ in 0..table.entries {
             let (descriptor, more) = table.fetch(cx, memory, format)?;
             if descriptor.has(descriptor_flags::INDIRECT) {
                 return Err(ChainFault::Indirect);
             }
-            self.add(memory, descriptor, last_writable)?;
+            self.add(memory, descriptor)?;
             if !more {
                 return Ok(());
             }
@@ -234,20 +238,15 @@ impl Chain {
 
     /// Adds one buffer, as the slices that its regions make of it.
     #[inline(always)]
-    fn add(
-        &mut self,
-        memory: &GuestMemory,
-        descriptor: Descriptor,
-        last_writable: &mut Option<Descriptor>,
-    ) -> Result<(), ChainFault> {
+    fn add(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Result<(), ChainFault> {
         let (writable, length) = (descriptor.is_writable(), descriptor.length);
         if length == 0 {
             return Ok(());
         }
         if writable {
             self.writable_bytes += u64::from(length);
-            *last_writable = Some(descriptor);
-        } else if last_writable.is_some() {
+            self.last_writable = (descriptor.address, length);
+        } else if self.writable_bytes > 0 {
             return Err(ChainFault::Order);
         } else {
             self.readable_bytes += u64::from(length);
@@ -383,8 +382,8 @@ impl Chain {
 }
 
 impl Table {
-    /// Fetches the next descriptor, and says whether another one follows: in the packed format all of a table do, one after the
-    /// other (virtio 2.8.7).
+    /// The next descriptor, and whether another one follows: in the packed format all of a table do, one after the other
+    /// (virtio 2.8.7).
     #[inline]
     fn fetch(
         &mut self,
@@ -396,13 +395,12 @@ impl Table {
         if index >= self.entries {
             return Err(ChainFault::NextOutside);
         }
-        let mut bytes = [0; DESCRIPTOR_BYTES];
-        let skip = u64::from(index) * DESCRIPTOR_BYTES as u64; // of at most 2^32 entries
-        self.address
-            .checked_add(skip)
-            .and_then(|from| read_guest(memory, cx.memory, from, &mut bytes))
-            .ok_or(ChainFault::Indirect)?;
-        let descriptor = Descriptor::from_bytes(format, &bytes);
+        if index < self.first || index >= self.end {
+            self.fetch_from(cx, memory, index).ok_or(ChainFault::Indirect)?;
+        }
+        let at = (index - self.first) as usize * DESCRIPTOR_BYTES;
+        let bytes = self.fetched.get(at..).and_then(|from| from.first_chunk());
+        let descriptor = Descriptor::from_bytes(format, bytes.ok_or(ChainFault::Indirect)?);
         let more = match format {
             Format::Split => {
                 self.index = u32::from(descriptor.link);
@@ -416,6 +414,18 @@ impl Table {
         Ok((descriptor, more))
     }
 
+    /// Fetches some descriptors from `index` on, which is in the table. One that is fetched again was not used, or the chain is a
+    /// loop, which is a fault.
+    #[inline]
+    fn fetch_from(&mut self, cx: &Context<'_>, memory: &GuestMemory, index: u32) -> Option<()> {
+        let count = (self.entries - index).min(TOGETHER);
+        let room = self.fetched.get_mut(..count as usize * DESCRIPTOR_BYTES)?;
+        let skip = u64::from(index) * DESCRIPTOR_BYTES as u64; // of at most 2^32 entries
+        read_guest(memory, cx.memory, self.address.checked_add(skip)?, room)?;
+        (self.first, self.end) = (index, index + count);
+        Some(())
+    }
+
     /// The indirect table that `descriptor` names.
     fn enter(descriptor: &Descriptor) -> Result<Self, ChainFault> {
         const ENTRY: u32 = 16;
@@ -427,6 +437,7 @@ impl Table {
         if !valid {
             return Err(ChainFault::Indirect);
         }
-        Ok(Self { address: descriptor.address, entries, index: 0 })
+        let fetched = [0; TOGETHER as usize * DESCRIPTOR_BYTES];
+        Ok(Self { address: descriptor.address, entries, index: 0, first: 0, end: 0, fetched })
     }
 }

@@ -69,8 +69,45 @@ pub(crate) struct Request {
     segments: usize,
     /// How many of `slices` the device writes.
     pub(crate) device_writes: usize,
-    slices: [BufferSlice; SEGMENTS_MAX],
-    ranges: [Range; RANGES_MAX],
+    slices: Slices,
+    ranges: Box<[Range; RANGES_MAX]>,
+}
+
+/// Slices that have room beside the rest of their request.
+const FEW: usize = 4;
+
+/// The slices of a request. A slot with room in it for the most is 2 KiB long, and those of a deep queue fill a processor's first cache
+/// and its table of translations; nearly all requests have few.
+#[derive(Debug)]
+struct Slices {
+    few: [BufferSlice; FEW],
+    many: Box<[BufferSlice; SEGMENTS_MAX]>,
+    count: usize,
+}
+
+impl Slices {
+    fn new() -> Self {
+        let many = Box::new([BufferSlice::EMPTY; SEGMENTS_MAX]);
+        Self { few: [BufferSlice::EMPTY; FEW], many, count: 0 }
+    }
+
+    /// Keeps these in the place of others; none where they are too many.
+    #[inline]
+    fn keep(&mut self, slices: &[BufferSlice]) -> Option<()> {
+        match slices {
+            [one] => self.few[0] = *one,
+            few if few.len() <= FEW => self.few.get_mut(..few.len())?.copy_from_slice(few),
+            many => self.many.get_mut(..many.len())?.copy_from_slice(many),
+        }
+        self.count = slices.len();
+        Some(())
+    }
+
+    #[inline]
+    fn kept(&self) -> &[BufferSlice] {
+        let all: &[BufferSlice] = if self.count <= FEW { &self.few } else { &*self.many };
+        all.get(..self.count).unwrap_or_default()
+    }
 }
 
 impl Request {
@@ -91,8 +128,8 @@ impl Request {
             epoch: 0,
             segments: 0,
             device_writes: 0,
-            slices: [BufferSlice::EMPTY; SEGMENTS_MAX],
-            ranges: [Range::default(); RANGES_MAX],
+            slices: Slices::new(),
+            ranges: Box::new([Range::default(); RANGES_MAX]),
         }
     }
 
@@ -152,15 +189,14 @@ impl Request {
     }
 
     fn keep_slices(&mut self, slices: &[BufferSlice]) {
-        match self.slices.get_mut(..slices.len()) {
-            Some(room) => room.copy_from_slice(slices),
-            None => self.fail(RequestError::TooManySegments),
+        if self.slices.keep(slices).is_none() {
+            self.fail(RequestError::TooManySegments);
         }
     }
 
     /// The buffers that the device writes, or has written, the status byte not among them.
     pub(crate) fn written_slices(&self) -> &[BufferSlice] {
-        self.slices.get(..self.device_writes).unwrap_or_default()
+        self.slices.kept().get(..self.device_writes).unwrap_or_default()
     }
 
     /// The first error counts; nothing more is submitted.
@@ -216,7 +252,7 @@ impl Request {
             {
                 let io = BdevIo { offset, length: left, ..nothing };
                 self.rest = Rest::Nothing;
-                let slices = self.slices.get(..self.segments).unwrap_or_default();
+                let slices = self.slices.kept();
                 submit(cx, port, io, slices, &mut self.outstanding, &mut self.result);
             }
             Rest::Transfer { offset, .. } => match self.cut(limits, scratch) {
@@ -249,7 +285,7 @@ impl Request {
         }
         let (mut slice, mut skip, mut wanted, mut count) = (slice, skip, length, 0);
         while wanted > 0 {
-            let from = self.slices.get(slice)?;
+            let from = self.slices.kept().get(slice)?;
             let rest = from.length - skip;
             let take = u32::try_from(wanted).map_or(rest, |wanted| wanted.min(rest));
             *scratch.get_mut(count)? = from.part(skip, take)?;
@@ -273,7 +309,7 @@ impl Request {
     fn part_length(&self, limits: &Limits, left: u64, slice: usize, skip: u32) -> u64 {
         let segments = (limits.max_segments as usize).min(SEGMENTS_MAX);
         let end = slice.saturating_add(segments).min(self.segments);
-        let slices = self.slices.get(slice..end).unwrap_or_default();
+        let slices = self.slices.kept().get(slice..end).unwrap_or_default();
         let bytes: u64 = slices.iter().map(|slice| u64::from(slice.length)).sum();
         bytes.saturating_sub(u64::from(skip)).min(left).min(u64::from(limits.max_transfer))
     }

@@ -37,12 +37,12 @@ impl Gather for Arrived {
     ) -> Result<Option<Extent>, ChainFault> {
         chain.reset();
         let there = |chain: &mut Chain, table: &Descriptor| chain.has_table(memory, table);
-        let (last_writable, extent) = match chain.walk(cx, memory, descriptors, indirect, there) {
+        let extent = match chain.walk(cx, memory, descriptors, indirect, there) {
             Ok(walked) => walked,
             Err(Stopped::Missing) => return Ok(None),
             Err(Stopped::Fault(fault)) => return Err(fault),
         };
-        chain.set_status_aside(memory, last_writable)?;
+        chain.set_status_aside(memory)?;
         let missing = chain.wanted(memory).next().is_some();
         Ok((!missing).then_some(extent))
     }

@@ -205,7 +205,7 @@ fn data_in_memory_is_told_in_steps_and_ends_where_it_ends() {
     const SIZE: u64 = 16 * MIB;
     for (_directory, path) in scratches(SIZE) {
         let bdev = Uring::open(config(&path)).unwrap();
-        let steps = detail(&bdev, "engine") == Detail::Text("aio".to_owned());
+        let steps = detail(&bdev, "engine") != Detail::Text("io_uring".to_owned());
         let mut driver = Driver::new(&bdev, 4);
         let payload = [driver.slice(0, 65536)];
         // Five steps and a half, with a small hole that no step meets.

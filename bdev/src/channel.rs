@@ -164,20 +164,20 @@ pub trait IoChannel: Send {
     /// I/O submitted and not yet handed over as completed.
     fn in_flight(&self) -> u32;
 
-    /// Whether reads and writes are done when [`Self::commit`] returns, because the reactor itself carries them out. More of
-    /// them at once gain nothing then, and each keeps everybody else of the reactor waiting. A hint.
+    /// Whether [`Self::commit`] carries reads and writes out, a turn's share of them, on the reactor itself. More of them at once
+    /// gain nothing then, and each keeps everybody else of the reactor waiting. A hint.
     fn works_inline(&self) -> bool {
         false
     }
 
     /// Says that payloads will often lie in the first `length` bytes of `pool`, whose content is the parent's alone: a channel to
-    /// the kernel has it pinned there once, instead of for each I/O. Called once, by control, before the channel has moved
-    /// in. A hint.
+    /// the kernel has it pinned there once, instead of for each I/O. At most once, and not on a reactor, which pinning would keep
+    /// waiting. A hint.
     fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
         let _ = (pool, length);
     }
 
-    /// The parent goes and takes the pool along that it has spoken of.
+    /// The pool that the parent has spoken of goes: no more payloads will lie there.
     fn forget_pool(&mut self) {}
 
     /// Called on the reactor's thread when the channel has moved in: register memory.

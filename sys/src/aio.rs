@@ -1,7 +1,7 @@
 //! `Aio`: Linux AIO for one file whose data is in memory, with the memory rules kept.
 //!
-//! io_uring has nothing to offer a file on tmpfs: the file system cannot say "this would wait", so every request goes to a
-//! kernel worker thread. `io_submit` carries requests out before it returns, a whole batch of them, on the thread that calls;
+//! For files that [`Ring`](crate::Ring) cannot serve within its call: before Linux 6.6, on ramfs, or through the page cache; there io_uring
+//! hands every request to a kernel worker thread, for the file system cannot say "this would wait". `io_submit` carries requests out before it returns, a whole batch of them, on the thread that calls;
 //! where the data is in memory that is a copy and waits for nothing. Completions are read from the ring that the kernel keeps
 //! in our memory (fs/aio.c, `struct aio_ring`; linux/aio_abi.h for the rest), which costs no call.
 //!

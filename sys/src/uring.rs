@@ -15,9 +15,10 @@
 //!
 //! **Files in memory.** tmpfs cannot say "this would wait", so io_uring would hand its reads and writes to worker threads. Where the
 //! file is open for direct I/O and marked `O_NONBLOCK`, io_uring takes it by its word and carries them out before the call
-//! returns, on the thread that calls: [`RingMode::Inline`]. For tmpfs that is a copy and waits for nothing, unless a page was
-//! swapped out; for others it might be a wait for a device, and which file is which is for the owner to know. A commit takes a
-//! turn's share only.
+//! returns, on the thread that calls: [`RingMode::Inline`]. For tmpfs that is a copy. It waits only for a page that was swapped
+//! out, and for the file's lock, which who deallocates a large range there has for as long as that takes; for other file systems it
+//! might be a wait for a device, and which file is which is for the owner to know. A commit takes a turn's share only, and what
+//! falls short in it (the file system is full) is the kernel's to try again by a worker: it is reaped later.
 //!
 //! **A pool** of memory that payloads often are in may be registered: its pages are pinned once, and neither looked up nor held for
 //! each operation. The kernel keeps them, not the addresses, so what it has in flight there stays sound whoever unmaps it.
@@ -63,8 +64,8 @@ const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
 pub enum RingMode {
     /// One system call for all that was pushed since the last.
     Enter,
-    /// The same, for a file in memory that is open for direct I/O: a call returns when reads and writes are done, and takes
-    /// as many as a turn should.
+    /// The same, for a file in memory that is open for direct I/O: a call carries out as many reads and writes as a turn should
+    /// before it returns.
     Inline,
     /// A kernel thread looks for them: no system call while it is awake.
     SubmissionThread(SubmissionThread),
@@ -158,6 +159,10 @@ impl Ring {
             let flags = rustix::fs::fcntl_getfl(file)?;
             rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK)?;
         }
+        let untold = match mode {
+            RingMode::Inline => VecDeque::with_capacity(2 * slots as usize),
+            RingMode::Enter | RingMode::SubmissionThread(_) => VecDeque::new(),
+        };
         let mut builder = IoUring::builder();
         builder.setup_submit_all();
         if let RingMode::SubmissionThread(thread) = &mode {
@@ -188,7 +193,7 @@ impl Ring {
             mode,
             in_flight: 0,
             unsubmitted: false,
-            untold: VecDeque::with_capacity(2 * slots as usize),
+            untold,
             pool: None,
         })
     }
@@ -325,25 +330,22 @@ impl Ring {
         if !self.unsubmitted {
             return;
         }
-        if let RingMode::Inline = self.mode {
-            return self.commit_a_share();
-        }
-        let told = self.ring.submit().is_ok();
         self.unsubmitted = match self.mode {
-            RingMode::Enter | RingMode::Inline => !told || !self.ring.submission().is_empty(),
-            RingMode::SubmissionThread(_) => !told,
+            RingMode::Inline => self.commit_a_share(),
+            RingMode::Enter => self.ring.submit().is_err() || !self.ring.submission().is_empty(),
+            RingMode::SubmissionThread(_) => self.ring.submit().is_err(),
         };
     }
 
-    /// Tells the kernel of as much as it should carry out in a turn.
-    fn commit_a_share(&mut self) {
+    /// Tells the kernel of as much as it should carry out in a turn; answers whether there is more.
+    fn commit_a_share(&mut self) -> bool {
         let share = share_of_a_turn(self.untold.iter().map(|bytes| u64::from(*bytes)));
         #[allow(clippy::cast_possible_truncation)] // at most what a turn takes
         let count = share as u32;
         // SAFETY: so many entries have been pushed, and what they point to stays valid: see `push_raw`. No argument is passed.
         let told = unsafe { self.ring.submitter().enter::<libc::sigset_t>(count, 0, 0, None) };
         self.untold.drain(..told.unwrap_or(0).min(share));
-        self.unsubmitted = !self.untold.is_empty();
+        !self.untold.is_empty()
     }
 
     /// Hands every completion to `each`, as its slot and the kernel's result (negative `errno`, or bytes); the slot is idle
@@ -452,6 +454,8 @@ fn try_inline() -> io::Result<bool> {
         ring.commit();
         let (at_once, mut whole) = (ring.has_completions(), true);
         while ring.in_flight() > 0 {
+            // A kernel that is short of memory may not have taken it.
+            ring.commit();
             ring.reap(&table, |_, result| whole &= result == all.length.cast_signed());
             std::thread::yield_now();
         }
@@ -597,6 +601,27 @@ mod tests {
         let whole = 600 << 10;
         assert_eq!(turns, [vec![(0, whole), (1, whole)], vec![(2, whole)]]);
         assert!(!ring.has_unsubmitted());
+    }
+
+    #[test]
+    fn only_a_buffer_that_lies_in_the_registered_part_of_a_pool_is_a_fixed_one() {
+        let mapping = Mapping::anonymous(1 << 16).unwrap();
+        let base = mapping.base().as_ptr() as usize;
+        let pool = Some((mapping, 8192));
+        let buffer =
+            |at: usize, iov_len| libc::iovec { iov_base: at as *mut libc::c_void, iov_len };
+        for (at, length, within) in [
+            (base, 8192, true),
+            (base + 4096, 4096, true),
+            (base + 8191, 1, true),
+            (base + 4096, 4097, false),
+            (base + 8192, 1, false),
+            (base - 1, 2, false),
+            (base, usize::MAX, false),
+        ] {
+            assert_eq!(is_within(&pool, &buffer(at, length)), within, "{at:#x} {length}");
+        }
+        assert!(!is_within(&None, &buffer(base, 1)));
     }
 
     /// Payloads inside a registered pool, across its end and outside arrive alike, and when it was let go of as before.

@@ -4,7 +4,8 @@
 //! chain is gathered once into slices and consumed by bytes: a header may span descriptors, and header and data may share
 //! one. Buffers that adjoin in memory become one slice.
 //!
-//! **Trust.** Each descriptor is fetched once. A chain that cannot be followed to its end is a [`ChainFault`] and breaks the
+//! **Trust.** What was checked of a descriptor is what is used: it is copied first, and never looked at again in the guest's memory. A
+//! chain that cannot be followed to its end is a [`ChainFault`] and breaks the
 //! ring, because nobody knows where its status byte would be. A chain that ends as it should but names memory that is not
 //! the guest's, or is cut into too many pieces, is a bad request: it keeps its status byte and the ring goes on.
 
@@ -120,7 +121,7 @@ impl Gather for AllThere {
     }
 }
 
-/// Descriptors of a table that are fetched together: those of most requests, two lines of the guest's cache.
+/// Descriptors of a table that are fetched together: those of most requests.
 const TOGETHER: u32 = 8;
 
 /// An indirect table.
@@ -201,7 +202,7 @@ impl Chain {
                 if indirect == Indirect::Refused {
                     return Err(ChainFault::Indirect.into());
                 }
-                let table = Table::enter(&descriptor)?;
+                let table = Table::enter(&descriptor, memory)?;
                 enter(self, &descriptor)?;
                 self.walk_table(cx, memory, table, D::FORMAT)?;
                 return Ok(extent);
@@ -414,8 +415,8 @@ impl Table {
         Ok((descriptor, more))
     }
 
-    /// Fetches some descriptors from `index` on, which is in the table. One that is fetched again was not used, or the chain is a
-    /// loop, which is a fault.
+    /// Fetches some descriptors from `index` on, which is in the table. A chain that jumps about may have one fetched again, and a guest
+    /// may have changed it: it then is another descriptor, checked as the first was, and counted.
     #[inline]
     fn fetch_from(&mut self, cx: &Context<'_>, memory: &GuestMemory, index: u32) -> Option<()> {
         let count = (self.entries - index).min(TOGETHER);
@@ -426,14 +427,20 @@ impl Table {
         Some(())
     }
 
-    /// The indirect table that `descriptor` names.
-    fn enter(descriptor: &Descriptor) -> Result<Self, ChainFault> {
+    /// The indirect table that `descriptor` names, all of which is guest memory.
+    fn enter(descriptor: &Descriptor, memory: &GuestMemory) -> Result<Self, ChainFault> {
         const ENTRY: u32 = 16;
         const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
         let entries = descriptor.length / ENTRY;
+        let is_all_there = || {
+            let mut left = descriptor.length;
+            memory.slices(descriptor.address, left).for_each(|slice| left -= slice.length);
+            left == 0
+        };
         let valid = !descriptor.has(descriptor_flags::NEXT)
             && descriptor.length.is_multiple_of(ENTRY)
-            && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
+            && (1..=INDIRECT_ENTRIES_MAX).contains(&entries)
+            && is_all_there();
         if !valid {
             return Err(ChainFault::Indirect);
         }

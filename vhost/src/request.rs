@@ -69,7 +69,7 @@ pub(crate) struct Request {
     segments: usize,
     /// How many of `slices` the device writes.
     pub(crate) device_writes: usize,
-    slices: Slices,
+    slices: Kept,
     ranges: Box<[Range; RANGES_MAX]>,
 }
 
@@ -79,13 +79,13 @@ const FEW: usize = 4;
 /// The slices of a request. A slot with room in it for the most is 2 KiB long, and those of a deep queue fill a processor's first cache
 /// and its table of translations; nearly all requests have few.
 #[derive(Debug)]
-struct Slices {
+struct Kept {
     few: [BufferSlice; FEW],
     many: Box<[BufferSlice; SEGMENTS_MAX]>,
     count: usize,
 }
 
-impl Slices {
+impl Kept {
     fn new() -> Self {
         let many = Box::new([BufferSlice::EMPTY; SEGMENTS_MAX]);
         Self { few: [BufferSlice::EMPTY; FEW], many, count: 0 }
@@ -128,7 +128,7 @@ impl Request {
             epoch: 0,
             segments: 0,
             device_writes: 0,
-            slices: Slices::new(),
+            slices: Kept::new(),
             ranges: Box::new([Range::default(); RANGES_MAX]),
         }
     }

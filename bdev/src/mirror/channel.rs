@@ -32,8 +32,7 @@ use crate::job::{
 const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
 /// Units of bounce memory: one for each request of an ordinary size in flight, twice over.
 const UNITS: u32 = 2 * DISK_DEPTH;
-/// Those of them that the legs' kernel queues keep pinned. They are the first to be taken: a guest that has no more in flight than
-/// that, on files in memory no more than a turn takes, meets no others.
+/// Those of them that the legs' kernel queues keep pinned. They are taken first, so a guest with few writes in flight uses no others.
 const PINNED_UNITS: u32 = 64;
 /// Bytes of a copy's buffer, where `buf_size` does not say less.
 const WINDOW: u32 = 1 << 20;

@@ -8,9 +8,9 @@
 //!
 //! On tmpfs io_uring hands every request to a kernel worker thread, unless the file is opened so that it dares to carry out a
 //! turn's requests itself, within one call ([`RingMode::Inline`]). Before Linux 6.6 tmpfs knows no direct I/O, and that cannot be
-//! had; Linux AIO does the same for some more work in the kernel. It has no way to deallocate or zero a range, and no flush that is worth having; those are rare and stay where they are. The
-//! two queues have no order between them, and need none: a flush covers what was completed before it was submitted, and
-//! what is completed was reaped.
+//! had; Linux AIO does the same for some more work in the kernel. It has no way to deallocate or zero a range, and no flush that is
+//! worth having; those are rare and stay where they are. The two queues have no order between them, and need none: a flush covers
+//! what was completed before it was submitted, and what is completed was reaped.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -60,7 +60,7 @@ impl Engine {
         asked: Option<Self>,
         path: &Path,
     ) -> Result<Self, BdevError> {
-        let inline = file.in_memory && direct && Ring::works_inline();
+        let inline = || file.in_memory && direct && Ring::works_inline();
         match asked {
             Some(engine @ (Self::Inline | Self::Aio)) if !file.in_memory => {
                 Err(BdevError::Invalid {
@@ -73,13 +73,13 @@ impl Engine {
                     ),
                 })
             }
-            Some(Self::Inline) if !inline => Err(BdevError::Invalid {
+            Some(Self::Inline) if !inline() => Err(BdevError::Invalid {
                 parameter: "engine",
                 value: Self::Inline.name().to_owned(),
                 expected: "it needs direct I/O and Linux 6.6: use aio".to_owned(),
             }),
             Some(engine) => Ok(engine),
-            None if inline => Ok(Self::Inline),
+            None if inline() => Ok(Self::Inline),
             None if file.in_memory && Aio::probe().is_ok() => Ok(Self::Aio),
             None => Ok(Self::IoUring),
         }
@@ -90,7 +90,7 @@ impl Engine {
 #[derive(Debug)]
 pub(super) struct Queues {
     ring: Ring,
-    /// Whether reads and writes are done when a commit returns.
+    /// Whether the thread that commits carries reads and writes out.
     inline: bool,
     /// Takes reads and writes if it is there.
     transfers: Option<Aio>,

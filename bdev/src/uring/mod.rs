@@ -1,4 +1,4 @@
-//! `uring`: a file or block device, through io_uring, or where that cannot do it within its call through Linux AIO.
+//! `uring`: a file or block device, through io_uring; one in memory within its call, or where the kernel cannot do that by Linux AIO.
 //!
 //! The control side ([`Uring`]) opens the file, takes its lock for life and finds what alignment direct I/O really needs;
 //! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
@@ -42,7 +42,7 @@ use crate::stats::IoStats;
 /// What a guest's file system uses as a page anyway.
 const OPTIMAL_IO_MIN: u32 = 4096;
 
-/// How far apart a file in memory is asked whether it has data, bytes. A copy of so much takes a thousand times as long as the answer.
+/// How far apart a file in memory is asked whether it has data, bytes. A copy of so much takes hundreds of times as long as the answer.
 const DATA_STEP: u64 = 1 << 20;
 
 /// How a `uring` bdev is made.
@@ -143,8 +143,8 @@ impl Uring {
     }
 
     /// The last place from `offset` on, in steps, up to which every step has data. Looking for the end of data by `SEEK_HOLE` walks
-    /// all of its pages on tmpfs, 10 ms a gigabyte in one call that the kernel may not interrupt, and whoever is pinned to that
-    /// core waits. A hole between two steps goes unseen, and is found when it is read.
+    /// all of its pages on tmpfs, 10 ms a gigabyte in one call, with the file's lock, for which every write waits, and on a core that may
+    /// be a reactor's. A hole between two steps goes unseen, and is found when it is read.
     fn data_seen_upto(&self, offset: u64, size: u64) -> io::Result<u64> {
         let mut at = offset;
         while size - at > DATA_STEP {
@@ -298,7 +298,7 @@ impl Bdev for Uring {
 
     fn details(&self) -> Vec<(&'static str, Detail)> {
         let text = |text: &str| Detail::Text(text.to_owned());
-        let mode = match self.config.mode {
+        let mode = match self.ring_mode() {
             RingMode::Enter | RingMode::Inline => "enter",
             RingMode::SubmissionThread(_) => "sqpoll",
         };

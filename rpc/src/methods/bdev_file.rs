@@ -1,4 +1,4 @@
-//! Files and block devices through io_uring, files in memory through Linux AIO.
+//! Files and block devices through io_uring; files in memory by whoever carries requests out within its call.
 
 use std::path::PathBuf;
 

@@ -4,10 +4,10 @@
 //! chain is gathered once into slices and consumed by bytes: a header may span descriptors, and header and data may share
 //! one. Buffers that adjoin in memory become one slice.
 //!
-//! **Trust.** What was checked of a descriptor is what is used: it is copied first, and never looked at again in the guest's memory. A
-//! chain that cannot be followed to its end is a [`ChainFault`] and breaks the
-//! ring, because nobody knows where its status byte would be. A chain that ends as it should but names memory that is not
-//! the guest's, or is cut into too many pieces, is a bad request: it keeps its status byte and the ring goes on.
+//! **Trust.** What is used of a descriptor is the copy that was checked. A chain that cannot be followed to its end is a
+//! [`ChainFault`] and breaks the ring, because nobody knows where its status byte would be. A chain that ends as it should but
+//! names memory that is not the guest's, or is cut into too many pieces, is a bad request: it keeps its status byte and the ring
+//! goes on.
 
 use resilver_bdev::SEGMENTS_MAX;
 use resilver_reactor::Context;

@@ -249,8 +249,8 @@ pub trait Bdev: Send + Sync {
     /// What could not be had.
     fn open_channel(&self, depth: u32) -> Result<Box<dyn IoChannel>, BdevError>;
 
-    /// The first extent at or after `offset`, which may be asked from any thread and may block: which parts are holes. A hole may be
-    /// told as data, never the other way round. The default knows of none, unless the base does.
+    /// The first extent at or after `offset`, which may be asked from any thread and may block: which parts are holes. A hole may
+    /// be told as data, never the other way round. The default knows of none, unless the base does.
     ///
     /// # Errors
     /// The file system's.

@@ -1,9 +1,10 @@
 //! `Aio`: Linux AIO for one file whose data is in memory, with the memory rules kept.
 //!
-//! For files that [`Ring`](crate::Ring) cannot serve within its call: before Linux 6.6, on ramfs, or through the page cache; there io_uring
-//! hands every request to a kernel worker thread, for the file system cannot say "this would wait". `io_submit` carries requests out before it returns, a whole batch of them, on the thread that calls;
-//! where the data is in memory that is a copy and waits for nothing. Completions are read from the ring that the kernel keeps
-//! in our memory (fs/aio.c, `struct aio_ring`; linux/aio_abi.h for the rest), which costs no call.
+//! For files that [`Ring`](crate::Ring) cannot serve within its call: before Linux 6.6, on ramfs, or through the page cache. There
+//! io_uring hands every request to a kernel worker thread, for the file system cannot say "this would wait". `io_submit` carries
+//! requests out before it returns, a whole batch of them, on the thread that calls; where the data is in memory that is a copy. It
+//! waits for what a ring would wait for there. Completions are read from the ring that the kernel keeps in our memory (fs/aio.c,
+//! `struct aio_ring`; linux/aio_abi.h for the rest), which costs no call.
 //!
 //! On a device or a network share the same call would wait for it, and the thread's other disks with it: that it is used for
 //! memory only is its owner's to see to. Nothing here relies on it: an operation that ends later is reaped later.

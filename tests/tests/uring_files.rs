@@ -285,6 +285,14 @@ fn a_file_in_memory_is_served_within_the_call_unless_it_is_asked_otherwise_and_n
     let best = if Ring::works_inline() { "inline" } else { "aio" };
     assert_eq!(told(&in_memory.1, None), name(best));
     assert_eq!(told(&in_memory.1, Some(Engine::Aio)), name("aio"));
+    if best == "inline"
+        && let Ok(thread) = SubmissionThread::start(0)
+    {
+        let beside =
+            UringConfig { mode: RingMode::SubmissionThread(thread), ..config(&in_memory.1) };
+        let mode = detail(&Uring::open(beside).unwrap(), "mode");
+        assert_eq!(mode, name("enter"), "what is done within a call is no other thread's");
+    }
     assert_eq!(told(&in_memory.1, Some(Engine::IoUring)), name("io_uring"));
     for engine in [Engine::Aio, Engine::Inline] {
         let error = by(&on_disk.1, Some(engine)).unwrap_err().to_string();

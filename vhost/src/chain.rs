@@ -130,9 +130,8 @@ struct Table {
     entries: u32,
     /// The next descriptor.
     index: u32,
-    /// Those from `first` to `end` have been fetched.
+    /// The first of those that have been fetched, which are [`TOGETHER`] or all that follow; `entries` if none have.
     first: u32,
-    end: u32,
     fetched: [u8; TOGETHER as usize * DESCRIPTOR_BYTES],
 }
 
@@ -168,8 +167,11 @@ impl Chain {
     fn set_status_aside(&mut self, memory: &GuestMemory) -> Result<(), ChainFault> {
         // The last byte of the last writable buffer, wherever the rest of the chain points.
         let (address, length) = self.last_writable;
-        let last = (self.writable_bytes > 0).then(|| address.checked_add(u64::from(length) - 1));
-        let status = last.flatten().and_then(|last| memory.translate(last, 1));
+        if self.writable_bytes == 0 {
+            return Err(ChainFault::NoStatus);
+        }
+        let last = address.checked_add(u64::from(length) - 1);
+        let status = last.and_then(|last| memory.translate(last, 1));
         self.status = status.ok_or(ChainFault::NoStatus)?;
         self.writable_bytes -= 1;
         if self.buffers == Buffers::Gathered
@@ -396,7 +398,8 @@ impl Table {
         if index >= self.entries {
             return Err(ChainFault::NextOutside);
         }
-        if index < self.first || index >= self.end {
+        // Before the first the difference wraps around to far behind the last.
+        if index.wrapping_sub(self.first) >= TOGETHER {
             self.fetch_from(cx, memory, index).ok_or(ChainFault::Indirect)?;
         }
         let at = (index - self.first) as usize * DESCRIPTOR_BYTES;
@@ -415,16 +418,16 @@ impl Table {
         Ok((descriptor, more))
     }
 
-    /// Fetches some descriptors from `index` on, which is in the table. A chain that jumps about may have one fetched again, and a guest
-    /// may have changed it: it then is another descriptor, checked as the first was, and counted. A table that leaves guest memory
-    /// is refused with the first group that does; to look at all of it beforehand costs each request more than it is worth.
+    /// Fetches some descriptors from `index` on, which is in the table. A chain that jumps about may have one fetched again, and a
+    /// guest may have changed it: it then is another descriptor, checked as the first was, and counted. A table that leaves guest
+    /// memory is refused with the first group that does; to look at all of it beforehand costs each request more than it is worth.
     #[inline]
     fn fetch_from(&mut self, cx: &Context<'_>, memory: &GuestMemory, index: u32) -> Option<()> {
         let count = (self.entries - index).min(TOGETHER);
         let room = self.fetched.get_mut(..count as usize * DESCRIPTOR_BYTES)?;
         let skip = u64::from(index) * DESCRIPTOR_BYTES as u64; // of at most 2^32 entries
         read_guest(memory, cx.memory, self.address.checked_add(skip)?, room)?;
-        (self.first, self.end) = (index, index + count);
+        self.first = index;
         Some(())
     }
 
@@ -440,6 +443,6 @@ impl Table {
             return Err(ChainFault::Indirect);
         }
         let fetched = [0; TOGETHER as usize * DESCRIPTOR_BYTES];
-        Ok(Self { address: descriptor.address, entries, index: 0, first: 0, end: 0, fetched })
+        Ok(Self { address: descriptor.address, entries, index: 0, first: entries, fetched })
     }
 }

@@ -66,7 +66,8 @@ pub(crate) struct Request {
     pub(crate) status: BufferSlice,
     /// Under which memory map the slices were translated.
     pub(crate) epoch: u32,
-    segments: usize,
+    /// How many of `ranges` there are.
+    range_count: usize,
     /// How many of `slices` the device writes.
     pub(crate) device_writes: usize,
     slices: Kept,
@@ -75,9 +76,11 @@ pub(crate) struct Request {
 
 /// Slices that have room beside the rest of their request.
 const FEW: usize = 4;
+/// Four lines: 128 of them, a deep queue's, are the 32 KiB of a first cache.
+const _: () = assert!(size_of::<Request>() <= 256);
 
-/// The slices of a request. A slot with room in it for the most is 2 KiB long, and those of a deep queue fill a processor's first cache
-/// and its table of translations; nearly all requests have few.
+/// The slices of a request. Not [`Slices`](resilver_sys::Slices), which have room for the most in themselves: a slot was 2.5 KiB long
+/// with it, those of a deep queue were more than a processor's first cache holds and translates, and nearly all requests have few.
 #[derive(Debug)]
 struct Kept {
     few: [BufferSlice; FEW],
@@ -126,7 +129,7 @@ impl Request {
             written: 0,
             status: BufferSlice::EMPTY,
             epoch: 0,
-            segments: 0,
+            range_count: 0,
             device_writes: 0,
             slices: Kept::new(),
             ranges: Box::new([Range::default(); RANGES_MAX]),
@@ -156,10 +159,9 @@ impl Request {
                 };
                 (self.kind, self.length) = (kind, length);
                 self.rest = Rest::Transfer { offset, left: length, slice: 0, skip: 0 };
-                self.segments = slices.len();
                 self.keep_slices(slices);
                 if kind == IoKind::Read && self.result.is_ok() {
-                    self.device_writes = self.segments;
+                    self.device_writes = slices.len();
                 }
                 if length == 0 {
                     self.rest = Rest::Nothing;
@@ -170,7 +172,7 @@ impl Request {
                 if kind == IoKind::WriteZeroes {
                     self.afterwards = durable;
                 }
-                (self.kind, self.segments) = (kind, count);
+                (self.kind, self.range_count) = (kind, count);
                 let ranges = self.ranges.get(..count).unwrap_or_default();
                 self.length =
                     ranges.iter().fold(0, |sum: u64, range| sum.saturating_add(range.length));
@@ -248,7 +250,7 @@ impl Request {
             }
             Rest::Transfer { offset, left, slice: 0, skip: 0 }
                 if left <= u64::from(limits.max_transfer)
-                    && self.segments <= limits.max_segments as usize =>
+                    && self.slices.count <= limits.max_segments as usize =>
             {
                 let io = BdevIo { offset, length: left, ..nothing };
                 self.rest = Rest::Nothing;
@@ -308,9 +310,8 @@ impl Request {
     /// How many bytes the next part could carry.
     fn part_length(&self, limits: &Limits, left: u64, slice: usize, skip: u32) -> u64 {
         let segments = (limits.max_segments as usize).min(SEGMENTS_MAX);
-        let end = slice.saturating_add(segments).min(self.segments);
-        let slices = self.slices.kept().get(slice..end).unwrap_or_default();
-        let bytes: u64 = slices.iter().map(|slice| u64::from(slice.length)).sum();
+        let slices = self.slices.kept().iter().skip(slice).take(segments);
+        let bytes: u64 = slices.map(|slice| u64::from(slice.length)).sum();
         bytes.saturating_sub(u64::from(skip)).min(left).min(u64::from(limits.max_transfer))
     }
 
@@ -342,7 +343,7 @@ impl Request {
     /// Moves past ranges of no length; the last one ends the request.
     fn skip_empty_ranges(&mut self) {
         let Rest::Ranges { range, done: 0 } = self.rest else { return };
-        let ranges = self.ranges.get(range..self.segments).unwrap_or_default();
+        let ranges = self.ranges.get(range..self.range_count).unwrap_or_default();
         self.rest = match ranges.iter().position(|range| range.length > 0) {
             Some(empty) => Rest::Ranges { range: range + empty, done: 0 },
             None => Rest::Nothing,

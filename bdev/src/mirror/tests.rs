@@ -19,6 +19,7 @@ use crate::job::{
 use crate::malloc::Malloc;
 
 mod inline;
+mod pool;
 mod scope;
 mod throttle;
 mod trail;
@@ -43,15 +44,23 @@ struct Bench {
 
 impl Bench {
     fn new(config: MirrorConfig) -> Self {
+        Self::over(config, |_, channel| channel)
+    }
+
+    /// The same, with something between the mirror and its legs.
+    fn over(
+        config: MirrorConfig,
+        between: impl Fn(Side, Box<dyn IoChannel>) -> Box<dyn IoChannel>,
+    ) -> Self {
         let blocks = SIZE / u64::from(BLOCK);
         let disks =
             ["source", "target"].map(|name| Arc::new(Malloc::new(name, BLOCK, blocks).unwrap()));
         let legs = [0, 1].map(|leg: usize| ErrorBdev::new("leg", Arc::clone(&disks[leg]) as _));
         let open = |leg: usize, depth| legs[leg].open_channel(depth).unwrap();
         let channels = MirrorChannels {
-            source: open(0, DISK_DEPTH),
+            source: between(Side::Source, open(0, DISK_DEPTH)),
             copy_source: open(0, COPY_DEPTH),
-            target: open(1, DISK_DEPTH + COPY_DEPTH),
+            target: between(Side::Target, open(1, DISK_DEPTH + COPY_DEPTH)),
             offload: None,
         };
         let mirror = Box::new(Mirror::new(config, channels).unwrap());

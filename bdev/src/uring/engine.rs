@@ -90,21 +90,19 @@ impl Engine {
 #[derive(Debug)]
 pub(super) struct Queues {
     ring: Ring,
-    /// Whether the thread that commits carries reads and writes out.
-    inline: bool,
     /// Takes reads and writes if it is there.
     transfers: Option<Aio>,
 }
 
 impl Queues {
-    /// The queues of an engine for `file`; `mode` is for what the engine leaves open.
+    /// The queues of an engine for `file`, with a ring of [`Engine::ring_mode`].
     pub(super) fn new(
         engine: Engine,
         file: &Arc<OwnedFd>,
         slots: u32,
         mode: RingMode,
     ) -> Result<Self, String> {
-        let ring = Ring::new(file, slots, engine.ring_mode(mode)).map_err(|error| {
+        let ring = Ring::new(file, slots, mode).map_err(|error| {
             format!(
                 "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
                  (sysctl kernel.io_uring_disabled)"
@@ -118,12 +116,12 @@ impl Queues {
                 )
             })?),
         };
-        Ok(Self { ring, inline: engine != Engine::IoUring, transfers })
+        Ok(Self { ring, transfers })
     }
 
     /// Whether reads and writes are carried out while they are told to the kernel.
     pub(super) fn work_inline(&self) -> bool {
-        self.inline
+        self.transfers.is_some() || self.ring.is_inline()
     }
 
     /// As [`Ring::register`]. What Linux AIO carries gains nothing by it.

@@ -1,4 +1,4 @@
-//! `uring`: a file or block device, through io_uring; one in memory within its call, or where the kernel cannot do that by Linux AIO.
+//! `uring`: a file or block device, through io_uring; one in memory within its call, or by Linux AIO where the kernel cannot.
 //!
 //! The control side ([`Uring`]) opens the file, takes its lock for life and finds what alignment direct I/O really needs;
 //! the data side (`channel`) keeps requests in slots. Direct I/O is the default: the guest has a page cache of its own, and
@@ -42,7 +42,7 @@ use crate::stats::IoStats;
 /// What a guest's file system uses as a page anyway.
 const OPTIMAL_IO_MIN: u32 = 4096;
 
-/// How far apart a file in memory is asked whether it has data, bytes. A copy of so much takes hundreds of times as long as the answer.
+/// How far apart a file in memory is asked whether it has data, bytes: seldom enough to cost nothing beside the copy of so much.
 const DATA_STEP: u64 = 1 << 20;
 
 /// How a `uring` bdev is made.
@@ -100,7 +100,7 @@ impl Uring {
         Self::over(config, file)
     }
 
-    /// How a ring for the file works, for whoever does without a channel.
+    /// How a ring for the file works.
     #[must_use]
     pub fn ring_mode(&self) -> RingMode {
         self.engine.ring_mode(self.config.mode.clone())
@@ -142,9 +142,9 @@ impl Uring {
         })
     }
 
-    /// The last place from `offset` on, in steps, up to which every step has data. Looking for the end of data by `SEEK_HOLE` walks
-    /// all of its pages on tmpfs, 10 ms a gigabyte in one call, with the file's lock, for which every write waits, and on a core that may
-    /// be a reactor's. A hole between two steps goes unseen, and is found when it is read.
+    /// The last place from `offset` on, in steps, up to which every step has data. Looking for the end of data by `SEEK_HOLE`
+    /// walks all of its pages on tmpfs, 10 ms a gigabyte in one call, with the file's lock, for which every write waits, and on a
+    /// core that may be a reactor's. A hole between two steps goes unseen, and is found when it is read.
     fn data_seen_upto(&self, offset: u64, size: u64) -> io::Result<u64> {
         let mut at = offset;
         while size - at > DATA_STEP {
@@ -222,8 +222,8 @@ impl Bdev for Uring {
         let resources =
             |reason: String| BdevError::Resources { name: self.config.name.clone(), reason };
         let slots = u32::try_from(Ledger::slots(depth)).unwrap_or(u32::MAX);
-        let queues = Queues::new(self.engine, &self.file.fd, slots, self.config.mode.clone())
-            .map_err(resources)?;
+        let queues =
+            Queues::new(self.engine, &self.file.fd, slots, self.ring_mode()).map_err(resources)?;
         let pool = if self.config.direct { Pool::Full } else { Pool::ZeroesOnly };
         let bounce = Bounce::new(pool).map_err(|error| resources(error.to_string()))?;
         let limits = Limits {

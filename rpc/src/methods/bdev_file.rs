@@ -1,4 +1,4 @@
-//! Files and block devices through io_uring; files in memory by whoever carries requests out within its call.
+//! Files and block devices through io_uring; reads and writes of files in memory within a call.
 
 use std::path::PathBuf;
 
@@ -56,7 +56,8 @@ pub(crate) struct BdevUringCreate {
     /// Bypass the host's page cache (O_DIRECT).
     #[serde(default = "yes")]
     pub(crate) direct: bool,
-    /// What carries out reads and writes; if not given, `inline` for a file on tmpfs, `aio` where that cannot be had, and `io_uring` for any other.
+    /// What carries out reads and writes; if not given, `inline` for a file on tmpfs, `aio` where that cannot be had, and
+    /// `io_uring` for any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) engine: Option<EngineName>,
     /// UUID of the bdev; a random one if not given.

@@ -226,6 +226,22 @@ impl RegionTable {
         Ok(())
     }
 
+    /// Reads a slice of sixteen bytes as a little-endian number, with the caveat of [`RegionTable::read`].
+    ///
+    /// # Errors
+    /// A bad slice, or one of another length.
+    #[inline]
+    pub fn read_u128(&self, from: BufferSlice) -> Result<u128, BadSlice> {
+        let source = self.resolve(from)?;
+        if from.length as usize != size_of::<Sixteen>() {
+            return Err(BadSlice::LengthMismatch);
+        }
+        // SAFETY: `resolve` gives sixteen mapped bytes that stay mapped while `self` is borrowed; the access is volatile and may
+        // be anywhere.
+        let Sixteen(low, high) = unsafe { source.cast::<Sixteen>().read_volatile() };
+        Ok(u128::from(u64::from_le(low)) | u128::from(u64::from_le(high)) << 64)
+    }
+
     /// Copies bytes into the slice.
     ///
     /// # Errors

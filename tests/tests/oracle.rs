@@ -19,11 +19,13 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use resilver_reactor::{Context, Nanos};
 use resilver_sys::{BufferSlice, RegionTable};
 use resilver_tests::guest_memory::{MemoryFile, descriptor};
-use resilver_vhost::chain::{Buffers, Chain, INDIRECT_ENTRIES_MAX, Indirect};
+use resilver_vhost::chain::{Buffers, Chain, INDIRECT_ENTRIES_MAX, Indirect, Table};
 use resilver_vhost::memory::GuestMemory;
 use resilver_vhost::message::RingAddresses;
 use resilver_vhost::protocol::descriptor_flags::{INDIRECT, NEXT, WRITE};
-use resilver_vhost::ring::{ChainFault, EventMode, Format, Notify, RingAreas, RingFault};
+use resilver_vhost::ring::{
+    ChainFault, Descriptors, EventMode, Format, Notify, RingAreas, RingFault,
+};
 use resilver_vhost::split::SplitRing;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::mmap::GuestMemoryMmap;
@@ -255,7 +257,7 @@ fn append(runs: &mut Vec<(u64, u64)>, address: u64, length: u64) {
     }
 }
 
-/// What our side makes of the chain at `head`.
+/// What our side makes of the chain at `head`: the same, whether its beginning was fetched ahead of its turn or not.
 fn our_walk(
     memory: &Memory,
     head: u16,
@@ -264,7 +266,22 @@ fn our_walk(
     let cx = Context { now: Nanos(0), memory: &memory.table };
     let ring = memory.split_ring(EventMode::Flags);
     let mut chain = Chain::default();
-    chain.gather(&cx, &memory.ours, ring.chain(head), indirect)?;
+    let walked = chain.gather(&cx, &memory.ours, ring.chain(head), indirect);
+    let found = walked.map(|_| (chain.buffers(), our_streams(memory, &chain)));
+    let (first, mut table) = (ring.chain(head).fetch(), Table::EMPTY);
+    if indirect == Indirect::Allowed
+        && first.is_some_and(|first| table.enter(&first).is_ok())
+        && table.begin(&cx, &memory.ours).is_some()
+    {
+        let mut ahead = Chain::default();
+        let walked = ahead.gather_table(&cx, &memory.ours, &mut table);
+        let of_table = walked.map(|()| (ahead.buffers(), our_streams(memory, &ahead)));
+        assert_eq!(of_table, found, "fetched ahead");
+    }
+    found
+}
+
+fn our_streams(memory: &Memory, chain: &Chain) -> Streams {
     let first = memory.ours.translate(BASE, 1).unwrap().region;
     let address =
         |slice: &BufferSlice| slice.offset + if slice.region == first { BASE } else { BASE + HALF };
@@ -275,7 +292,7 @@ fn our_walk(
     for slice in chain.writable().iter().chain([&chain.status()]) {
         append(&mut streams.writable, address(slice), u64::from(slice.length));
     }
-    Ok((chain.buffers(), streams))
+    streams
 }
 
 /// What virtio-queue makes of it.

@@ -15,8 +15,7 @@ use resilver_reactor::Context;
 
 use crate::chain::{Buffers, Chain};
 use crate::protocol::{
-    BLK_HEADER_BYTES, BLK_RANGE_BYTES, CONFIG_BYTES_MAX, SECTOR, SERIAL_BYTES, blk_status,
-    blk_type, features,
+    BLK_RANGE_BYTES, CONFIG_BYTES_MAX, SECTOR, SERIAL_BYTES, blk_status, blk_type, features,
 };
 use crate::session::{POSTCOPY_FEATURES, PROTOCOL_FEATURES};
 
@@ -274,9 +273,7 @@ pub fn parse(
         Buffers::Wild => return Err(RequestError::WildBuffer),
         Buffers::TooMany => return Err(RequestError::TooManySegments),
     }
-    let mut header = [0; BLK_HEADER_BYTES];
-    chain.read(cx, &mut header).ok_or(RequestError::Header)?;
-    let header = u128::from_le_bytes(header);
+    let header = chain.read(cx).ok_or(RequestError::Header)?;
     #[allow(clippy::cast_possible_truncation)] // type, reserved word, sector
     let (id, sector) = (header as u32, (header >> 64) as u64);
     let may_write = if read_only { Err(RequestError::ReadOnly) } else { Ok(()) };
@@ -332,9 +329,7 @@ fn parse_ranges(
     let count = usize::try_from(count).unwrap_or(usize::MAX);
     let wanted = ranges.get_mut(..count).ok_or(RequestError::TooManySegments)?;
     for range in wanted {
-        let mut bytes = [0; BLK_RANGE_BYTES];
-        chain.read(cx, &mut bytes).ok_or(RequestError::Header)?;
-        let value = u128::from_le_bytes(bytes);
+        let value = chain.read(cx).ok_or(RequestError::Header)?;
         #[allow(clippy::cast_possible_truncation)] // sector, sectors, flags
         let (sector, sectors, flags) = (value as u64, (value >> 64) as u32, (value >> 96) as u32);
         let known = match kind {

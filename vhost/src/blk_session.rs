@@ -27,7 +27,7 @@ use crate::blk::{CacheMode, RequestError, Serial};
 use crate::chain::Chain;
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::queue::{LiveQueue, QUEUE_SHIFT, Retiring, Shared, Source};
+use crate::queue::{Ahead, LiveQueue, QUEUE_SHIFT, Retiring, Shared, Source};
 use crate::ring::{RingAreas, RingFault};
 use crate::stats::VhostStats;
 
@@ -188,6 +188,7 @@ impl BlkSession {
             serial,
             stats,
             chain: Chain::default(),
+            ahead: Ahead::default(),
             scratch: Box::new([BufferSlice::EMPTY; SEGMENTS_MAX]),
         };
         let session = Self {

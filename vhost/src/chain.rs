@@ -14,8 +14,9 @@ use resilver_reactor::Context;
 use resilver_sys::BufferSlice;
 
 use crate::memory::{GuestMemory, read_guest};
-use crate::protocol::descriptor_flags;
+use crate::protocol::{BLK_HEADER_BYTES, BLK_RANGE_BYTES, descriptor_flags};
 use crate::ring::{ChainFault, DESCRIPTOR_BYTES, Descriptor, Descriptors, Format};
+use crate::split::SplitChain;
 
 mod arriving;
 
@@ -25,6 +26,10 @@ pub(crate) use arriving::Arrived;
 pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 /// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
 pub const INDIRECT_ENTRIES_MAX: u32 = 1024;
+
+/// Bytes of a request's header, and of a range: what [`Chain::read`] reads at a time.
+const WORD: u32 = 16;
+const _: () = assert!(WORD as usize == BLK_HEADER_BYTES && WORD as usize == BLK_RANGE_BYTES);
 
 /// Whether indirect tables were negotiated (VIRTIO_F_RING_INDIRECT_DESC).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +97,9 @@ pub struct Extent {
 /// How chains are gathered. The two ways are types, so that each has a path of its own through a queue, and whoever waits for nobody
 /// has no branch for it.
 pub(crate) trait Gather {
+    /// Whether chains may be looked at before their turn.
+    const AHEAD: bool;
+
     /// As [`Chain::gather`]; none where pages are missing.
     ///
     /// # Errors
@@ -109,6 +117,8 @@ pub(crate) trait Gather {
 pub(crate) enum AllThere {}
 
 impl Gather for AllThere {
+    const AHEAD: bool = true;
+
     #[inline(always)]
     fn gather<D: Descriptors>(
         chain: &mut Chain,
@@ -124,15 +134,14 @@ impl Gather for AllThere {
 /// Descriptors of a table that are fetched together: those of most requests.
 const TOGETHER: u32 = 8;
 
-/// An indirect table.
-struct Table {
+/// An indirect table, and its descriptors that were fetched last.
+#[derive(Debug)]
+pub struct Table {
     address: u64,
     entries: u32,
-    /// The next descriptor.
-    index: u32,
     /// The first of those that have been fetched, which are [`TOGETHER`] or all that follow; `entries` if none have.
     first: u32,
-    fetched: [u8; TOGETHER as usize * DESCRIPTOR_BYTES],
+    fetched: [[u8; DESCRIPTOR_BYTES]; TOGETHER as usize],
 }
 
 impl Chain {
@@ -155,6 +164,22 @@ impl Chain {
         Ok(extent)
     }
 
+    /// Gathers a chain of a split ring that is a table, of which the beginning has been fetched.
+    ///
+    /// # Errors
+    /// As [`Chain::gather`].
+    #[inline(always)]
+    pub fn gather_table(
+        &mut self,
+        cx: &Context<'_>,
+        memory: &GuestMemory,
+        table: &mut Table,
+    ) -> Result<(), ChainFault> {
+        self.reset();
+        self.walk_table::<SplitChain<'_>>(cx, memory, table)?;
+        self.set_status_aside(memory)
+    }
+
     #[inline]
     fn reset(&mut self) {
         (self.len, self.first, self.readable) = (0, 0, 0);
@@ -165,23 +190,32 @@ impl Chain {
     /// Takes the last byte that the device may write from the buffers.
     #[inline]
     fn set_status_aside(&mut self, memory: &GuestMemory) -> Result<(), ChainFault> {
-        // The last byte of the last writable buffer, wherever the rest of the chain points.
-        let (address, length) = self.last_writable;
         if self.writable_bytes == 0 {
             return Err(ChainFault::NoStatus);
         }
+        self.writable_bytes -= 1;
+        match self.slices.get_mut(self.len.wrapping_sub(1)) {
+            // Buffers that the device writes come last, and no slice is empty.
+            Some(last) if self.buffers == Buffers::Gathered => {
+                last.length -= 1;
+                let offset = last.offset + u64::from(last.length);
+                self.status = BufferSlice { offset, length: 1, ..*last };
+                if last.length == 0 {
+                    self.len -= 1;
+                }
+                Ok(())
+            }
+            _ => self.find_status(memory),
+        }
+    }
+
+    /// Finds the last byte of the last writable buffer, wherever the rest of the chain points.
+    #[cold]
+    fn find_status(&mut self, memory: &GuestMemory) -> Result<(), ChainFault> {
+        let (address, length) = self.last_writable;
         let last = address.checked_add(u64::from(length) - 1);
         let status = last.and_then(|last| memory.translate(last, 1));
         self.status = status.ok_or(ChainFault::NoStatus)?;
-        self.writable_bytes -= 1;
-        if self.buffers == Buffers::Gathered
-            && let Some(last) = self.slices.get_mut(self.len.wrapping_sub(1))
-        {
-            last.length -= 1;
-            if last.length == 0 {
-                self.len -= 1;
-            }
-        }
         Ok(())
     }
 
@@ -204,9 +238,10 @@ impl Chain {
                 if indirect == Indirect::Refused {
                     return Err(ChainFault::Indirect.into());
                 }
-                let table = Table::enter(&descriptor)?;
+                let mut table = Table::EMPTY;
+                table.enter(&descriptor)?;
                 enter(self, &descriptor)?;
-                self.walk_table(cx, memory, table, D::FORMAT)?;
+                self.walk_table::<D>(cx, memory, &mut table)?;
                 return Ok(extent);
             }
             self.add(memory, descriptor)?;
@@ -219,22 +254,30 @@ impl Chain {
 
     /// Follows the descriptors of a table.
     #[inline]
-    fn walk_table(
+    fn walk_table<D: Descriptors>(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
-        mut table: Table,
-        format: Format,
+        table: &mut Table,
     ) -> Result<(), ChainFault> {
+        let mut index = 0;
         for _ in 0..table.entries {
-            let (descriptor, more) = table.fetch(cx, memory, format)?;
+            let descriptor = table.fetch(cx, memory, D::FORMAT, index)?;
             if descriptor.has(descriptor_flags::INDIRECT) {
                 return Err(ChainFault::Indirect);
             }
             self.add(memory, descriptor)?;
+            // In the packed format all of a table belong to the chain, one after the other (virtio 2.8.7).
+            let (next, more) = match D::FORMAT {
+                Format::Split => {
+                    (u32::from(descriptor.link), descriptor.has(descriptor_flags::NEXT))
+                }
+                Format::Packed => (index + 1, index + 1 < table.entries),
+            };
             if !more {
                 return Ok(());
             }
+            index = next;
         }
         Err(ChainFault::Loop)
     }
@@ -258,33 +301,24 @@ impl Chain {
             Some(slice) if slice.length == length && self.buffers == Buffers::Gathered => {
                 self.push(slice, writable);
             }
-            first => self.add_pieces(memory, &descriptor, first),
+            Some(_) | None => self.add_pieces(memory, descriptor.address, length, writable),
         }
         Ok(())
     }
 
-    /// Adds a buffer that lies in several regions, of which `first` is what the first one has.
+    /// Adds a buffer that lies in several regions.
     #[cold]
-    fn add_pieces(
-        &mut self,
-        memory: &GuestMemory,
-        descriptor: &Descriptor,
-        first: Option<BufferSlice>,
-    ) {
-        let (mut address, mut left, mut piece) = (descriptor.address, descriptor.length, first);
+    fn add_pieces(&mut self, memory: &GuestMemory, address: u64, length: u32, writable: bool) {
+        let (mut next, mut left) = (Some(address), length);
         while left > 0 && self.buffers == Buffers::Gathered {
-            let Some(slice) = piece else {
+            let piece = next.and_then(|address| Some((address, memory.translate(address, left)?)));
+            let Some((address, slice)) = piece else {
                 self.buffers = Buffers::Wild;
                 return;
             };
-            self.push(slice, descriptor.is_writable());
+            self.push(slice, writable);
             left -= slice.length;
-            let (next, wrapped) = address.overflowing_add(u64::from(slice.length));
-            if wrapped && left > 0 {
-                self.buffers = Buffers::Wild;
-            }
-            address = next;
-            piece = memory.translate(address, left);
+            next = address.checked_add(u64::from(slice.length));
         }
     }
 
@@ -345,9 +379,28 @@ impl Chain {
         self.slices.get(self.readable..self.len).unwrap_or_default()
     }
 
-    /// Consumes readable bytes; none where there are fewer than `into` wants.
-    #[inline]
-    pub fn read(&mut self, cx: &Context<'_>, into: &mut [u8]) -> Option<()> {
+    /// Consumes sixteen readable bytes, a little-endian number; none where there are fewer.
+    #[inline(always)]
+    pub fn read(&mut self, cx: &Context<'_>) -> Option<u128> {
+        match self.slices.get(self.first) {
+            // In a slice of their own: so drivers cut a header.
+            Some(slice) if self.first < self.readable && slice.length == WORD => {
+                let word = cx.memory.read_u128(*slice).ok()?;
+                self.first += 1;
+                self.readable_bytes -= u64::from(WORD);
+                Some(word)
+            }
+            Some(_) | None => {
+                let mut bytes = [0; WORD as usize];
+                self.read_pieces(cx, &mut bytes)?;
+                Some(u128::from_le_bytes(bytes))
+            }
+        }
+    }
+
+    /// Consumes readable bytes of several slices, or of a part of one.
+    #[cold]
+    fn read_pieces(&mut self, cx: &Context<'_>, into: &mut [u8]) -> Option<()> {
         let mut rest = into;
         while !rest.is_empty() {
             if self.first >= self.readable {
@@ -385,64 +438,78 @@ impl Chain {
 }
 
 impl Table {
-    /// The next descriptor, and whether another one follows: in the packed format all of a table do, one after the other
-    /// (virtio 2.8.7).
+    /// No table.
+    pub const EMPTY: Self = Self {
+        address: 0,
+        entries: 0,
+        first: 0,
+        fetched: [[0; DESCRIPTOR_BYTES]; TOGETHER as usize],
+    };
+
+    /// Goes to the table that `descriptor` names, of which nothing is fetched yet.
+    ///
+    /// # Errors
+    /// It names none that could be followed.
+    #[inline(always)]
+    pub fn enter(&mut self, descriptor: &Descriptor) -> Result<(), ChainFault> {
+        const ENTRY: u32 = 16;
+        const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
+        let entries = descriptor.length / ENTRY;
+        let valid = descriptor.has(descriptor_flags::INDIRECT)
+            && !descriptor.has(descriptor_flags::NEXT)
+            && descriptor.length.is_multiple_of(ENTRY)
+            && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
+        if !valid {
+            return Err(ChainFault::Indirect);
+        }
+        (self.address, self.entries, self.first) = (descriptor.address, entries, entries);
+        Ok(())
+    }
+
+    /// Fetches the beginning; the first buffer's address. None where it is not guest memory.
+    #[inline(always)]
+    pub fn begin(&mut self, cx: &Context<'_>, memory: &GuestMemory) -> Option<u64> {
+        self.fetch_from(cx, memory, 0)?;
+        let [first, ..] = &self.fetched;
+        Some(Descriptor::from_bytes(Format::Split, first).address)
+    }
+
+    /// A descriptor.
     #[inline]
     fn fetch(
         &mut self,
         cx: &Context<'_>,
         memory: &GuestMemory,
         format: Format,
-    ) -> Result<(Descriptor, bool), ChainFault> {
-        let index = self.index;
+        index: u32,
+    ) -> Result<Descriptor, ChainFault> {
         if index >= self.entries {
             return Err(ChainFault::NextOutside);
         }
         // Before the first the difference wraps around to far behind the last.
         if index.wrapping_sub(self.first) >= TOGETHER {
-            self.fetch_from(cx, memory, index).ok_or(ChainFault::Indirect)?;
+            self.fetch_more(cx, memory, index).ok_or(ChainFault::Indirect)?;
         }
-        let at = (index - self.first) as usize * DESCRIPTOR_BYTES;
-        let bytes = self.fetched.get(at..).and_then(|from| from.first_chunk());
-        let descriptor = Descriptor::from_bytes(format, bytes.ok_or(ChainFault::Indirect)?);
-        let more = match format {
-            Format::Split => {
-                self.index = u32::from(descriptor.link);
-                descriptor.has(descriptor_flags::NEXT)
-            }
-            Format::Packed => {
-                self.index = index + 1;
-                self.index < self.entries
-            }
-        };
-        Ok((descriptor, more))
+        let bytes = self.fetched.get((index - self.first) as usize);
+        Ok(Descriptor::from_bytes(format, bytes.ok_or(ChainFault::Indirect)?))
+    }
+
+    /// As [`Table::fetch_from`], for a table whose beginning was not fetched or does not suffice.
+    #[inline(never)]
+    fn fetch_more(&mut self, cx: &Context<'_>, memory: &GuestMemory, index: u32) -> Option<()> {
+        self.fetch_from(cx, memory, index)
     }
 
     /// Fetches some descriptors from `index` on, which is in the table. A chain that jumps about may have one fetched again, and a
     /// guest may have changed it: it then is another descriptor, checked as the first was, and counted. A table that leaves guest
     /// memory is refused with the first group that does; to look at all of it beforehand costs each request more than it is worth.
-    #[inline]
+    #[inline(always)]
     fn fetch_from(&mut self, cx: &Context<'_>, memory: &GuestMemory, index: u32) -> Option<()> {
         let count = (self.entries - index).min(TOGETHER);
-        let room = self.fetched.get_mut(..count as usize * DESCRIPTOR_BYTES)?;
+        let room = self.fetched.get_mut(..count as usize)?.as_flattened_mut();
         let skip = u64::from(index) * DESCRIPTOR_BYTES as u64; // of at most 2^32 entries
         read_guest(memory, cx.memory, self.address.checked_add(skip)?, room)?;
         self.first = index;
         Some(())
-    }
-
-    /// The indirect table that `descriptor` names.
-    fn enter(descriptor: &Descriptor) -> Result<Self, ChainFault> {
-        const ENTRY: u32 = 16;
-        const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
-        let entries = descriptor.length / ENTRY;
-        let valid = !descriptor.has(descriptor_flags::NEXT)
-            && descriptor.length.is_multiple_of(ENTRY)
-            && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
-        if !valid {
-            return Err(ChainFault::Indirect);
-        }
-        let fetched = [0; TOGETHER as usize * DESCRIPTOR_BYTES];
-        Ok(Self { address: descriptor.address, entries, index: 0, first: entries, fetched })
     }
 }

@@ -407,16 +407,29 @@ pub fn read_guest(
     address: u64,
     into: &mut [u8],
 ) -> Option<()> {
-    let (mut address, mut rest) = (address, into);
-    while !rest.is_empty() {
-        let wanted = u32::try_from(rest.len()).unwrap_or(u32::MAX);
-        let slice = memory.translate(address, wanted)?;
+    let wanted = u32::try_from(into.len()).ok()?;
+    let first = memory.translate(address, wanted)?;
+    if first.length == wanted {
+        return table.read(first, into).ok();
+    }
+    read_pieces(memory, table, address, into)
+}
+
+#[cold]
+fn read_pieces(
+    memory: &GuestMemory,
+    table: &RegionTable,
+    address: u64,
+    into: &mut [u8],
+) -> Option<()> {
+    let mut rest = into;
+    let wanted = u32::try_from(rest.len()).ok()?;
+    for slice in memory.slices(address, wanted) {
         let (now, later) = rest.split_at_mut_checked(usize_from(u64::from(slice.length)))?;
         table.read(slice, now).ok()?;
-        address = address.checked_add(u64::from(slice.length))?;
         rest = later;
     }
-    Some(())
+    rest.is_empty().then_some(())
 }
 
 #[cfg(test)]

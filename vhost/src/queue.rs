@@ -11,16 +11,19 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
 use crate::blk_session::MemoryReply;
-use crate::chain::{AllThere, Chain, Gather, Indirect};
+use crate::chain::{AllThere, Chain, Extent, Gather, Indirect};
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
-use crate::protocol::{BLK_HEADER_BYTES, blk_status, descriptor_flags};
+use crate::protocol::blk_status;
 use crate::request::{NO_SLOT, Request, Rest};
 use crate::ring::{ChainFault, Notify, Ring, RingAreas, RingFault, Taken};
 use crate::stats::VhostStats;
 
+pub(crate) use ahead::Ahead;
+use ahead::Near;
 use arriving::Arriving;
 
+mod ahead;
 mod arriving;
 
 /// The most requests of one queue that are in flight at a time.
@@ -29,10 +32,6 @@ pub const SLOTS_MAX: u16 = 1024;
 const PER_TURN: (u16, u16) = (4, 32);
 /// The most from a packed ring.
 const PACKED_PER_TURN: u16 = 16;
-/// Chains whose parts are prefetched together: what a core can have on the way to it at a time.
-const AHEAD: u16 = 16;
-#[allow(clippy::cast_possible_truncation)] // 16
-const HEADER: u32 = BLK_HEADER_BYTES as u32;
 /// Where the queue's index begins in a tag.
 pub(crate) const QUEUE_SHIFT: u32 = 16;
 
@@ -50,6 +49,7 @@ pub(crate) struct Shared {
     pub(crate) serial: Serial,
     pub(crate) stats: Arc<VhostStats>,
     pub(crate) chain: Chain,
+    pub(crate) ahead: Ahead,
     pub(crate) scratch: Box<[BufferSlice; SEGMENTS_MAX]>,
 }
 
@@ -270,12 +270,14 @@ impl LiveQueue {
             // How many there are only each of them tells.
             (Ring::Packed(_), Source::Ring) => PACKED_PER_TURN,
         };
-        let (mut count, mut near) = (0, 0u16);
+        let mut count = 0;
+        shared.ahead.clear();
         while count < batch && self.free != NO_SLOT {
-            if near == 0 && source == Source::Ring {
-                near = self.look_ahead(cx, &shared.memory, batch - count)?;
+            if let (Ring::Split(ring), Source::Ring) = (&mut self.ring, source)
+                && shared.ahead.is_empty()
+            {
+                shared.ahead.look(cx, &shared.memory, ring, self.indirect, batch - count)?;
             }
-            near = near.saturating_sub(1);
             let next = match source {
                 Source::Ring => self.take::<AllThere>(cx, shared)?,
                 Source::Owed => self.take_again::<AllThere>(cx, shared)?,
@@ -287,46 +289,6 @@ impl LiveQueue {
         Ok(usize::from(count))
     }
 
-    /// Has the descriptors and headers of the next chains prefetched, and answers of how many: each is a line in the guest's
-    /// cache that says where the next one is, and so they come together and not one after the other. A packed ring lies in
-    /// order, which processors see by themselves.
-    #[inline]
-    fn look_ahead(
-        &mut self,
-        cx: &Context<'_>,
-        memory: &GuestMemory,
-        most: u16,
-    ) -> Result<u16, RingFault> {
-        let Ring::Split(ring) = &mut self.ring else { return Ok(0) };
-        let count = ring.available()?.min(AHEAD).min(most);
-        if count < 2 {
-            return Ok(count);
-        }
-        for ahead in 0..count {
-            ring.prefetch(ahead);
-        }
-        let (mut tables, mut found) = ([BufferSlice::EMPTY; AHEAD as usize], 0);
-        for ahead in 0..count {
-            let Some(first) = ring.peek(ahead) else { continue };
-            let Some(slice) = memory.translate(first.address, first.length) else { continue };
-            cx.memory.prefetch(slice);
-            if first.has(descriptor_flags::INDIRECT) {
-                tables[found] = slice;
-                found += 1;
-            }
-        }
-        for table in &tables[..found] {
-            let mut address = [0; 8];
-            if let Some(first) = table.part(0, 8)
-                && cx.memory.read(first, &mut address).is_ok()
-                && let Some(header) = memory.translate(u64::from_le_bytes(address), HEADER)
-            {
-                cx.memory.prefetch(header);
-            }
-        }
-        Ok(count)
-    }
-
     /// Takes the next request from the ring and gathers its chain.
     #[inline(always)]
     fn take<G: Gather>(
@@ -334,12 +296,24 @@ impl LiveQueue {
         cx: &Context<'_>,
         shared: &mut Shared,
     ) -> Result<Next, RingFault> {
-        let Shared { chain, memory, .. } = shared;
+        let Shared { chain, memory, ahead, .. } = shared;
         let bad = |head| move |what| RingFault::BadChain { head, what };
         match &mut self.ring {
             Ring::Split(ring) => {
-                let Some(head) = ring.pop()? else { return Ok(Next::Nothing) };
-                let gathered = G::gather(chain, cx, memory, ring.chain(head), self.indirect);
+                let near = if G::AHEAD { ahead.next() } else { None };
+                let head = match &near {
+                    Some(near) => ring.pop_known(near.head)?,
+                    None => match ring.pop()? {
+                        Some(head) => head,
+                        None => return Ok(Next::Nothing),
+                    },
+                };
+                let gathered = match near {
+                    Some(Near { table, begun: true, .. }) => {
+                        chain.gather_table(cx, memory, table).map(|()| Some(Extent::default()))
+                    }
+                    Some(_) | None => G::gather(chain, cx, memory, ring.chain(head), self.indirect),
+                };
                 if gathered.map_err(bad(head))?.is_none() {
                     ring.put_back();
                     return Ok(Next::Missing);

@@ -165,12 +165,21 @@ impl SplitRing {
         if self.available()? == 0 {
             return Ok(None);
         }
-        let (head, size) = (self.head(0), self.size);
+        self.pop_known(self.head(0)).map(Some)
+    }
+
+    /// Pops the next chain, which is available and whose head [`SplitRing::head`] has answered.
+    ///
+    /// # Errors
+    /// The driver broke the ring.
+    #[inline(always)]
+    pub(crate) fn pop_known(&mut self, head: u16) -> Result<u16, RingFault> {
+        let size = self.size;
         if head >= size {
             return Err(RingFault::BadHead { head, size });
         }
         self.next_available = self.next_available.wrapping_add(1);
-        Ok(Some(head))
+        Ok(head)
     }
 
     /// Leaves in the ring what was popped last: it is popped again later.
@@ -180,22 +189,15 @@ impl SplitRing {
 
     /// What the driver wrote into the entry that comes `ahead` of the next one.
     #[inline]
-    fn head(&self, ahead: u16) -> u16 {
+    pub(crate) fn head(&self, ahead: u16) -> u16 {
         let at = available_entry(self.next_available.wrapping_add(ahead), self.size);
         u16::from_le(self.areas.driver.load_u16(at, Ordering::Relaxed))
     }
 
-    /// Has the first descriptor of a chain prefetched that comes `ahead` of the next one.
+    /// Has the first descriptor of the chain at `head` prefetched.
     #[inline]
-    pub fn prefetch(&self, ahead: u16) {
-        self.areas.descriptors.prefetch(usize::from(self.head(ahead)) * DESCRIPTOR_BYTES);
-    }
-
-    /// That descriptor as it is now, to prefetch what it names. When the chain is taken it is fetched again.
-    #[inline]
-    #[must_use]
-    pub fn peek(&self, ahead: u16) -> Option<Descriptor> {
-        self.chain(self.head(ahead)).fetch()
+    pub(crate) fn prefetch(&self, head: u16) {
+        self.areas.descriptors.prefetch(usize::from(head) * DESCRIPTOR_BYTES);
     }
 
     /// The request at `head` is about to be executed.

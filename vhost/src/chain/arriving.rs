@@ -28,6 +28,8 @@ impl From<ChainFault> for Stopped {
 pub(crate) enum Arrived {}
 
 impl Gather for Arrived {
+    const AHEAD: bool = false;
+
     fn gather<D: Descriptors>(
         chain: &mut Chain,
         cx: &Context<'_>,

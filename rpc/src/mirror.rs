@@ -19,6 +19,7 @@ use resilver_bdev::mirror::{
 use resilver_bdev::offload;
 use resilver_bdev::sectors::Sectors;
 use resilver_bdev::{Bdev, DISK_DEPTH, DiskCommand, DiskHandle, JobStatus, StartJob};
+use resilver_sys::step_aside;
 use serde_json::json;
 
 use crate::bitmaps::BitmapName;
@@ -171,12 +172,17 @@ impl Target {
         } else {
             None
         };
+        let open = |bdev: &dyn Bdev, depth| {
+            step_aside();
+            bdev.open_channel(depth)
+        };
         let channels = MirrorChannels {
-            source: source.open_channel(DISK_DEPTH)?,
-            copy_source: source.open_channel(COPY_DEPTH)?,
-            target: target.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+            source: open(source.as_ref(), DISK_DEPTH)?,
+            copy_source: open(source.as_ref(), COPY_DEPTH)?,
+            target: open(target.as_ref(), DISK_DEPTH + COPY_DEPTH)?,
             offload,
         };
+        step_aside();
         let (id, auto_finalize) = (start.config.job_id.clone(), start.config.auto_finalize);
         let (sync, observer) = (start.config.sync, start.config.observer);
         let mut freed = FreedBitmaps { target: Rc::clone(self), job: Some(id.clone()) };
@@ -189,6 +195,7 @@ impl Target {
             start.config.bitmap = Some(working);
         }
         let mirror = Box::new(Mirror::new(start.config, channels)?);
+        step_aside();
         let disk = self.disk_over(&source, None)?;
         let scan_stop = Arc::new(AtomicBool::new(false));
         let job = Job {

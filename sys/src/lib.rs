@@ -44,6 +44,13 @@ pub use wait::{EventFd, WaitSet};
 /// The number of bytes of a memory page; what mappings are rounded to where the file does not ask for more.
 pub const PAGE_SIZE: usize = 4096;
 
+/// Lets others have this core, between two steps of work that is not a reactor's. On a host with fewer cores than threads a
+/// reactor may be who waits for it, and the scheduler would take the core back at its next tick only, milliseconds later. Who has
+/// a core of their own go on at once.
+pub fn step_aside() {
+    std::thread::yield_now();
+}
+
 /// Widens a `u64` to `usize`. Lossless: the crate builds for 64-bit hosts only (asserted below).
 #[inline]
 #[must_use]

@@ -217,6 +217,7 @@ impl Ring {
     /// There is one, or this user may not have so much pinned (`RLIMIT_MEMLOCK`); the ring does without.
     pub fn register(&mut self, pool: &Arc<Mapping>, length: usize) -> io::Result<()> {
         let length = length.min(pool.len());
+        pool.populate(length);
         let all = libc::iovec { iov_base: pool.base().as_ptr().cast(), iov_len: length };
         // SAFETY: `length` mapped bytes, whose pages the kernel pins before it returns; it uses their addresses only to find an
         // operation's place among them. As long as the ring names such places, it holds the mapping.

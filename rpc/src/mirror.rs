@@ -172,6 +172,7 @@ impl Target {
         } else {
             None
         };
+        // Each of these steps takes some tenths of a millisecond.
         let open = |bdev: &dyn Bdev, depth| {
             step_aside();
             bdev.open_channel(depth)

@@ -236,7 +236,8 @@ impl Mapping {
         for offset in (0..length.min(self.len)).step_by(STEP) {
             let length = (length.min(self.len) - offset).min(STEP);
             step_aside();
-            // SAFETY: a stretch of this mapping, whose content stays as it is; from a page's beginning, as `base` is one.
+            // SAFETY: a stretch of this mapping, rounded up to its last page by the kernel, whose content stays as it is. Where it
+            // does not begin with a page, as one of a file may not, the kernel refuses.
             unsafe {
                 let address = self.base.as_ptr().add(offset).cast();
                 libc::madvise(address, length, libc::MADV_POPULATE_WRITE);

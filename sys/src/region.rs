@@ -452,12 +452,41 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn populating_leaves_the_content_as_it_is() {
+        let (table, id, mapping) = memory(3 << 20);
+        table.write(slice(id, (2 << 20) - 2, 5), b"hello").unwrap();
+        for length in [0, 1, 4097, (2 << 20) + 5, 9 << 20] {
+            mapping.populate(length);
+        }
+        let mut back = [0; 5];
+        table.read(slice(id, (2 << 20) - 2, 5), &mut back).unwrap();
+        assert_eq!(&back, b"hello");
+        assert!(table.is_zero(slice(id, 0, (2 << 20) - 2)).unwrap());
+    }
+
+    #[test]
     fn a_slice_that_leaves_its_region_is_refused() {
         let (table, id) = table_with(4096);
         assert_eq!(table.check(slice(id, 4095, 2)), Err(BadSlice::OutOfBounds));
         assert_eq!(table.check(slice(id, u64::MAX, 2)), Err(BadSlice::OutOfBounds));
         assert_eq!(table.check(slice(id, 4096, 0)), Ok(()));
         assert_eq!(table.check(BufferSlice::EMPTY), Err(BadSlice::Stale));
+    }
+
+    #[test]
+    fn sixteen_bytes_anywhere_are_a_little_endian_number() {
+        let (table, id) = table_with(4096);
+        let bytes: Vec<u8> = (1..=16).collect();
+        for offset in [0, 3, 4096 - 16] {
+            table.write(slice(id, offset, 16), &bytes).unwrap();
+            let expected = u128::from_le_bytes(bytes.clone().try_into().unwrap());
+            assert_eq!(table.read_u128(slice(id, offset, 16)), Ok(expected));
+        }
+        assert_eq!(table.read_u128(slice(id, 0, 15)), Err(BadSlice::LengthMismatch));
+        assert_eq!(table.read_u128(slice(id, 0, 17)), Err(BadSlice::LengthMismatch));
+        assert_eq!(table.read_u128(slice(id, 4096 - 15, 16)), Err(BadSlice::OutOfBounds));
+        table.remove(id);
+        assert_eq!(table.read_u128(slice(id, 0, 16)), Err(BadSlice::Stale));
     }
 
     #[test]

@@ -211,7 +211,7 @@ impl Ring {
     }
 
     /// Registers the first `length` bytes of memory whose content is its owner's alone, from where payloads will often come. One
-    /// pool for each ring.
+    /// pool for each ring. Clears memory and lets others have the core meanwhile: not for a reactor.
     ///
     /// # Errors
     /// There is one, or this user may not have so much pinned (`RLIMIT_MEMLOCK`); the ring does without.

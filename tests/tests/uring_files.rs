@@ -285,9 +285,8 @@ fn a_file_in_memory_is_served_within_the_call_unless_it_is_asked_otherwise_and_n
     let best = if Ring::works_inline() { "inline" } else { "aio" };
     assert_eq!(told(&in_memory.1, None), name(best));
     assert_eq!(told(&in_memory.1, Some(Engine::Aio)), name("aio"));
-    if best == "inline"
-        && let Ok(thread) = SubmissionThread::start(0)
-    {
+    if best == "inline" {
+        let thread = SubmissionThread::start(0).unwrap();
         let beside =
             UringConfig { mode: RingMode::SubmissionThread(thread), ..config(&in_memory.1) };
         let mode = detail(&Uring::open(beside).unwrap(), "mode");

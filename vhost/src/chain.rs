@@ -28,7 +28,7 @@ pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 pub const INDIRECT_ENTRIES_MAX: u32 = 1024;
 
 /// Bytes of a request's header, and of a range: what [`Chain::read`] reads at a time.
-const WORD: u32 = 16;
+pub(crate) const WORD: u32 = 16;
 const _: () = assert!(WORD as usize == BLK_HEADER_BYTES && WORD as usize == BLK_RANGE_BYTES);
 
 /// Whether indirect tables were negotiated (VIRTIO_F_RING_INDIRECT_DESC).
@@ -466,7 +466,7 @@ impl Table {
         Ok(())
     }
 
-    /// Fetches the beginning; the first buffer's address. None where it is not guest memory.
+    /// Fetches the beginning of a table that was entered; the first buffer's address. None where it is not guest memory.
     #[inline(always)]
     pub fn begin(&mut self, cx: &Context<'_>, memory: &GuestMemory) -> Option<u64> {
         self.fetch_from(cx, memory, 0)?;

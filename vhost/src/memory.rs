@@ -412,11 +412,12 @@ pub fn read_guest(
     if first.length == wanted {
         return table.read(first, into).ok();
     }
-    read_pieces(memory, table, address, into)
+    read_regions(memory, table, address, into)
 }
 
+/// As [`read_guest`], of several regions.
 #[cold]
-fn read_pieces(
+fn read_regions(
     memory: &GuestMemory,
     table: &RegionTable,
     address: u64,

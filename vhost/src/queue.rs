@@ -11,7 +11,7 @@ use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
 use crate::blk_session::MemoryReply;
-use crate::chain::{AllThere, Chain, Extent, Gather, Indirect};
+use crate::chain::{AllThere, Chain, Gather, Indirect};
 use crate::dirty_log::DirtyLog;
 use crate::memory::GuestMemory;
 use crate::protocol::blk_status;
@@ -241,9 +241,9 @@ impl LiveQueue {
 
     /// Takes requests from their source and submits them. Answers how many.
     ///
-    /// Of what is in the ring it takes two thirds, and of a deep one no more than [`PER_TURN`]. What a turn takes of a disk that is memory
+    /// Of what is in the ring it takes half, and of a deep one no more than [`PER_TURN`]. What a turn takes of a disk that is memory
     /// it gives back together; if that were all, the guest would wait while the reactor serves its requests, and the reactor while the
-    /// guest makes new ones. That is so of a disk's rings together, so a third is left of a few requests, too: they may be a deep guest's
+    /// guest makes new ones. That is so of a disk's rings together, so half is left of a few requests, too: they may be a deep guest's
     /// share in one of many rings.
     ///
     /// # Errors
@@ -265,18 +265,23 @@ impl LiveQueue {
                 if available == 0 {
                     return Ok(0);
                 }
-                (available - available / 3).clamp(fewest, most)
+                (available - available / 2).clamp(fewest, most)
             }
             // How many there are only each of them tells.
             (Ring::Packed(_), Source::Ring) => PACKED_PER_TURN,
         };
+        let free = self.slots.len() - usize::from(self.in_use);
+        let batch = batch.min(u16::try_from(free).unwrap_or(u16::MAX));
         let mut count = 0;
         shared.ahead.clear();
-        while count < batch && self.free != NO_SLOT {
+        while count < batch {
             if let (Ring::Split(ring), Source::Ring) = (&mut self.ring, source)
                 && shared.ahead.is_empty()
             {
                 shared.ahead.look(cx, &shared.memory, ring, self.indirect, batch - count)?;
+                if shared.ahead.is_empty() {
+                    break;
+                }
             }
             let next = match source {
                 Source::Ring => self.take::<AllThere>(cx, shared)?,
@@ -302,7 +307,10 @@ impl LiveQueue {
             Ring::Split(ring) => {
                 let near = if G::AHEAD { ahead.next() } else { None };
                 let head = match &near {
-                    Some(near) => ring.pop_known(near.head)?,
+                    Some(near) => {
+                        ring.pop_known(near.head)?;
+                        near.head
+                    }
                     None => match ring.pop()? {
                         Some(head) => head,
                         None => return Ok(Next::Nothing),
@@ -310,11 +318,15 @@ impl LiveQueue {
                 };
                 let gathered = match near {
                     Some(Near { table, begun: true, .. }) => {
-                        chain.gather_table(cx, memory, table).map(|()| Some(Extent::default()))
+                        chain.gather_table(cx, memory, table).map(|()| true)
                     }
-                    Some(_) | None => G::gather(chain, cx, memory, ring.chain(head), self.indirect),
+                    Some(_) | None => {
+                        let gathered =
+                            G::gather(chain, cx, memory, ring.chain(head), self.indirect);
+                        gathered.map(|extent| extent.is_some())
+                    }
                 };
-                if gathered.map_err(bad(head))?.is_none() {
+                if !gathered.map_err(bad(head))? {
                     ring.put_back();
                     return Ok(Next::Missing);
                 }

@@ -5,7 +5,7 @@
 //! store of the index and one decision about notifying.
 //!
 //! **Trust.** The driver can write all of this at any moment. Indexes are masked, an available index that runs ahead of the
-//! ring is a [`RingFault`], and every descriptor is fetched once, so what was checked is what is used. What the device must
+//! ring is a [`RingFault`], and what is used of a descriptor is the copy that was checked. What the device must
 //! remember (where it stands) is kept here and never read back.
 //!
 //! **Notifications.** While the ring is polled the driver is told not to kick. [`SplitRing::arm`] asks for kicks and looks
@@ -165,7 +165,9 @@ impl SplitRing {
         if self.available()? == 0 {
             return Ok(None);
         }
-        self.pop_known(self.head(0)).map(Some)
+        let head = self.head(0);
+        self.pop_known(head)?;
+        Ok(Some(head))
     }
 
     /// Pops the next chain, which is available and whose head [`SplitRing::head`] has answered.
@@ -173,13 +175,14 @@ impl SplitRing {
     /// # Errors
     /// The driver broke the ring.
     #[inline(always)]
-    pub(crate) fn pop_known(&mut self, head: u16) -> Result<u16, RingFault> {
+    pub(crate) fn pop_known(&mut self, head: u16) -> Result<(), RingFault> {
+        debug_assert_ne!(self.known_available, self.next_available, "nothing is available");
         let size = self.size;
         if head >= size {
             return Err(RingFault::BadHead { head, size });
         }
         self.next_available = self.next_available.wrapping_add(1);
-        Ok(head)
+        Ok(())
     }
 
     /// Leaves in the ring what was popped last: it is popped again later.

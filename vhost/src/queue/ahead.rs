@@ -4,21 +4,21 @@
 //! descriptor, its indirect table, the header. One request after the other waits for each of them; so the same step is made for some
 //! requests together, and their lines come together. A packed ring lies in order, which processors see by themselves.
 //!
-//! **Trust.** A head and a table that were fetched here are what is used: nothing of them is fetched a second time. What is no table
-//! that could be followed is left to the walk, which says what is wrong with it.
+//! **Trust.** The head that was read here is the one that is popped, and the beginning of a table that was fetched here the one that is
+//! followed. The first descriptor of any other chain is a hint: the walk fetches it again, and says what is wrong with it.
+//!
+//! **Invariant.** The next entry here is the ring's next one, because nothing but a queue's `take` pops while there are any: who fetches
+//! clears first, and whoever puts a chain back does not look ahead.
 
 use resilver_reactor::Context;
 
-use crate::chain::{Indirect, Table};
+use crate::chain::{Indirect, Table, WORD};
 use crate::memory::GuestMemory;
-use crate::protocol::BLK_HEADER_BYTES;
 use crate::ring::{Descriptors, RingFault};
 use crate::split::SplitRing;
 
 /// Chains that are looked at together: what a core can have on the way to it at a time.
 const AHEAD: u16 = 16;
-#[allow(clippy::cast_possible_truncation)] // 16
-const HEADER: u32 = BLK_HEADER_BYTES as u32;
 
 /// A chain whose turn comes soon.
 #[derive(Debug)]
@@ -98,7 +98,7 @@ impl Ahead {
             let header = near.table.begin(cx, memory);
             near.begun = header.is_some();
             if let Some(address) = header.filter(|_| several)
-                && let Some(header) = memory.translate(address, HEADER)
+                && let Some(header) = memory.translate(address, WORD)
             {
                 cx.memory.prefetch(header);
             }

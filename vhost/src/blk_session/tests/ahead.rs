@@ -118,22 +118,20 @@ fn what_was_looked_at_is_what_is_served() {
 
 #[test]
 fn a_ring_breaks_at_the_chain_that_is_bad_and_not_before() {
+    const BAD: u16 = 100;
     let bad_head = |bench: &mut Bench| bench.offer(500);
     let bad_table = |bench: &mut Bench| {
-        bench.descriptor(100, TABLES, 24, INDIRECT, 0);
-        bench.offer(100);
+        bench.descriptor(BAD, TABLES, 24, INDIRECT, 0);
+        bench.offer(BAD);
     };
     let wild_table = |bench: &mut Bench| {
-        bench.descriptor(100, MEMORY, 48, INDIRECT, 0);
-        bench.offer(100);
+        bench.descriptor(BAD, MEMORY, 48, INDIRECT, 0);
+        bench.offer(BAD);
     };
-    let bad_chain = RingFault::BadChain { head: 100, what: ChainFault::Indirect };
-    let cases: [(&dyn Fn(&mut Bench), _); 3] = [
-        (&bad_head, RingFault::BadHead { head: 500, size: SIZE }),
-        (&bad_table, bad_chain),
-        (&wild_table, bad_chain),
-    ];
-    for (offer_bad, expected) in cases {
+    let bad_chain = RingFault::BadChain { head: BAD, what: ChainFault::Indirect };
+    let offers: [fn(&mut Bench); 3] = [bad_head, bad_table, wild_table];
+    let faults = [RingFault::BadHead { head: 500, size: SIZE }, bad_chain, bad_chain];
+    for (offer_bad, expected) in offers.into_iter().zip(faults) {
         let mut bench = Bench::new();
         for number in 0..3 {
             bench.writes(number, Shape::InOrder(3));

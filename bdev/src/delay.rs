@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BufferSlice, WaitSet};
+use resilver_sys::{BufferSlice, Mapping, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::{Bdev, BdevError, Detail, Geometry};
@@ -228,6 +228,14 @@ impl IoChannel for DelayChannel {
 
     fn in_flight(&self) -> u32 {
         self.ledger.in_flight()
+    }
+
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        self.base.expect_pool(pool, length);
+    }
+
+    fn forget_pool(&mut self) {
+        self.base.forget_pool();
     }
 
     fn attach(&mut self, cx: &Context<'_>) {

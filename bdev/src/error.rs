@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use resilver_reactor::{Armed, Context, Nanos};
-use resilver_sys::{BufferSlice, WaitSet};
+use resilver_sys::{BufferSlice, Mapping, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::device::{Bdev, BdevError, Detail, Geometry};
@@ -347,6 +347,18 @@ impl IoChannel for ErrorChannel {
 
     fn in_flight(&self) -> u32 {
         self.ledger.in_flight()
+    }
+
+    fn works_inline(&self) -> bool {
+        self.base.works_inline()
+    }
+
+    fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
+        self.base.expect_pool(pool, length);
+    }
+
+    fn forget_pool(&mut self) {
+        self.base.forget_pool();
     }
 
     fn attach(&mut self, cx: &Context<'_>) {

@@ -2,9 +2,10 @@
 //!
 //! It is what the `uring` bdev does by default, and nothing else: direct I/O, io_uring with the file registered, what a turn
 //! submits told with one system call (of a file in memory a turn's share, which is carried out within it), completions taken
-//! from the ring as they appear there. The buffers are not registered, because a guest's memory is not; nor is the ring polled in the kernel (`IOPOLL`), which few disks can. They
-//! lie in memory of the kind that the client shares with a server, for a request of many small pages costs the kernel more
-//! than one of a huge page. One ring for each queue, and one thread for all, as a reactor has it.
+//! from the ring as they appear there. The buffers are not registered, because a guest's memory is not; nor is the ring polled
+//! in the kernel (`IOPOLL`), which few disks can. They lie in memory of the kind that the client shares with a server, for a
+//! request of many small pages costs the kernel more than one of a huge page. One ring for each queue, and one thread for all,
+//! as a reactor has it.
 //!
 //! Invariants: a file that is written is locked against everybody, one that is read against those who write, unless the
 //! operator has it otherwise; so nobody measures by accident what a server serves.

@@ -1,6 +1,7 @@
 //! What the command line of a benchmark takes, and one small benchmark told in every form.
 
 use clap::Parser;
+use resilver_sys::Ring;
 use resilver_tests::e2e::StorageDaemon;
 
 use super::life::{Life, Slice};
@@ -27,8 +28,12 @@ fn sockets_go_by_the_name_that_they_are_given_or_by_their_file() {
 
 #[test]
 fn a_file_is_measured_beside_a_server_and_told_in_every_form() {
-    // In memory: a disk that is busy can be silent for longer than a round.
-    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    // In memory where that knows direct I/O: a disk that is busy can be silent for longer than a round.
+    let directory = if Ring::works_inline() {
+        tempfile::tempdir_in("/dev/shm").unwrap()
+    } else {
+        tempfile::tempdir().unwrap()
+    };
     let path = |name: &str| directory.path().join(name);
     for name in ["disk", "file"] {
         std::fs::File::create(path(name)).unwrap().set_len(8 << 20).unwrap();
@@ -51,9 +56,10 @@ fn a_file_is_measured_beside_a_server_and_told_in_every_form() {
         let [bare, served] = [0, 1].map(|at| &json["cells"][cell]["targets"][at]);
         assert_eq!((bare["name"].as_str(), served["name"].as_str()), (Some("file"), Some("sock")));
         assert_eq!((bare["direct"].as_bool(), served["direct"].as_bool()), (Some(true), None));
-        let runs = bare["runs"].as_array().unwrap();
-        assert!(runs.iter().any(|run| run["requests"].as_u64() > Some(0)), "{bare}");
-        assert!(runs.iter().all(|run| run["machine"]["server_known"] == true), "{bare}");
+        for run in bare["runs"].as_array().unwrap() {
+            assert!(run["requests"].as_u64() > Some(10), "{run}");
+            assert_eq!(run["machine"]["server_known"], true);
+        }
         let ratio = &served["iops_to_first"];
         // Of six pairs the ends.
         assert_eq!(ratio["interval_95"], serde_json::json!([ratio["min"], ratio["max"]]));

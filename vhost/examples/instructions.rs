@@ -1,6 +1,7 @@
 //! A guest whose every request is counted: `instructions DISK OP DEPTH ROUNDS` gives a disk `ROUNDS` times `DEPTH` requests of
-//! 4 KiB on a split ring, each an indirect table of three descriptors as Linux makes them, and steps the reactor by hand until they are done. `scripts/bench/instructions` runs it under callgrind, which counts the
-//! instructions of [`counted_turn`] and of nothing else: what serving costs, without the guest, exactly the same each time.
+//! 4 KiB on a split ring, each an indirect table of three descriptors as Linux makes them, and steps the reactor by hand until
+//! they are done. `scripts/bench/instructions` runs it under callgrind, which counts the instructions of [`counted_turn`] and of
+//! nothing else: what serving costs, without the guest, exactly the same each time.
 //!
 //! Everything is in one thread, so a count has no luck in it: no request comes a turn later because a core was far away. The guest
 //! writes its memory through the file, by system calls, which no counter sees. `idle` as the operation counts turns in which

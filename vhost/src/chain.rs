@@ -27,9 +27,13 @@ pub const CHAIN_SLICES_MAX: usize = SEGMENTS_MAX + 2;
 /// The longest indirect table. Longer than any negotiated request (`seg_max` + 2), short enough to bound the work.
 pub const INDIRECT_ENTRIES_MAX: u32 = 1024;
 
-/// Bytes of a request's header, and of a range: what [`Chain::read`] reads at a time.
+/// Bytes of a request's header, of a range and of a descriptor: what [`Chain::read`] reads at a time.
 pub(crate) const WORD: u32 = 16;
-const _: () = assert!(WORD as usize == BLK_HEADER_BYTES && WORD as usize == BLK_RANGE_BYTES);
+const _: () = assert!(
+    WORD as usize == BLK_HEADER_BYTES
+        && WORD as usize == BLK_RANGE_BYTES
+        && WORD as usize == DESCRIPTOR_BYTES
+);
 
 /// Whether indirect tables were negotiated (VIRTIO_F_RING_INDIRECT_DESC).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -452,12 +456,10 @@ impl Table {
     /// It names none that could be followed.
     #[inline(always)]
     pub fn enter(&mut self, descriptor: &Descriptor) -> Result<(), ChainFault> {
-        const ENTRY: u32 = 16;
-        const { assert!(ENTRY as usize == DESCRIPTOR_BYTES) };
-        let entries = descriptor.length / ENTRY;
+        let entries = descriptor.length / WORD;
         let valid = descriptor.has(descriptor_flags::INDIRECT)
             && !descriptor.has(descriptor_flags::NEXT)
-            && descriptor.length.is_multiple_of(ENTRY)
+            && descriptor.length.is_multiple_of(WORD)
             && (1..=INDIRECT_ENTRIES_MAX).contains(&entries);
         if !valid {
             return Err(ChainFault::Indirect);

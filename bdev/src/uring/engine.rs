@@ -95,14 +95,14 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    /// The queues of an engine for `file`, with a ring of [`Engine::ring_mode`].
+    /// The queues of an engine for `file`, where the operator wants a ring of the mode `asked`.
     pub(super) fn new(
         engine: Engine,
         file: &Arc<OwnedFd>,
         slots: u32,
-        mode: RingMode,
+        asked: RingMode,
     ) -> Result<Self, String> {
-        let ring = Ring::new(file, slots, mode).map_err(|error| {
+        let ring = Ring::new(file, slots, engine.ring_mode(asked)).map_err(|error| {
             format!(
                 "io_uring with {slots} slots: {error}; it needs Linux 5.19 and must not be switched off \
                  (sysctl kernel.io_uring_disabled)"

@@ -222,8 +222,8 @@ impl Bdev for Uring {
         let resources =
             |reason: String| BdevError::Resources { name: self.config.name.clone(), reason };
         let slots = u32::try_from(Ledger::slots(depth)).unwrap_or(u32::MAX);
-        let queues =
-            Queues::new(self.engine, &self.file.fd, slots, self.ring_mode()).map_err(resources)?;
+        let queues = Queues::new(self.engine, &self.file.fd, slots, self.config.mode.clone())
+            .map_err(resources)?;
         let pool = if self.config.direct { Pool::Full } else { Pool::ZeroesOnly };
         let bounce = Bounce::new(pool).map_err(|error| resources(error.to_string()))?;
         let limits = Limits {

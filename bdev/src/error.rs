@@ -349,10 +349,6 @@ impl IoChannel for ErrorChannel {
         self.ledger.in_flight()
     }
 
-    fn works_inline(&self) -> bool {
-        self.base.works_inline()
-    }
-
     fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
         self.base.expect_pool(pool, length);
     }

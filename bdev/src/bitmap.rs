@@ -144,6 +144,15 @@ impl Bitmap {
     /// Sets the bits of some chunks.
     #[inline]
     pub fn set_range(&mut self, chunks: &Range<u64>) {
+        // Most are of one chunk, and it was set before.
+        if chunks.start + 1 != chunks.end || !self.get(chunks.start) {
+            self.set_words(chunks);
+        }
+    }
+
+    /// As [`Bitmap::set_range`]; apart, so that the usual case stays small where it is used.
+    #[inline(never)]
+    fn set_words(&mut self, chunks: &Range<u64>) {
         for_words(self.clip(chunks), |index, mask| self.put(index, self.words[index] | mask));
     }
 

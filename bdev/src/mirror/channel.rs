@@ -368,8 +368,8 @@ impl Mirror {
             } else {
                 self.core.leg_done(slot_of(tag), Side::Source, result, cx.now);
             }
-            self.perform(cx);
         }
+        self.perform(cx);
     }
 
     /// Takes what the copier has read.
@@ -386,8 +386,8 @@ impl Mirror {
                 let zeroes = result.map(|()| self.zero_map(cx, copy));
                 self.core.read_done(copy, zeroes, cx.now);
             }
-            self.perform(cx);
         }
+        self.perform(cx);
     }
 
     /// Takes what the target has completed.
@@ -406,8 +406,8 @@ impl Mirror {
             } else {
                 self.core.leg_done(slot_of(tag), Side::Target, result, cx.now);
             }
-            self.perform(cx);
         }
+        self.perform(cx);
     }
 
     /// Takes what was brought over by whoever holds both legs.
@@ -419,8 +419,8 @@ impl Mirror {
         while let Some(Completion { tag, result }) = self.done.get(at) {
             at += 1;
             self.core.write_done(slot_of(tag), result, cx.now);
-            self.perform(cx);
         }
+        self.perform(cx);
     }
 
     /// A part of the buffer that a check reads a leg into: those of the checks come behind those of the copies.

@@ -504,7 +504,14 @@ impl Core {
     }
 
     /// Lets those go on that an event has freed: the next in a range, the next for bounce memory.
+    #[inline]
     pub(super) fn pump(&mut self, now: Nanos) {
+        if self.ranges.has_granted() || !self.pooling.is_empty() {
+            self.pump_all(now);
+        }
+    }
+
+    fn pump_all(&mut self, now: Nanos) {
         loop {
             while let Some(holder) = self.ranges.next_granted() {
                 match (self.check_of(holder), self.copy_of(holder)) {
@@ -538,11 +545,15 @@ impl Core {
     }
 
     /// The request has its range: send it, or queue it for bounce memory.
+    #[inline(always)]
     fn launch(&mut self, slot: Slot, now: Nanos) {
-        let op = self.ops[usize::from(slot)];
-        let touched = self.grid.touched(op.offset, op.length);
-        if op.met != Met::Copying && self.maps.dirty.count_range(&touched) > 0 {
-            self.op(slot).met = Met::Dirty;
+        let op = &mut self.ops[usize::from(slot)];
+        // In sync, nothing is dirty.
+        if self.maps.dirty.count() > 0 && op.met != Met::Copying {
+            let touched = self.grid.touched(op.offset, op.length);
+            if self.maps.dirty.count_range(&touched) > 0 {
+                op.met = Met::Dirty;
+            }
         }
         let row = self.row_of(slot);
         let units = self.units_for(slot, row.legs);
@@ -555,17 +566,10 @@ impl Core {
     }
 
     /// The request's row of the write table, as of now.
+    #[inline(always)]
     fn row_of(&self, slot: Slot) -> WriteRow {
         let op = &self.ops[usize::from(slot)];
-        let touched = self.grid.touched(op.offset, op.length);
-        let covered = self.grid.covered(op.offset, op.length);
-        let dirty = self.maps.dirty.count_range(&touched);
-        let dirty_whole = self.maps.dirty.count_range(&covered);
-        let span = Span {
-            clean: dirty < touched.end - touched.start,
-            dirty_whole: dirty_whole > 0,
-            dirty_part: dirty > dirty_whole,
-        };
+        let span = self.span(op);
         // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
         let full = self.unawaited.count() >= self.config.quarantine
             || self.unawaited.units() > self.config.units / 2;
@@ -583,6 +587,23 @@ impl Core {
         on_write(op.kind, self.mirroring(), span, hindrance, self.config.zeroes_unmap)
     }
 
+    /// What the chunks of a request are.
+    #[inline]
+    fn span(&self, op: &Op) -> Span {
+        if self.maps.dirty.count() == 0 {
+            return Span { clean: true, dirty_whole: false, dirty_part: false };
+        }
+        let touched = self.grid.touched(op.offset, op.length);
+        let dirty = self.maps.dirty.count_range(&touched);
+        let dirty_whole = self.maps.dirty.count_range(&self.grid.covered(op.offset, op.length));
+        Span {
+            clean: dirty < touched.end - touched.start,
+            dirty_whole: dirty_whole > 0,
+            dirty_part: dirty > dirty_whole,
+        }
+    }
+
+    #[inline(always)]
     fn units_for(&self, slot: Slot, legs: Legs) -> u32 {
         let op = &self.ops[usize::from(slot)];
         if legs != Legs::Both || op.kind != IoKind::Write {
@@ -593,6 +614,7 @@ impl Core {
         u32::try_from(units).unwrap_or(u32::MAX).min(BOUNCE_UNITS_MAX)
     }
 
+    #[inline(always)]
     fn send(&mut self, slot: Slot, row: WriteRow, units: u32, now: Nanos) {
         self.rows.write.visit(row.row);
         let op = &mut self.ops[usize::from(slot)];
@@ -637,11 +659,17 @@ impl Core {
     }
 
     /// Answers a request whose legs have all ended or been given up.
+    #[inline]
     pub(super) fn settle(&mut self, slot: Slot, now: Nanos) {
-        let op = self.ops[usize::from(slot)];
-        if op.state != OpState::Flying || op.leg(Side::Source) == Leg::Flying {
-            return;
+        let op = &self.ops[usize::from(slot)];
+        if op.state == OpState::Flying && op.leg(Side::Source) != Leg::Flying {
+            self.settle_source(slot, now);
         }
+    }
+
+    /// The source leg has ended.
+    fn settle_source(&mut self, slot: Slot, now: Nanos) {
+        let op = self.ops[usize::from(slot)];
         if op.leg(Side::Target) == Leg::Flying {
             self.let_trail(slot, now);
             return;
@@ -692,12 +720,17 @@ impl Core {
     }
 
     /// Frees the slot of a request that was answered and whose legs have ended.
+    #[inline]
     fn free_if_done(&mut self, slot: Slot) {
-        let op = &mut self.ops[usize::from(slot)];
-        let flies = op.legs.iter().any(|leg| matches!(leg, Leg::Flying | Leg::Lost));
-        if op.state != OpState::Answered || flies {
-            return;
+        let op = &self.ops[usize::from(slot)];
+        let flies = |leg: &Leg| matches!(leg, Leg::Flying | Leg::Lost);
+        if op.state == OpState::Answered && !op.legs.iter().any(flies) {
+            self.free(slot);
         }
+    }
+
+    fn free(&mut self, slot: Slot) {
+        let op = &mut self.ops[usize::from(slot)];
         let units = op.units;
         *op = Op::FREE;
         self.free_ops.push(slot);

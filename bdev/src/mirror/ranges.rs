@@ -148,6 +148,12 @@ impl Ranges {
         }
     }
 
+    /// Whether somebody who waited may go on.
+    #[inline]
+    pub(super) fn has_granted(&self) -> bool {
+        !self.granted.is_empty()
+    }
+
     /// The next that waited and may go on, oldest first.
     pub(super) fn next_granted(&mut self) -> Option<Holder> {
         self.granted.pop_front()

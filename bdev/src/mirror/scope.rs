@@ -128,9 +128,8 @@ impl Core {
 
     /// These bytes have been brought over; the chunks that they cover are whole there.
     pub(super) fn now_on_target(&mut self, bytes: &Range<u64>) {
-        let covered = self.grid.covered(bytes.start, bytes.end - bytes.start);
         if let Some(on_target) = &mut self.maps.on_target {
-            on_target.set_range(&covered);
+            on_target.set_range(&self.grid.covered(bytes.start, bytes.end - bytes.start));
         }
     }
 

@@ -91,8 +91,11 @@ impl Core {
 
     /// Answers a request whose source leg has ended and whose target leg has not, if nobody waits for that.
     pub(super) fn let_trail(&mut self, slot: Slot, now: Nanos) {
+        if !self.lets_trail() {
+            return;
+        }
         let op = *self.op(slot);
-        if self.lets_trail() && op.kind != IoKind::Flush {
+        if op.kind != IoKind::Flush {
             self.unawaited.add(slot, op.units);
             self.answer(slot, op.error.map_or(Ok(()), Err), now);
         }

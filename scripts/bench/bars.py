@@ -154,19 +154,21 @@ def ceiling(key, lives):
     yield row
 
 
-def in_sync(place, benches):
-    for bench in benches:
-        for cell in bench["cells"]:
-            alone, both = cell["targets"]
-            depth = cell["iodepth"]
-            row = Row(f"writes in sync, {place}, depth {depth}")
-            ratios = [theirs["iops"] / ours["iops"] for ours, theirs in zip(alone["runs"], both["runs"])]
-            p50 = [theirs["p50_ns"] / ours["p50_ns"] for ours, theirs in zip(alone["runs"], both["runs"])]
-            memory = place in ("tmpfs", "malloc")
-            row.add("IOPS of one leg", [run["iops"] / 1000 for run in alone["runs"]], None, None, "k", 1)
-            row.add("kept", ratios, "least", PEERS_IN_SYNC[depth] if memory else 1 / 1.15)
-            row.add("p50", p50, None if memory else "most", None if memory else 1.15, "×")
-            yield row
+def in_sync(place, rounds):
+    memory = place in ("tmpfs", "malloc")
+    for cell in range(len(rounds[0]["bench"]["cells"])):
+        cells = [it["bench"]["cells"][cell] for it in rounds]
+        depth = cells[0]["iodepth"]
+        alone, both = ([it["targets"][which]["runs"][0] for it in cells] for which in (0, 1))
+        row = Row(f"writes in sync, {place}, depth {depth}")
+        row.add("IOPS of one leg", [run["iops"] / 1000 for run in alone], None, None, "k", 1)
+        kept_of_one = [theirs["iops"] / ours["iops"] for ours, theirs in zip(alone, both)]
+        row.add("kept", kept_of_one, "least", PEERS_IN_SYNC[depth] if memory else 1 / 1.15)
+        p50 = [theirs["p50_ns"] / ours["p50_ns"] for ours, theirs in zip(alone, both)]
+        row.add("p50", p50, None if memory else "most", None if memory else 1.15, "×")
+        if memory:
+            row.add("of the bare loop", [run["iops"] / it["loop"] for run, it in zip(both, rounds)], "least", 0.9)
+        yield row
 
 
 def copy(place, rounds):
@@ -214,7 +216,7 @@ for name, rows_of in (("copy", copy), ("sparse", sparse)):
     for place, rounds in grouped(by_part.get(name, []), lambda it: it["place"]):
         rows.extend(rows_of(place, rounds))
 for place, rounds in grouped(by_part.get("sync", []), lambda it: it["place"]):
-    rows.extend(in_sync(place, [it["bench"] for it in rounds]))
+    rows.extend(in_sync(place, rounds))
 if "small" in by_part:
     rows.extend(small(by_part["small"]))
 

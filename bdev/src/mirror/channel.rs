@@ -128,7 +128,7 @@ pub struct Mirror {
     held: Box<[Held]>,
     /// What each of them carries.
     payloads: Box<[Slices]>,
-    /// The guest's tags, and when its reads came.
+    /// The guest's tags, and when its reads came, at the earliest.
     reads: Box<[(Tag, Nanos)]>,
     free_reads: Vec<u16>,
     bounce: Pool,
@@ -142,6 +142,8 @@ pub struct Mirror {
     uncommitted: bool,
     /// The guest had something in flight in this turn.
     busy: bool,
+    /// When the guest's requests were last taken; none after a sleep, which the next one ends.
+    taken: Option<Nanos>,
 }
 
 impl Mirror {
@@ -181,6 +183,7 @@ impl Mirror {
             done: CompletionBatch::with_capacity(BATCH),
             uncommitted: false,
             busy: false,
+            taken: None,
         })
     }
 
@@ -601,15 +604,17 @@ impl IoChannel for Mirror {
     }
 
     fn submit(&mut self, cx: &Context<'_>, io: BdevIo, payload: &[BufferSlice]) {
+        // It may have come right after the last were taken, and have waited for what the reactor did since: for a copy, too.
+        let came = self.taken.unwrap_or(cx.now);
         if io.kind == IoKind::Read {
             let slot = self.free_reads.pop().expect("free() was asked before");
-            self.reads[usize::from(slot)] = (io.tag, cx.now);
+            self.reads[usize::from(slot)] = (io.tag, came);
             self.core.guest_asks(&io);
             self.source.submit(cx, BdevIo { tag: Tag(READ | u32::from(slot)), ..io }, payload);
             self.uncommitted = true;
             return;
         }
-        let slot = self.core.guest(&io, cx.now);
+        let slot = self.core.guest(&io, came, cx.now);
         let held = &mut self.held[usize::from(slot)];
         held.io = io;
         self.payloads[usize::from(slot)].set(payload);
@@ -627,6 +632,7 @@ impl IoChannel for Mirror {
     }
 
     fn poll(&mut self, cx: &Context<'_>, done: &mut CompletionBatch) {
+        self.taken = Some(cx.now);
         // A guest on memory has its answers within the turn, and is at work all the same.
         let was_busy = self.guest_busy();
         // The target first: a write that both have taken is then answered at once, and never trails.
@@ -678,6 +684,7 @@ impl IoChannel for Mirror {
     }
 
     fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {
+        self.taken = None;
         if self.uncommitted || !self.answers.is_empty() {
             return Armed::Ready;
         }

@@ -63,6 +63,10 @@ impl Pace {
 /// core's cache when they are written.
 const INLINE_ALONE: u64 = 256 << 10;
 
+/// There, and beside a guest whose latency has a ceiling: what it asks for meanwhile waits until they are copied, some 10 µs. How
+/// often it may meet that is the throttle's to find.
+const INLINE_HELD: u64 = 16 << 10;
+
 /// Where a device does it: bytes of one copy beside a guest whose latency has a ceiling.
 const HELD_RUN: u64 = 128 << 10;
 
@@ -594,13 +598,19 @@ impl Core {
         self.share.answered();
     }
 
+    /// In a window, a read and a write, the guest has asked twice; and a copied byte costs the core about as much as one that the
+    /// guest writes. So of its time the copier has something like a third.
+    fn gentle_window(&self) -> u64 {
+        self.asked / 4 * 3
+    }
+
     /// Bytes that are to be read at once where the reactor does the work.
     fn inline_window(&self) -> u64 {
         match self.pace {
             Pace::Alone => INLINE_ALONE,
-            // In a window, a read and a write, the guest has asked twice; and a copied byte costs the core about as much as one that
-            // the guest writes. So of its time the copier has something like a third.
-            Pace::Gentle | Pace::Held => self.asked / 4 * 3,
+            Pace::Gentle => self.gentle_window(),
+            // Held back, it may not have read for long, and the guest has asked for much since.
+            Pace::Held => self.gentle_window().min(INLINE_HELD),
             // A write of a block makes a whole chunk dirty: no share of what the guest asks for is enough for sure.
             Pace::Firm => self.config.window.into(),
         }

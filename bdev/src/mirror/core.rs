@@ -194,8 +194,8 @@ pub(super) struct Op {
     pub units: u16,
     /// When the target leg was sent.
     pub since: Nanos,
-    /// When it came.
-    arrived: Nanos,
+    /// When it came, at the earliest.
+    came: Nanos,
     met: Met,
 }
 
@@ -213,7 +213,7 @@ impl Op {
         tainted: false,
         units: 0,
         since: Nanos::ZERO,
-        arrived: Nanos::ZERO,
+        came: Nanos::ZERO,
         met: Met::Clean,
     };
 
@@ -388,8 +388,9 @@ impl Core {
         self.free_ops.len()
     }
 
-    /// A guest's request comes: anything but a read. The performer keeps its payload under the slot's number.
-    pub(super) fn guest(&mut self, io: &BdevIo, now: Nanos) -> Slot {
+    /// A guest's request comes, anything but a read, and may have been there since `came`. The performer keeps its payload under the
+    /// slot's number.
+    pub(super) fn guest(&mut self, io: &BdevIo, came: Nanos, now: Nanos) -> Slot {
         let slot = self.free_ops.pop().expect("free() was asked before");
         self.guest_live += 1;
         self.guest_asks(io);
@@ -399,7 +400,7 @@ impl Core {
             kind: io.kind,
             offset: io.offset,
             length: io.length,
-            arrived: now,
+            came,
             ..Op::FREE
         };
         if io.kind == IoKind::Flush {
@@ -700,7 +701,7 @@ impl Core {
     /// Answers the guest.
     pub(super) fn answer(&mut self, slot: Slot, result: Result<(), IoError>, now: Nanos) {
         let op = self.ops[usize::from(slot)];
-        self.guest_answered(now - op.arrived);
+        self.guest_answered(now - op.came);
         self.act(Action::Answer { tag: op.tag, result });
         self.guest_live -= 1;
         if op.kind != IoKind::Flush {

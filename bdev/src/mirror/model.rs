@@ -292,7 +292,7 @@ impl World {
             offset: start as u64 * BLOCK,
             length: (end - start) as u64 * BLOCK,
         };
-        let slot = self.core.guest(&io, self.now);
+        let slot = self.core.guest(&io, self.now, self.now);
         self.slots[usize::from(slot)] = self.asked;
         self.asked += 1;
     }

@@ -1,6 +1,7 @@
 //! The throttle: how much a copier may do beside a guest whose latency has a ceiling.
 //!
-//! The guest's requests are timed from their arrival to their answer, in a histogram of one window. At the end of each window
+//! The guest's requests are timed, in a histogram of one window, from the reactor's last look before they came: what it does between
+//! two looks, a copy in memory, say, is waited for by those that come meanwhile. At the end of each window
 //! the copier's allowance follows its 99th percentile: halved above the ceiling, a little more below it (additive increase,
 //! multiplicative decrease: what shares a link fairly shares a device as well). It grows only where it is used: one that grew
 //! while something else held the copier back would take as long to be felt again. It never falls to nothing, so the copy

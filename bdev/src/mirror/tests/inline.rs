@@ -129,3 +129,44 @@ fn a_copier_that_does_not_get_on_beside_writes_takes_what_it_can() {
         MirrorConfig { copy_mode: CopyMode::Background, speed: 1 << 40, ..MirrorConfig::default() };
     beside_writes(config, "clean", |info| info.dirty_bytes == 0);
 }
+
+/// A guest that reads eight blocks in each turn of 20 us and what a copy in it takes, 0.6 ns a byte: what its requests have to wait at most,
+/// of 100, and how much is copied meanwhile, bytes a second.
+fn under(ceiling: Option<Nanos>) -> (Nanos, u64) {
+    const BASE: Nanos = Nanos::from_micros(20);
+    let config = MirrorConfig { latency_ceiling: ceiling, ..blocking() };
+    let mut bench = InMemory::new(64 << 20, config);
+    let (mut turns, mut copied, mut time) = (Vec::new(), 0, BASE);
+    let (mut begun, mut before) = (Nanos::ZERO, 0);
+    while bench.now < Nanos::from_secs(3) {
+        bench.turn(time, IoKind::Read, 8, 1);
+        let info = bench.mirror.info(bench.now);
+        if info.status != JobStatus::Running {
+            break;
+        }
+        time = BASE + Nanos((info.copied_bytes - copied) * 6 / 10);
+        copied = info.copied_bytes;
+        // The allowance is found in the first second.
+        if bench.now < Nanos::from_secs(1) && ceiling.is_some() {
+            (begun, before) = (bench.now, copied);
+        } else {
+            turns.push(time);
+        }
+    }
+    turns.sort_unstable();
+    let rate = (copied - before) * 1_000_000_000 / (bench.now - begun).0;
+    (turns[turns.len() * 99 / 100], rate)
+}
+
+#[test]
+fn under_a_ceiling_a_copy_in_memory_is_short_and_what_waits_for_it_is_counted() {
+    let (wait, rate) = under(None);
+    assert!(wait > Nanos::from_micros(30) && rate > 300 << 20, "{wait} and {rate} without");
+    let (wait, rate) = under(Some(Nanos::from_micros(36)));
+    assert!(wait <= Nanos::from_micros(36), "{wait}");
+    assert!(rate > 50 << 20, "{rate} bytes a second leave much unused");
+    // No copy fits under that: only one turn in a hundred may have any.
+    let (wait, rate) = under(Some(Nanos::from_micros(24)));
+    assert!(wait <= Nanos::from_micros(24), "{wait}");
+    assert!(rate >= 1 << 20, "{rate} bytes a second are less than the floor");
+}

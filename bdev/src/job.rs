@@ -538,7 +538,8 @@ pub struct JobInfo {
     pub guest_write_bytes_per_second: u64,
     /// Time to ready, where it can be estimated, and how sure that is.
     pub eta: Option<(Nanos, EtaConfidence)>,
-    /// The 99th percentile of the guest's latency in the last window, while it is at work.
+    /// The 99th percentile of the guest's latency in the last window, while it is at work: from the reactor's last look before a
+    /// request came to its answer, so rather too long than too short.
     pub guest_p99: Option<Nanos>,
     /// What the ceiling on that leaves the copier beside the guest, bytes a second; none without a ceiling.
     pub throttle: Option<u64>,

@@ -598,8 +598,8 @@ impl Core {
         self.share.answered();
     }
 
-    /// In a window, a read and a write, the guest has asked twice; and a copied byte costs the core about as much as one that the
-    /// guest writes. So of its time the copier has something like a third.
+    /// Bytes that leave a guest something like two thirds of the core: in a window, a read and a write, it has asked twice; and a copied
+    /// byte costs about as much as one that the guest writes.
     fn gentle_window(&self) -> u64 {
         self.asked / 4 * 3
     }

@@ -522,7 +522,7 @@ impl Core {
                 }
             }
             let Some(slot) = self.pooling.front().copied() else { return };
-            let row = self.row_of(slot);
+            let row = self.row_of(slot, self.span(slot));
             let units = self.units_for(slot, row.legs);
             if units > self.units_free {
                 return;
@@ -548,15 +548,12 @@ impl Core {
     /// The request has its range: send it, or queue it for bounce memory.
     #[inline(always)]
     fn launch(&mut self, slot: Slot, now: Nanos) {
+        let span = self.span(slot);
         let op = &mut self.ops[usize::from(slot)];
-        // In sync, nothing is dirty.
-        if self.maps.dirty.count() > 0 && op.met != Met::Copying {
-            let touched = self.grid.touched(op.offset, op.length);
-            if self.maps.dirty.count_range(&touched) > 0 {
-                op.met = Met::Dirty;
-            }
+        if op.met != Met::Copying && (span.dirty_whole || span.dirty_part) {
+            op.met = Met::Dirty;
         }
-        let row = self.row_of(slot);
+        let row = self.row_of(slot, span);
         let units = self.units_for(slot, row.legs);
         if units > 0 && (units > self.units_free || !self.pooling.is_empty()) {
             self.op(slot).state = OpState::Pooling;
@@ -566,11 +563,10 @@ impl Core {
         }
     }
 
-    /// The request's row of the write table, as of now.
+    /// The row of the write table of a request with these chunks, as of now.
     #[inline(always)]
-    fn row_of(&self, slot: Slot) -> WriteRow {
+    fn row_of(&self, slot: Slot, span: Span) -> WriteRow {
         let op = &self.ops[usize::from(slot)];
-        let span = self.span(op);
         // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
         let full = self.unawaited.count() >= self.config.quarantine
             || self.unawaited.units() > self.config.units / 2;
@@ -588,12 +584,14 @@ impl Core {
         on_write(op.kind, self.mirroring(), span, hindrance, self.config.zeroes_unmap)
     }
 
-    /// What the chunks of a request are.
-    #[inline]
-    fn span(&self, op: &Op) -> Span {
+    /// What the chunks of a request are, as of now.
+    #[inline(always)]
+    fn span(&self, slot: Slot) -> Span {
+        // In sync, as a rule.
         if self.maps.dirty.count() == 0 {
             return Span { clean: true, dirty_whole: false, dirty_part: false };
         }
+        let op = &self.ops[usize::from(slot)];
         let touched = self.grid.touched(op.offset, op.length);
         let dirty = self.maps.dirty.count_range(&touched);
         let dirty_whole = self.maps.dirty.count_range(&self.grid.covered(op.offset, op.length));

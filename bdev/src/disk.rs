@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crossbeam::queue::ArrayQueue;
-use resilver_reactor::{Armed, Context, Doorbell, Nanos, Poller, Receiver, Sender, Work, mailbox};
+use resilver_reactor::{
+    Armed, Context, Doorbell, Nanos, Poller, Receiver, Sender, Watch, Work, mailbox,
+};
 use resilver_sys::{BufferSlice, RegionId, WaitSet};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
@@ -102,6 +104,11 @@ pub trait Consumer: Send {
     /// Called on the reactor's thread before it moves out; nothing is in flight.
     fn detach(&mut self, cx: &Context<'_>) {
         let _ = cx;
+    }
+
+    /// As [`Poller::watch`]: adds what could give it work.
+    fn watch(&self, watch: &mut Watch) {
+        watch.poll();
     }
 
     /// As [`Poller::arm`].
@@ -761,6 +768,14 @@ impl Poller for Disk {
             self.poll_releasing(cx);
         }
         if work == Work::Idle { self.waiting() } else { work }
+    }
+
+    /// An idle disk has no job, nothing in flight and an open gate: work comes from its consumers. What a channel does by itself then, an
+    /// export that is lost, can wait for the next poll.
+    fn watch(&self, watch: &mut Watch) {
+        for guest in self.guests.iter().flatten() {
+            guest.consumer.watch(watch);
+        }
     }
 
     fn arm(&mut self, cx: &Context<'_>, set: &mut WaitSet) -> Armed {

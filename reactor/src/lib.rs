@@ -6,7 +6,8 @@
 //!
 //! Invariants:
 //! * This crate knows no block devices, and `poll` neither blocks nor allocates.
-//! * A poller that finds nothing for long is polled less often while others are busy ([`roster`]).
+//! * A poller that finds nothing for long is polled less often while others are busy ([`roster`]), or what would give it work is
+//!   looked at in its place ([`watch`]).
 //! * The clock is read once a turn; pollers are given the time in their [`Context`].
 //! * A message sent to a sleeping reactor wakes it ([`doorbell`]); the protocol is model-checked.
 
@@ -21,6 +22,8 @@ pub mod roster;
 #[cfg(not(loom))]
 pub mod stats;
 pub mod time;
+#[cfg(not(loom))]
+pub mod watch;
 
 #[cfg(not(loom))]
 pub use doorbell::Doorbell;
@@ -33,3 +36,5 @@ pub use reactor::{Idle, PollerId, Reactor, ReactorConfig, ReactorError, ReactorH
 #[cfg(not(loom))]
 pub use stats::ReactorStats;
 pub use time::{Clock, Nanos, Timer};
+#[cfg(not(loom))]
+pub use watch::Watch;

@@ -3,6 +3,7 @@
 use resilver_sys::{RegionTable, WaitSet};
 
 use crate::time::Nanos;
+use crate::watch::Watch;
 
 /// What a poller is lent for the length of a call.
 #[derive(Debug, Clone, Copy)]
@@ -70,6 +71,12 @@ pub trait Poller: Send {
 
     /// Does a bounded piece of work. Never blocks, never allocates.
     fn poll(&mut self, cx: &Context<'_>) -> Work;
+
+    /// It has just answered [`Work::Idle`]: adds what could give it work, apart from messages. Until that changes it need
+    /// not be polled to be found idle again, and is polled every now and then all the same.
+    fn watch(&self, watch: &mut Watch) {
+        watch.poll();
+    }
 
     /// The reactor is about to sleep: enable notifications, add the descriptors that carry them, and look once more for
     /// work that came in meanwhile.

@@ -34,6 +34,7 @@ pub use aio::Aio;
 pub use area::Area;
 pub use mapping::{Mapping, MappingError};
 pub use nudge::Nudge;
+pub use prefetch::prefetch_value;
 pub use region::{BadSlice, BufferSlice, RegionId, RegionTable, TableFull};
 pub use slices::Slices;
 pub use uring::{Ring, RingMode, SubmissionThread};

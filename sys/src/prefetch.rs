@@ -29,6 +29,15 @@ macro_rules! hint {
     };
 }
 
+/// Has the lines of a value fetched that will be read soon.
+#[inline]
+pub fn prefetch_value<T>(value: &T) {
+    let first: *const u8 = std::ptr::from_ref(value).cast();
+    for line in (0..size_of::<T>()).step_by(LINE) {
+        prefetch(first.wrapping_add(line), Access::Read);
+    }
+}
+
 /// Has the line of `address` fetched.
 #[inline]
 pub(crate) fn prefetch(address: *const u8, access: Access) {

@@ -20,7 +20,7 @@
 use std::sync::Arc;
 
 use resilver_bdev::{Completion, Consumer, IoKind, IoStats, Port, Reply, SEGMENTS_MAX};
-use resilver_reactor::{Armed, Context, Doorbell, Receiver, Sender, Work, mailbox};
+use resilver_reactor::{Armed, Context, Doorbell, Receiver, Sender, Watch, Work, mailbox};
 use resilver_sys::{BufferSlice, EventFd, TableFull, WaitSet};
 
 use crate::blk::{CacheMode, RequestError, Serial};
@@ -456,6 +456,23 @@ impl Consumer for BlkSession {
             retiring.memory.leave(cx.memory, &self.shared.memory);
         }
         self.shared.memory.leave(cx.memory, &nothing);
+    }
+
+    /// Rings that are being served; any other changes by a command. Where memory is on its way a ring's may be missing.
+    fn watch(&self, watch: &mut Watch) {
+        if matches!(self.life, Life::Abandoned) {
+            return;
+        }
+        if self.shared.memory.is_arriving() {
+            return watch.poll();
+        }
+        for queue in self.queues.iter().take(self.used_queues) {
+            match queue {
+                Queue::Live { live, phase: Phase::Running } => live.watch(watch),
+                Queue::Live { phase: Phase::Draining(_), .. } => watch.poll(),
+                Queue::Live { phase: Phase::Disabled | Phase::Broken, .. } | Queue::Empty => {}
+            }
+        }
     }
 
     fn arm(&mut self, _cx: &Context<'_>, set: &mut WaitSet) -> Armed {

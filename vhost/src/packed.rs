@@ -17,6 +17,7 @@
 
 use std::sync::atomic::Ordering;
 
+use resilver_reactor::Watch;
 use resilver_sys::Area;
 use resilver_sys::area::fence;
 
@@ -234,6 +235,16 @@ impl PackedRing {
     #[must_use]
     pub fn has_next(&self) -> bool {
         self.flags(self.next_available.index) & OWNER == self.next_available.available()
+    }
+
+    /// The flags of the next descriptor, if that is not available.
+    pub(crate) fn watch(&self, watch: &mut Watch) {
+        let flags = self.flags(self.next_available.index);
+        if flags & OWNER == self.next_available.available() {
+            return watch.poll();
+        }
+        let at = usize::from(self.next_available.index) * DESCRIPTOR_BYTES + FLAGS_AT;
+        watch.add(&self.areas.descriptors, at, flags.to_le());
     }
 
     /// The flags of a descriptor, and with them what the driver wrote before it wrote them.

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use resilver_bdev::{IoKind, IoStats, Port, SEGMENTS_MAX, Tag};
-use resilver_reactor::{Armed, Context};
+use resilver_reactor::{Armed, Context, Watch};
 use resilver_sys::{BufferSlice, EventFd, WaitSet};
 
 use crate::blk::{Ask, CacheMode, RequestError, Serial, parse};
@@ -532,6 +532,14 @@ impl LiveQueue {
             call.signal();
             shared.stats.interrupts.add(1);
         }
+    }
+
+    /// What could give it work: the driver, where nothing is under way.
+    pub(crate) fn watch(&self, watch: &mut Watch) {
+        if self.in_use > 0 || self.owed() > 0 {
+            return watch.poll();
+        }
+        self.ring.watch(watch);
     }
 
     /// The reactor is about to sleep.

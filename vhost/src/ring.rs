@@ -6,6 +6,7 @@
 //! **Life of a request**, in ring terms: *taken* (its descriptors were read; [`Taken`] is what must be remembered of them),
 //! *pushed* (it goes into the batch that is given back next) and *published* (the driver sees the batch).
 
+use resilver_reactor::Watch;
 use resilver_sys::Area;
 
 use crate::dirty_log::DirtyLog;
@@ -412,6 +413,14 @@ impl Ring {
         match self {
             Self::Split(ring) => ring.publish(log),
             Self::Packed(ring) => ring.publish(log),
+        }
+    }
+
+    /// What the driver changes when it makes a chain available; none has been taken since the ring was last found empty.
+    pub fn watch(&self, watch: &mut Watch) {
+        match self {
+            Self::Split(ring) => ring.watch(watch),
+            Self::Packed(ring) => ring.watch(watch),
         }
     }
 

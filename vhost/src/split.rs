@@ -15,6 +15,7 @@
 
 use std::sync::atomic::Ordering;
 
+use resilver_reactor::Watch;
 use resilver_sys::area::fence;
 
 use crate::dirty_log::DirtyLog;
@@ -154,6 +155,11 @@ impl SplitRing {
             self.known_available = index;
         }
         Ok(self.known_available.wrapping_sub(self.next_available))
+    }
+
+    /// The available index, as it was when the ring was empty.
+    pub(crate) fn watch(&self, watch: &mut Watch) {
+        watch.add(&self.areas.driver, AVAILABLE_INDEX, self.next_available.to_le());
     }
 
     /// The head of the next chain that the driver has made available.

@@ -140,6 +140,8 @@ struct Bench {
     sessions: u64,
     offered: u16,
     now: u64,
+    /// What the disk watches since it was last found idle.
+    watch: Watch,
 }
 
 fn answer<T: Send + 'static>() -> (Reply<T>, Inbox<T>) {
@@ -204,6 +206,7 @@ impl Bench {
             sessions: 0,
             offered: 0,
             now: 0,
+            watch: Watch::default(),
         };
         bench.connect(None);
         bench
@@ -295,7 +298,14 @@ impl Bench {
     fn turn(&mut self) {
         self.now += 1000;
         let cx = Context { now: Nanos(self.now), memory: &self.table };
-        self.disk.poll(&cx);
+        let needs_no_poll = self.watch.is_still() && !self.doorbell.was_rung();
+        self.watch.poll();
+        let work = self.disk.poll(&cx);
+        assert!(work == Work::Idle || !needs_no_poll, "work came that no watch has shown");
+        if work == Work::Idle {
+            self.watch.begin();
+            self.disk.watch(&mut self.watch);
+        }
     }
 
     /// Gives a command and takes a turn; the answer, if it came.
@@ -398,6 +408,19 @@ fn a_write_and_a_read_go_through_and_their_used_lengths_count_the_status() {
     assert_eq!((bench.used_index(), bench.used(1), bench.status()), (2, (3, 513), 0));
     assert_eq!(bench.get(DATA + 4096, 512), [7; 512]);
     assert_eq!(bench.stats.requests.get(), 2);
+}
+
+#[test]
+fn a_guest_that_asks_for_nothing_is_watched_and_not_polled() {
+    let mut bench = Bench::new();
+    bench.turn();
+    bench.turn();
+    assert!(bench.watch.is_still());
+    bench.request(0, blk_type::OUT, 4, DATA, 512);
+    assert!(!bench.watch.is_still());
+    bench.turn();
+    bench.turn();
+    assert_eq!((bench.used_index(), bench.watch.is_still()), (1, true));
 }
 
 /// Cuts bytes `at..at + length` into a chain's descriptors after the given lengths.

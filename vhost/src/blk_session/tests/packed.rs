@@ -105,6 +105,21 @@ impl Driver {
 }
 
 #[test]
+fn a_guest_that_asks_for_nothing_is_watched_and_not_polled() {
+    let mut driver = Driver::new(EventMode::Flags);
+    // Three laps.
+    for round in 0..SIZE {
+        driver.bench.turn();
+        driver.bench.turn();
+        assert!(driver.bench.watch.is_still(), "{round}");
+        driver.request(1, blk_type::OUT, 3, DATA, 512);
+        assert!(!driver.bench.watch.is_still(), "{round}");
+        driver.bench.turn();
+        assert_eq!(driver.pop(), Some((1, 1)), "{round}");
+    }
+}
+
+#[test]
 fn what_is_written_is_read_back_over_many_laps() {
     let mut driver = Driver::new(EventMode::Flags);
     for round in 0..200u16 {

@@ -275,7 +275,8 @@ impl Loop {
             let after = self.config.clock.now();
             self.account(work, now, after);
             now = after;
-            if self.config.idle == Idle::Adaptive && now - self.last_busy >= self.config.spin_for {
+            let idle = now - self.last_busy >= self.config.spin_for && !self.roster.has_unseen();
+            if self.config.idle == Idle::Adaptive && idle {
                 self.sleep(now);
                 let woken = self.config.clock.now();
                 self.stats.idle_ns.add((woken - now).0);
@@ -444,6 +445,18 @@ mod tests {
         drop(reactor);
         assert_eq!(calls.arms.load(Ordering::SeqCst), 0);
         assert_eq!(calls.stopped.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn more_pollers_than_are_polled_in_the_time_before_a_sleep_do_not_keep_it_awake() {
+        let spin_for = Nanos::from_micros(20);
+        let config = ReactorConfig { spin_for, ..ReactorConfig::default() };
+        let reactor = Reactor::start(config, 0).unwrap();
+        let calls = Arc::new(Calls::default());
+        for _ in 0..900 {
+            reactor.handle().add(Box::new(Probe(Arc::clone(&calls)))).unwrap();
+        }
+        wait_until(|| reactor.handle().stats().sleeps.get() > 3);
     }
 
     #[test]

@@ -9,8 +9,9 @@
 //! waited longest: a thousand are seen every 5 ms, and no turn is longer than others because many are due in it.
 //!
 //! Paces are kept only where somebody gains: on a reactor that has found no work for `REST` quiet pollers are polled as fast as
-//! turns go. Whoever rings the doorbell, and the end of a sleep, gets everyone polled at once. A poller that waits for what is
-//! in flight is not quiet ([`Work::Waiting`]).
+//! turns go. Whoever rings the doorbell, and the end of a sleep, gets everyone polled, `AT_ONCE` in a turn: to poll a thousand takes
+//! most of a millisecond, and a message is for one of them. A poller that waits for what is in flight is not quiet
+//! ([`Work::Waiting`]).
 //!
 //! In place of a poll a quiet poller that can say what would give it work has that looked at ([`Watch`]), which takes a fraction of
 //! the time: a thousand are seen every 2 ms. It is polled at least every [`SURELY`].
@@ -44,6 +45,8 @@ const SURELY: Nanos = Nanos::from_millis(100);
 const AFTER_POLL: Nanos = Nanos::from_micros(5);
 /// The time from a look at a watch to the next one, which takes a few hundredths of one.
 const AFTER_LOOK: Nanos = Nanos::from_micros(1);
+/// Quiet pollers that a turn polls where everyone is to be polled.
+const AT_ONCE: usize = 8;
 /// How long the reactor must have found no work for paces to be of no use.
 const REST: Nanos = Nanos::from_micros(20);
 
@@ -72,6 +75,8 @@ struct Seat {
     watch: Box<Watch>,
     /// When it was last polled, if it is quiet.
     polled: Nanos,
+    /// The rings that it was polled after, if it is quiet.
+    rings: u64,
 }
 
 impl Seat {
@@ -94,15 +99,17 @@ pub(crate) struct Roster {
     worked: Nanos,
     /// When a quiet poller may be polled next.
     next_quiet: Nanos,
-    /// The next turn polls all of them.
-    everyone: bool,
+    /// How often something may have come for any of them; and whether there are any that were not polled since.
+    rings: u64,
+    unseen: bool,
 }
 
 impl Roster {
     /// Takes a poller in; it is polled every turn at first.
     pub(crate) fn add(&mut self, id: PollerId, poller: Box<dyn Poller>, now: Nanos) {
         let watch = Box::default();
-        self.busy.push(Seat { id, poller, active: now, due: now, watch, polled: now });
+        let rings = self.rings;
+        self.busy.push(Seat { id, poller, active: now, due: now, watch, polled: now, rings });
         let len = self.len();
         for quiet in &mut self.quiet {
             quiet.reserve(len - quiet.len());
@@ -126,21 +133,24 @@ impl Roster {
         self.busy.len() + self.quiet.iter().map(VecDeque::len).sum::<usize>()
     }
 
-    /// Something may have come for any of them: the next turn polls all.
+    /// Something may have come for any of them: the next turns poll all.
     pub(crate) fn expect_anything(&mut self) {
-        self.everyone = true;
+        self.rings += 1;
+        self.unseen = true;
+    }
+
+    /// Whether something may have come for one that was not polled since.
+    #[inline]
+    pub(crate) fn has_unseen(&self) -> bool {
+        self.unseen
     }
 
     /// One turn.
     #[inline]
     pub(crate) fn poll(&mut self, cx: &Context<'_>) -> Work {
         let mut work = self.poll_busy(cx);
-        if std::mem::take(&mut self.everyone) {
-            for pace in 0..PACES {
-                for _ in 0..self.quiet[pace].len() {
-                    work = work.or(self.poll_quiet(cx, pace, Look::Poll));
-                }
-            }
+        if self.unseen {
+            work = work.or(self.poll_unseen(cx));
         } else if cx.now - self.worked >= REST {
             for pace in 0..PACES {
                 work = work.or(self.poll_quiet(cx, pace, Look::Watch));
@@ -187,6 +197,21 @@ impl Roster {
             .min_by_key(|pace| due(pace))
     }
 
+    /// Polls some of those that were not since something may have come for them. They are at the heads of the queues.
+    fn poll_unseen(&mut self, cx: &Context<'_>) -> Work {
+        let mut work = Work::Idle;
+        for _ in 0..AT_ONCE {
+            let unseen = |seat: &Seat| seat.rings != self.rings;
+            let first = (0..PACES).find(|pace| self.quiet[*pace].front().is_some_and(unseen));
+            let Some(pace) = first else {
+                self.unseen = false;
+                break;
+            };
+            work = work.or(self.poll_quiet(cx, pace, Look::Poll));
+        }
+        work
+    }
+
     /// Polls the first of a pace, if there is one and nothing shows that it has no work.
     fn poll_quiet(&mut self, cx: &Context<'_>, pace: usize, look: Look) -> Work {
         let Some(mut seat) = self.quiet[pace].pop_front() else { return Work::Idle };
@@ -222,6 +247,7 @@ impl Roster {
 
     fn queue(&mut self, mut seat: Seat, pace: usize, now: Nanos) {
         seat.due = now + interval(pace);
+        seat.rings = self.rings;
         self.quiet[pace].push_back(seat);
     }
 
@@ -474,7 +500,9 @@ mod tests {
         for (shared, _) in &watching {
             polls(shared);
         }
-        bench.turn();
+        for _ in 0..13 {
+            bench.turn();
+        }
         for (shared, _) in &watching {
             assert_eq!(polls(shared), 1, "a ring is for them, too");
         }
@@ -494,15 +522,27 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_has_everyone_polled_in_the_next_turn() {
+    fn a_ring_has_everyone_polled_once_in_the_next_turns_and_few_in_each() {
         let mut bench = Bench::new();
         bench.add(ALWAYS);
         let idle: Vec<_> = (0..100).map(|_| bench.add(0)).collect();
         bench.turns_for(LONG);
-        forget(&idle);
+        for rings_again_after in [13, 5] {
+            forget(&idle);
+            bench.roster.expect_anything();
+            for turn in 1..=rings_again_after {
+                bench.turn();
+                let seen: u64 = idle.iter().map(|idle| idle.polls.load(Ordering::Relaxed)).sum();
+                assert_eq!(seen, (turn * AT_ONCE as u64).min(100));
+            }
+            assert!(idle.iter().all(|idle| idle.polls.load(Ordering::Relaxed) <= 1));
+        }
         bench.roster.expect_anything();
-        bench.turn();
-        assert!(idle.iter().all(|idle| polls(idle) == 1));
+        forget(&idle);
+        for _ in 0..13 {
+            bench.turn();
+        }
+        assert!(idle.iter().all(|idle| polls(idle) == 1), "those, too, that were polled before");
     }
 
     #[test]

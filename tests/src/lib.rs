@@ -11,6 +11,7 @@ pub mod mounts;
 pub mod raw_guest;
 pub mod served;
 pub mod sim;
+pub mod watched;
 
 use std::fs::OpenOptions;
 use std::io::Write as _;

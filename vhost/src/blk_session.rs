@@ -458,7 +458,8 @@ impl Consumer for BlkSession {
         self.shared.memory.leave(cx.memory, &nothing);
     }
 
-    /// Rings that are being served; any other changes by a command. Where memory is on its way a ring's may be missing.
+    /// Rings that are being served; any other changes by a command, if nothing of it waits for room on the disk. Where memory is on its
+    /// way a ring's may be missing.
     fn watch(&self, watch: &mut Watch) {
         if matches!(self.life, Life::Abandoned) {
             return;
@@ -468,8 +469,9 @@ impl Consumer for BlkSession {
         }
         for queue in self.queues.iter().take(self.used_queues) {
             match queue {
-                Queue::Live { live, phase: Phase::Running } => live.watch(watch),
+                Queue::Live { live, .. } if live.in_use() > 0 => watch.poll(),
                 Queue::Live { phase: Phase::Draining(_), .. } => watch.poll(),
+                Queue::Live { live, phase: Phase::Running } => live.watch(watch),
                 Queue::Live { phase: Phase::Disabled | Phase::Broken, .. } | Queue::Empty => {}
             }
         }

@@ -534,9 +534,9 @@ impl LiveQueue {
         }
     }
 
-    /// What could give it work: the driver, where nothing is under way.
+    /// What could give it work, where nothing is under way: the driver.
     pub(crate) fn watch(&self, watch: &mut Watch) {
-        if self.in_use > 0 || self.owed() > 0 {
+        if self.owed() > 0 {
             return watch.poll();
         }
         self.ring.watch(watch);

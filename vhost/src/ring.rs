@@ -416,7 +416,7 @@ impl Ring {
         }
     }
 
-    /// What the driver changes when it makes a chain available; none has been taken since the ring was last found empty.
+    /// What the driver changes when it makes a chain available, if there is none.
     pub fn watch(&self, watch: &mut Watch) {
         match self {
             Self::Split(ring) => ring.watch(watch),

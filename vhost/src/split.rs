@@ -157,8 +157,12 @@ impl SplitRing {
         Ok(self.known_available.wrapping_sub(self.next_available))
     }
 
-    /// The available index, as it was when the ring was empty.
+    /// The available index, as it was when the ring was empty. Where it was not, a driver that takes its index back would hide what is
+    /// known to be there.
     pub(crate) fn watch(&self, watch: &mut Watch) {
+        if self.known_available != self.next_available {
+            return watch.poll();
+        }
         watch.add(&self.areas.driver, AVAILABLE_INDEX, self.next_available.to_le());
     }
 

@@ -22,6 +22,7 @@ use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas, RingFault};
 
 use super::disk::{Conduct, FuzzedDisk, lock};
 use crate::guest_memory::MemoryFile;
+use crate::watched::Watched;
 
 const PAGE: u64 = 4096;
 /// The guest's memory: two regions that adjoin for the guest; in the file a page that is not the guest's stands before,
@@ -115,6 +116,7 @@ pub(super) struct Bench {
     log: MemoryFile,
     inflight: Option<(InflightMemory, MemoryFile)>,
     disk: Disk,
+    idle: Watched,
     handle: DiskHandle,
     doorbell: Arc<Doorbell>,
     pub(super) conduct: Arc<Mutex<Conduct>>,
@@ -213,6 +215,7 @@ impl Bench {
             log: MemoryFile::new(PAGE),
             inflight,
             disk,
+            idle: Watched::default(),
             handle,
             doorbell,
             conduct,
@@ -284,7 +287,7 @@ impl Bench {
     pub(super) fn turn(&mut self) {
         self.now += 1000;
         let cx = Context { now: Nanos(self.now), memory: &self.table };
-        self.disk.poll(&cx);
+        self.idle.poll(&mut self.disk, &self.doorbell, &cx).expect("no work that comes unseen");
         match &self.link.waiting {
             Some(Waiting::Stop(queue, inbox)) => {
                 if let Ok(live) = inbox.try_recv() {

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, Once};
 use std::time::{Duration, Instant};
 
 use resilver_bdev::Disk;
-use resilver_reactor::{Context, Doorbell, Nanos, Poller as _};
+use resilver_reactor::{Context, Doorbell, Nanos};
 use resilver_sys::RegionTable;
 use resilver_vhost::message::{
     FdPresence, Header, InflightDescription, Message, RegionDescription, RingAddresses,
@@ -39,6 +39,7 @@ use super::messages::message;
 use super::ring::{Cursor, request};
 use crate::guest_memory::MemoryFile;
 use crate::raw_guest::send;
+use crate::watched::Watched;
 
 /// Entries of a ring, unless a front end says otherwise.
 const SIZE: u16 = 16;
@@ -317,13 +318,20 @@ async fn program(input: &mut Input<'_>) {
     let guest = [Arc::clone(&world.memory), Arc::new(MemoryFile::new(world.memory.size()))];
     let doorbell = Arc::new(Doorbell::new().expect("a doorbell"));
     let root = FuzzedDisk::new(LIMITS, conduct, guest);
-    let (mut disk, handle) = Disk::new(Box::new(root), Arc::default(), doorbell, || ());
+    let bell = Arc::clone(&doorbell);
+    let (mut disk, handle) = Disk::new(Box::new(root), Arc::default(), bell, || ());
     let table = Rc::new(RefCell::new(RegionTable::with_capacity(600)));
     let reactor = tokio::task::spawn_local({
         let table = Rc::clone(&table);
         async move {
+            let mut idle = Watched::default();
             for now in 0.. {
-                disk.poll(&Context { now: Nanos(now), memory: &table.borrow() });
+                let polled = idle.poll(
+                    &mut disk,
+                    &doorbell,
+                    &Context { now: Nanos(now), memory: &table.borrow() },
+                );
+                polled.expect("no work that comes unseen");
                 yield_now().await;
             }
         }

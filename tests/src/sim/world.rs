@@ -26,6 +26,7 @@ use super::sector::{SECTOR, Sector, Stamp};
 use super::session::Session;
 use super::swarm::{Swarm, change_weather, disk};
 use super::trace::Trace;
+use crate::watched::Watched;
 
 /// The longest that a reactor sleeps without being told.
 const LONGEST_SLEEP: Nanos = resilver_reactor::reactor::LONGEST_SLEEP;
@@ -81,6 +82,7 @@ pub struct World {
     memory: RegionTable,
     doorbell: Arc<Doorbell>,
     disk: Disk,
+    idle: Watched,
     handle: DiskHandle,
     wait_set: WaitSet,
     steps: u64,
@@ -126,6 +128,7 @@ impl World {
             memory,
             doorbell,
             disk,
+            idle: Watched::default(),
             handle,
             wait_set: WaitSet::with_capacity(16),
             steps: 0,
@@ -241,7 +244,11 @@ impl World {
                 session.advance(guest);
             }
         }
-        let work = self.disk.poll(&cx);
+        let polled = self.idle.poll(&mut self.disk, &self.doorbell, &cx);
+        let work = polled.unwrap_or_else(|what| {
+            self.trace.finding(format_args!("{what}"));
+            Work::Busy
+        });
         // Failures first: an event may change which disk they are judged by.
         self.judge_failures();
         self.read_answers();

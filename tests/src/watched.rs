@@ -1,0 +1,35 @@
+//! A disk that is polled whether its watch shows work or not, and judged by that: a reactor does not poll an idle one whose watch
+//! is still ([`resilver_reactor::watch`]), so work that came without a change of what is watched, and without a message, would wait
+//! for long.
+
+use resilver_bdev::Disk;
+use resilver_reactor::{Context, Doorbell, Poller as _, Watch, Work};
+
+/// What a disk watches since it was last found idle.
+#[derive(Debug, Default)]
+pub struct Watched(Watch);
+
+impl Watched {
+    /// Polls `disk`, whose senders ring `doorbell`.
+    ///
+    /// # Errors
+    /// There was work that no watch and no ring had shown.
+    pub fn poll(
+        &mut self,
+        disk: &mut Disk,
+        doorbell: &Doorbell,
+        cx: &Context<'_>,
+    ) -> Result<Work, &'static str> {
+        let was_rung = doorbell.was_rung();
+        let needs_no_poll = self.0.is_still() && !was_rung;
+        self.0.poll();
+        let work = disk.poll(cx);
+        if work == Work::Idle {
+            self.0.begin();
+            disk.watch(&mut self.0);
+        } else if needs_no_poll {
+            return Err("an idle disk had work that nothing had shown");
+        }
+        Ok(work)
+    }
+}

@@ -170,6 +170,12 @@ pub trait IoChannel: Send {
         false
     }
 
+    /// Whether there is nothing for it to do while nothing is in flight, so that its disk need not be polled then. What has to follow
+    /// another process says no.
+    fn is_passive(&self) -> bool {
+        false
+    }
+
     /// Says that payloads will often lie in the first `length` bytes of `pool`, whose content is the parent's alone: a channel to
     /// the kernel has it pinned there once, instead of for each I/O. At most once, and not on a reactor, which pinning would keep
     /// waiting. A hint.

@@ -108,7 +108,7 @@ pub trait Consumer: Send {
 
     /// As [`Poller::watch`]: adds what could give it work.
     fn watch(&self, watch: &mut Watch) {
-        watch.poll();
+        watch.give_up();
     }
 
     /// As [`Poller::arm`].
@@ -770,9 +770,11 @@ impl Poller for Disk {
         if work == Work::Idle { self.waiting() } else { work }
     }
 
-    /// An idle disk has no job, nothing in flight and an open gate: work comes from its consumers. What a channel does by itself then, an
-    /// export that is lost, can wait for the next poll.
+    /// An idle disk has no job, nothing in flight and an open gate: work comes from its consumers, if its channel has none.
     fn watch(&self, watch: &mut Watch) {
+        if !matches!(&self.root, Root::Plain(root) if root.is_passive()) {
+            return watch.give_up();
+        }
         for guest in self.guests.iter().flatten() {
             guest.consumer.watch(watch);
         }

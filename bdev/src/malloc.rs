@@ -166,6 +166,10 @@ impl IoChannel for MallocChannel {
         true
     }
 
+    fn is_passive(&self) -> bool {
+        true
+    }
+
     fn attach(&mut self, cx: &Context<'_>) {
         // A full table leaves the region unnamed, and every I/O then fails with EFAULT instead of taking the reactor down.
         self.region = cx.memory.insert(Arc::clone(&self.medium)).unwrap_or(RegionId::NONE);

@@ -122,6 +122,10 @@ impl IoChannel for NullChannel {
         true
     }
 
+    fn is_passive(&self) -> bool {
+        true
+    }
+
     fn in_flight(&self) -> u32 {
         self.ledger.in_flight()
     }

@@ -555,6 +555,10 @@ impl IoChannel for SectorChannel {
         self.base.works_inline()
     }
 
+    fn is_passive(&self) -> bool {
+        self.base.is_passive()
+    }
+
     fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
         self.base.expect_pool(pool, length);
     }

@@ -73,9 +73,10 @@ pub trait Poller: Send {
     fn poll(&mut self, cx: &Context<'_>) -> Work;
 
     /// It has just answered [`Work::Idle`]: adds what could give it work, apart from messages. Until that changes it need
-    /// not be polled to be found idle again, and is polled every now and then all the same.
+    /// not be polled to be found idle again. It is polled all the same, about every 100 ms; so what is neither in its watch nor a
+    /// message is seen that late.
     fn watch(&self, watch: &mut Watch) {
-        watch.poll();
+        watch.give_up();
     }
 
     /// The reactor is about to sleep: enable notifications, add the descriptors that carry them, and look once more for

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 
 use resilver_sys::Area;
 
-/// The most words of one watch: rings of one guest.
+/// The most words of one watch: a disk whose guests have more rings is polled.
 pub const WORDS_MAX: usize = 8;
 
 /// A word of shared memory, and what it was.
@@ -36,7 +36,7 @@ pub struct Watch {
 impl Watch {
     /// Begins anew: nothing can, so far.
     pub fn begin(&mut self) {
-        self.poll();
+        self.give_up();
         self.count = Some(0);
     }
 
@@ -49,12 +49,12 @@ impl Watch {
                 *free = Some(Word { area: area.clone(), offset, value });
                 *count += 1;
             }
-            (Some(_) | None, _) => self.poll(),
+            (Some(_) | None, _) => self.give_up(),
         }
     }
 
-    /// Something that only a poll can tell, too. Words are given up.
-    pub fn poll(&mut self) {
+    /// Only a poll can tell. What was named is given up.
+    pub fn give_up(&mut self) {
         for word in self.words.iter_mut().take(self.count.take().unwrap_or(0)) {
             *word = None;
         }
@@ -160,7 +160,7 @@ mod tests {
         watch.add(&area, 0, 0);
         watch.add(&area, 2, 0);
         assert_eq!(Arc::strong_count(&mapping), 4);
-        watch.poll();
+        watch.give_up();
         assert_eq!(Arc::strong_count(&mapping), 2);
     }
 }

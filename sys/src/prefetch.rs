@@ -32,9 +32,10 @@ macro_rules! hint {
 /// Has the lines of a value fetched that will be read soon.
 #[inline]
 pub fn prefetch_value<T>(value: &T) {
-    let first: *const u8 = std::ptr::from_ref(value).cast();
-    for line in (0..size_of::<T>()).step_by(LINE) {
-        prefetch(first.wrapping_add(line), Access::Read);
+    let begin: *const u8 = std::ptr::from_ref(value).cast();
+    let before = begin.addr() % LINE;
+    for line in (0..before + size_of::<T>()).step_by(LINE) {
+        prefetch(begin.wrapping_sub(before).wrapping_add(line), Access::Read);
     }
 }
 

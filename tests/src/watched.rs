@@ -22,7 +22,7 @@ impl Watched {
     ) -> Result<Work, &'static str> {
         let was_rung = doorbell.was_rung();
         let needs_no_poll = self.0.is_still() && !was_rung;
-        self.0.poll();
+        self.0.give_up();
         let work = disk.poll(cx);
         if work == Work::Idle {
             self.0.begin();

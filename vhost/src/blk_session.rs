@@ -465,12 +465,12 @@ impl Consumer for BlkSession {
             return;
         }
         if self.shared.memory.is_arriving() {
-            return watch.poll();
+            return watch.give_up();
         }
         for queue in self.queues.iter().take(self.used_queues) {
             match queue {
-                Queue::Live { live, .. } if live.in_use() > 0 => watch.poll(),
-                Queue::Live { phase: Phase::Draining(_), .. } => watch.poll(),
+                Queue::Live { live, .. } if live.in_use() > 0 => watch.give_up(),
+                Queue::Live { phase: Phase::Draining(_), .. } => watch.give_up(),
                 Queue::Live { live, phase: Phase::Running } => live.watch(watch),
                 Queue::Live { phase: Phase::Disabled | Phase::Broken, .. } | Queue::Empty => {}
             }

@@ -43,15 +43,22 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How often guest memory is looked at: a guest that took away pages under us goes on with zeroes until then.
 const LOOK_AT_MEMORY: Duration = Duration::from_millis(500);
 
-/// Connections look at moments that are so far apart: a thousand that each woke the control thread at a moment of their own would
-/// take 2% of a core that is a reactor's or a guest's, most of it to wake up.
+/// Connections look at moments that are so far apart, each at every [`LOOK_AT_MEMORY`]: a thousand that each woke the control thread at
+/// a moment of their own would take 2% of a core that is a reactor's or a guest's, most of it to wake up; all at one moment would take
+/// it for milliseconds.
 const TOGETHER: Duration = Duration::from_millis(10);
 
-/// How long until a connection looks at guest memory next.
-fn until_look() -> Duration {
+// Moments are counted from the beginning of a second.
+const _: () = assert!(1_000_000_000 % LOOK_AT_MEMORY.subsec_nanos() == 0);
+
+/// How long until the connection of this number looks at guest memory next.
+fn until_look(number: u32) -> Duration {
+    let period = LOOK_AT_MEMORY.subsec_nanos();
+    let mine = number % (period / TOGETHER.subsec_nanos()) * TOGETHER.subsec_nanos();
     // A clock that is set back or forth makes one look early.
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    LOOK_AT_MEMORY - Duration::from_nanos(u64::from(since.subsec_nanos() % TOGETHER.subsec_nanos()))
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let wait = (mine + period - now.subsec_nanos() % period) % period;
+    if wait == 0 { LOOK_AT_MEMORY } else { Duration::from_nanos(wait.into()) }
 }
 
 /// Why a connection ended, or why a message was refused.
@@ -199,7 +206,7 @@ impl Connection {
     async fn next_message(&self) -> Result<Option<Received>, ConnectionError> {
         let mut receive = pin!(self.seat.socket.receive());
         loop {
-            match tokio::time::timeout(until_look(), &mut receive).await {
+            match tokio::time::timeout(until_look(self.seat.socket.number()), &mut receive).await {
                 Ok(received) => return Ok(received?),
                 Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
                 Err(_) => {

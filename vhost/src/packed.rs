@@ -241,7 +241,7 @@ impl PackedRing {
     pub(crate) fn watch(&self, watch: &mut Watch) {
         let flags = self.flags(self.next_available.index);
         if flags & OWNER == self.next_available.available() {
-            return watch.poll();
+            return watch.give_up();
         }
         let at = usize::from(self.next_available.index) * DESCRIPTOR_BYTES + FLAGS_AT;
         watch.add(&self.areas.descriptors, at, flags.to_le());

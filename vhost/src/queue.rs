@@ -537,7 +537,7 @@ impl LiveQueue {
     /// What could give it work, where nothing is under way: the driver.
     pub(crate) fn watch(&self, watch: &mut Watch) {
         if self.owed() > 0 {
-            return watch.poll();
+            return watch.give_up();
         }
         self.ring.watch(watch);
     }

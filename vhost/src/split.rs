@@ -161,7 +161,7 @@ impl SplitRing {
     /// known to be there.
     pub(crate) fn watch(&self, watch: &mut Watch) {
         if self.known_available != self.next_available {
-            return watch.poll();
+            return watch.give_up();
         }
         watch.add(&self.areas.driver, AVAILABLE_INDEX, self.next_available.to_le());
     }

@@ -379,6 +379,10 @@ impl IoChannel for UringChannel {
         self.queues.work_inline()
     }
 
+    fn is_passive(&self) -> bool {
+        true
+    }
+
     /// A refusal (this user may not have so much pinned) costs time, and nothing else.
     fn expect_pool(&mut self, pool: &Arc<Mapping>, length: usize) {
         let _ = self.queues.register(pool, length);

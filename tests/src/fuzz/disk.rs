@@ -125,6 +125,10 @@ impl IoChannel for FuzzedDisk {
         }
     }
 
+    fn is_passive(&self) -> bool {
+        true
+    }
+
     fn in_flight(&self) -> u32 {
         u32::try_from(self.pending.len()).unwrap_or(u32::MAX)
     }

@@ -747,6 +747,10 @@ impl IoChannel for SimChannel {
         });
     }
 
+    fn is_passive(&self) -> bool {
+        true
+    }
+
     fn works_inline(&self) -> bool {
         lock(&self.medium).options.inline
     }

@@ -5,7 +5,7 @@
 //! that has found nothing for a while is *quiet* and polled at a pace: every 8 µs at first, and at twice the interval each time
 //! it has been idle for `PATIENCE` intervals, up to `SLOWEST`. What comes to a quiet poller is thus seen later by at most a
 //! sixteenth of the time it was idle for, and by no more than 2 ms; unless there are so many that looking at them in time would
-//! take the busy ones more than a few percent. Quiet pollers are polled one by one, `AFTER_POLL` apart, those first that have
+//! take the busy ones more than a few percent. Quiet pollers are polled one by one, `SPACING` apart, those first that have
 //! waited longest: a thousand are seen every 5 ms, and no turn is longer than others because many are due in it.
 //!
 //! Paces are kept only where somebody gains: on a reactor that has found no work for `REST` quiet pollers are polled as fast as
@@ -14,7 +14,7 @@
 //! ([`Work::Waiting`]).
 //!
 //! In place of a poll a quiet poller that can say what would give it work has that looked at ([`Watch`]), which takes a fraction of
-//! the time: a thousand are seen every 2 ms. It is polled all the same, about every [`SURELY`].
+//! the time. It is polled all the same, about every [`SURELY`].
 //!
 //! Each pace has a queue in order of what is due. A turn looks at their heads, so what it costs does not depend on how
 //! many are quiet. Queues have room for every poller: nothing is allocated in a turn.
@@ -43,10 +43,10 @@ const PATIENCE: u64 = 16;
 /// polled than others, lest all that were polled together were so again.
 const SURELY: Nanos = Nanos::from_millis(100);
 const SPREAD: u64 = 32;
-/// The time from a poll of a quiet poller to the next look: most of an idle disk's is cache misses, and takes half a microsecond.
-const AFTER_POLL: Nanos = Nanos::from_micros(5);
-/// The time from a look at a watch to the next one, which takes a few hundredths of one.
-const AFTER_LOOK: Nanos = Nanos::from_micros(1);
+/// The time between two looks at quiet pollers. A poll of an idle disk takes half a microsecond, most of it cache misses; a look at its
+/// watch up to a fifth in a virtual machine, to find the page of a guest that nobody has looked at for long: no fetching ahead hides
+/// that.
+const SPACING: Nanos = Nanos::from_micros(5);
 /// How many looks ahead what is looked at is fetched.
 const AHEAD: usize = 4;
 /// A longer turn makes up for what was due in it, or in so much of it.
@@ -246,7 +246,7 @@ impl Roster {
         }
         let is_still =
             look == Look::Watch && seat.may_be_looked_at(cx.now) && seat.watch.is_still();
-        self.next_quiet = self.next_quiet + if is_still { AFTER_LOOK } else { AFTER_POLL };
+        self.next_quiet = self.next_quiet + SPACING;
         let work = if is_still {
             Work::Idle
         } else {

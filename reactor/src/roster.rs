@@ -47,8 +47,6 @@ const SPREAD: u64 = 32;
 /// watch up to a fifth in a virtual machine, to find the page of a guest that nobody has looked at for long: no fetching ahead hides
 /// that.
 const SPACING: Nanos = Nanos::from_micros(5);
-/// How many looks ahead what is looked at is fetched.
-const AHEAD: usize = 4;
 /// A longer turn makes up for what was due in it, or in so much of it.
 const MADE_UP: Nanos = Nanos::from_micros(64);
 /// Quiet pollers that a turn polls where everyone is to be polled: at least; and of turns that are longer one for so much of the last
@@ -237,12 +235,11 @@ impl Roster {
     /// Polls the first of a pace, if there is one and nothing shows that it has no work.
     fn poll_quiet(&mut self, cx: &Context<'_>, pace: usize, look: Look) -> Work {
         let Some(mut seat) = self.quiet[pace].pop_front() else { return Work::Idle };
-        // Looks come several together, and a line takes as long as some of them.
-        if let Some(soon) = self.quiet[pace].get(AHEAD) {
-            soon.watch.prefetch();
+        if let Some(next) = self.quiet[pace].front() {
+            next.watch.prefetch();
         }
-        if let Some(later) = self.quiet[pace].get(2 * AHEAD) {
-            prefetch_value(&*later.watch);
+        if let Some(after_next) = self.quiet[pace].get(1) {
+            prefetch_value(&*after_next.watch);
         }
         let is_still =
             look == Look::Watch && seat.may_be_looked_at(cx.now) && seat.watch.is_still();

@@ -14,7 +14,7 @@
 //! ([`Work::Waiting`]).
 //!
 //! In place of a poll a quiet poller that can say what would give it work has that looked at ([`Watch`]), which takes a fraction of
-//! the time. It is polled all the same, about every [`SURELY`].
+//! the time. It is polled all the same, about every `SURELY`.
 //!
 //! Each pace has a queue in order of what is due. A turn looks at their heads, so what it costs does not depend on how
 //! many are quiet. Queues have room for every poller: nothing is allocated in a turn.

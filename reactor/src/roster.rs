@@ -47,8 +47,6 @@ const SPREAD: u64 = 32;
 /// watch up to a fifth in a virtual machine, to find the page of a guest that nobody has looked at for long: no fetching ahead hides
 /// that.
 const SPACING: Nanos = Nanos::from_micros(5);
-/// A longer turn makes up for what was due in it, or in so much of it.
-const MADE_UP: Nanos = Nanos::from_micros(64);
 /// Quiet pollers that a turn polls where everyone is to be polled: at least; and of turns that are longer one for so much of the last
 /// one, which is about a quarter of it.
 const AT_ONCE: u64 = 8;
@@ -59,15 +57,6 @@ const REST: Nanos = Nanos::from_micros(20);
 /// The time between two polls at this pace.
 const fn interval(pace: usize) -> Nanos {
     Nanos(FASTEST.0 << pace)
-}
-
-/// What a look at a quiet poller is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Look {
-    /// At what it watches, where it can say that, if it was polled not long ago.
-    Watch,
-    /// A poll.
-    Poll,
 }
 
 struct Seat {
@@ -81,18 +70,11 @@ struct Seat {
     watch: Box<Watch>,
     /// When it was last polled, if it is quiet.
     polled: Nanos,
-    /// The rings that it was polled after, and has nothing left of, if it is quiet.
+    /// How many rings there were when it was last polled or looked at, if it is quiet.
     rings: u64,
 }
 
 impl Seat {
-    /// It was polled and had no work.
-    fn found_idle(&mut self, now: Nanos) {
-        self.polled = now;
-        self.watch.begin();
-        self.poller.watch(&mut self.watch);
-    }
-
     /// Whether a look at its watch does in place of a poll.
     fn may_be_looked_at(&self, now: Nanos) -> bool {
         now - self.polled < SURELY - Nanos::from_millis(self.id.0 % SPREAD)
@@ -108,7 +90,7 @@ pub(crate) struct Roster {
     quiet: [VecDeque<Seat>; PACES],
     /// When a turn last found work.
     worked: Nanos,
-    /// When a quiet poller may be polled next.
+    /// When a quiet poller may be looked at next.
     next_quiet: Nanos,
     /// How often something may have come for any of them; and whether there are any that were not polled since.
     rings: u64,
@@ -164,18 +146,18 @@ impl Roster {
         let mut work = self.poll_busy(cx);
         if self.unseen {
             work = work.or(self.poll_unseen(cx));
-            self.next_quiet = cx.now;
         } else if self.turned - self.worked >= REST {
             for pace in 0..PACES {
-                work = work.or(self.poll_quiet(cx, pace, Look::Watch));
+                work = work.or(self.poll_quiet(cx, pace));
             }
-            self.next_quiet = cx.now;
         } else {
-            self.next_quiet = self.next_quiet.max(cx.now - MADE_UP);
+            // A long turn makes up for what was due in it.
+            self.next_quiet = self.next_quiet.max(self.turned);
             while cx.now >= self.next_quiet
                 && let Some(pace) = self.longest_due(cx.now)
             {
-                work = work.or(self.poll_quiet(cx, pace, Look::Watch));
+                self.next_quiet = self.next_quiet + SPACING;
+                work = work.or(self.poll_quiet(cx, pace));
             }
         }
         self.turned = cx.now;
@@ -192,7 +174,8 @@ impl Roster {
             match seat.poller.poll(cx) {
                 Work::Idle if cx.now - seat.active >= Nanos(FASTEST.0 * PATIENCE) => {
                     let mut seat = self.busy.swap_remove(at);
-                    seat.found_idle(cx.now);
+                    seat.watch.ask(&*seat.poller);
+                    seat.polled = cx.now;
                     self.queue(seat, 0, cx.now);
                     continue;
                 }
@@ -227,13 +210,13 @@ impl Roster {
                 self.unseen = false;
                 break;
             };
-            work = work.or(self.poll_quiet(cx, pace, Look::Poll));
+            work = work.or(self.poll_quiet(cx, pace));
         }
         work
     }
 
     /// Polls the first of a pace, if there is one and nothing shows that it has no work.
-    fn poll_quiet(&mut self, cx: &Context<'_>, pace: usize, look: Look) -> Work {
+    fn poll_quiet(&mut self, cx: &Context<'_>, pace: usize) -> Work {
         let Some(mut seat) = self.quiet[pace].pop_front() else { return Work::Idle };
         if let Some(next) = self.quiet[pace].front() {
             next.watch.prefetch();
@@ -241,18 +224,13 @@ impl Roster {
         if let Some(after_next) = self.quiet[pace].get(1) {
             prefetch_value(&*after_next.watch);
         }
-        let is_still =
-            look == Look::Watch && seat.may_be_looked_at(cx.now) && seat.watch.is_still();
-        self.next_quiet = self.next_quiet + SPACING;
-        let work = if is_still {
+        // A watch shows no messages.
+        let was_rung = seat.rings < self.rings;
+        let work = if !was_rung && seat.may_be_looked_at(cx.now) && seat.watch.is_still() {
             Work::Idle
         } else {
-            seat.watch.give_up();
-            let work = seat.poller.poll(cx);
-            if work == Work::Idle {
-                seat.found_idle(cx.now);
-            }
-            work
+            seat.polled = cx.now;
+            seat.watch.poll(&mut *seat.poller, cx)
         };
         if work == Work::Idle {
             let slower = (pace + 1).min(PACES - 1);
@@ -424,7 +402,7 @@ mod tests {
         shared.polls.swap(0, Ordering::Relaxed)
     }
 
-    fn forget(all: &[Arc<Shared>]) {
+    fn forget<'a>(all: impl IntoIterator<Item = &'a Arc<Shared>>) {
         for shared in all {
             polls(shared);
         }
@@ -502,9 +480,7 @@ mod tests {
         bench.add(ALWAYS);
         let watching: Vec<_> = (0..100).map(|_| bench.add_watching()).collect();
         bench.turns_for(LONG);
-        for (shared, _) in &watching {
-            polls(shared);
-        }
+        forget(watching.iter().map(|(shared, _)| shared));
         bench.turns_for(Nanos(10 * SURELY.0));
         for (shared, _) in &watching {
             let seen = polls(shared);
@@ -517,12 +493,8 @@ mod tests {
         }
         bench.turns_for(LONG);
         bench.roster.expect_anything();
-        for (shared, _) in &watching {
-            polls(shared);
-        }
-        for _ in 0..13 {
-            bench.turn();
-        }
+        forget(watching.iter().map(|(shared, _)| shared));
+        bench.turns_for(Nanos::from_micros(13));
         for (shared, _) in &watching {
             assert_eq!(polls(shared), 1, "a ring is for them, too");
         }
@@ -559,9 +531,7 @@ mod tests {
         }
         bench.roster.expect_anything();
         forget(&idle);
-        for _ in 0..13 {
-            bench.turn();
-        }
+        bench.turns_for(Nanos::from_micros(13));
         assert!(idle.iter().all(|idle| polls(idle) == 1), "those, too, that were polled before");
     }
 
@@ -602,9 +572,7 @@ mod tests {
             assert!(turns <= SLOWEST.0 / 50_000 + 3, "{turns} of 50 us");
         }
         bench.turns_for(LONG);
-        for (shared, _) in &watching {
-            polls(shared);
-        }
+        forget(watching.iter().map(|(shared, _)| shared));
         bench.roster.expect_anything();
         bench.now = bench.now + Nanos::from_micros(100);
         bench.turn();

@@ -14,6 +14,8 @@ use std::sync::atomic::Ordering;
 
 use resilver_sys::Area;
 
+use crate::poller::{Context, Poller, Work};
+
 /// The most words of one watch: a disk whose guests have more rings is polled.
 pub const WORDS_MAX: usize = 8;
 
@@ -34,8 +36,24 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Polls `poller`, and asks it anew what to watch if it is idle.
+    pub fn poll(&mut self, poller: &mut dyn Poller, cx: &Context<'_>) -> Work {
+        self.give_up();
+        let work = poller.poll(cx);
+        if work == Work::Idle {
+            self.ask(poller);
+        }
+        work
+    }
+
+    /// Asks a poller that has just been found idle what to watch.
+    pub(crate) fn ask(&mut self, poller: &dyn Poller) {
+        self.begin();
+        poller.watch(self);
+    }
+
     /// Begins anew: nothing can, so far.
-    pub fn begin(&mut self) {
+    fn begin(&mut self) {
         self.give_up();
         self.count = Some(0);
     }

@@ -162,7 +162,8 @@ impl<D: Disk> Client<D> {
         Ok((recorder, disturbance))
     }
 
-    /// Keeps the depth until then; says when it stopped.
+    /// Keeps the depth until then, and until a request has ended: a run of none would have no latencies to tell. Says when it
+    /// stopped.
     fn turns_until(&mut self, end: Instant) -> anyhow::Result<Instant> {
         let (mut idle, mut last) = (0, Instant::now());
         loop {
@@ -171,7 +172,7 @@ impl<D: Disk> Client<D> {
             if ended || self.job.interrupts || idle % TURNS_BETWEEN_LOOKS == 0 {
                 let now = Instant::now();
                 last = if ended { now } else { last };
-                if now >= end {
+                if now >= end && self.requests > 0 {
                     return Ok(now);
                 }
                 self.look(now, last)?;

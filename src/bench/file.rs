@@ -237,16 +237,14 @@ mod tests {
 
     #[test]
     fn writes_write_and_reads_leave_everything_as_it_is() {
-        let (_directory, path) = scratch(SIZE);
+        // As many places as requests in flight: a run writes all of them, however short it is.
+        let (_directory, path) = scratch(4 * 65536);
         let content = || std::fs::read(&path).unwrap();
         measure(&path, &job(Pattern::Randread, 4096, 4, 1), false).unwrap();
         assert!(content().iter().all(|byte| *byte == 0));
-        // One round of the whole file, at least.
-        let writes = Job { time: Duration::from_millis(200), ..job(Pattern::Write, 65536, 4, 2) };
-        let run = measure(&path, &writes, false).unwrap();
-        assert!(run.bytes >= SIZE, "only {} bytes", run.bytes);
+        measure(&path, &job(Pattern::Write, 65536, 4, 2), false).unwrap();
         let written = content();
-        assert_eq!(written.len() as u64, SIZE);
+        assert_eq!(written.len(), 4 * 65536);
         // No sector has been left out, and the buffers of two slots differ.
         assert!(written.chunks(512).all(|sector| sector.iter().any(|byte| *byte != 0)));
         assert!(written.chunks(65536).any(|block| block != &written[..65536]));

@@ -57,7 +57,7 @@ fn a_file_is_measured_beside_a_server_and_told_in_every_form() {
         assert_eq!((bare["name"].as_str(), served["name"].as_str()), (Some("file"), Some("sock")));
         assert_eq!((bare["direct"].as_bool(), served["direct"].as_bool()), (Some(true), None));
         for run in bare["runs"].as_array().unwrap() {
-            assert!(run["requests"].as_u64() > Some(10), "{run}");
+            assert!(run["requests"].as_u64() > Some(0), "{run}");
             assert_eq!(run["machine"]["server_known"], true);
         }
         let ratio = &served["iops_to_first"];

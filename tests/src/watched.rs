@@ -3,7 +3,7 @@
 //! for long.
 
 use resilver_bdev::Disk;
-use resilver_reactor::{Context, Doorbell, Poller as _, Watch, Work};
+use resilver_reactor::{Context, Doorbell, Watch, Work};
 
 /// What a disk watches since it was last found idle.
 #[derive(Debug, Default)]
@@ -22,14 +22,11 @@ impl Watched {
     ) -> Result<Work, &'static str> {
         let was_rung = doorbell.was_rung();
         let needs_no_poll = self.0.is_still() && !was_rung;
-        self.0.give_up();
-        let work = disk.poll(cx);
-        if work == Work::Idle {
-            self.0.begin();
-            disk.watch(&mut self.0);
-        } else if needs_no_poll {
-            return Err("an idle disk had work that nothing had shown");
+        match self.0.poll(disk, cx) {
+            Work::Waiting | Work::Busy if needs_no_poll => {
+                Err("an idle disk had work that nothing had shown")
+            }
+            work => Ok(work),
         }
-        Ok(work)
     }
 }

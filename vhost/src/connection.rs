@@ -49,14 +49,17 @@ const LOOK_AT_MEMORY: Duration = Duration::from_millis(500);
 const TOGETHER: Duration = Duration::from_millis(10);
 
 // Moments are counted from the beginning of a second.
-const _: () = assert!(1_000_000_000 % LOOK_AT_MEMORY.subsec_nanos() == 0);
+const _: () = assert!(
+    1_000_000_000 % LOOK_AT_MEMORY.subsec_nanos() == 0
+        && LOOK_AT_MEMORY.subsec_nanos().is_multiple_of(TOGETHER.subsec_nanos())
+);
 
-/// How long until the connection of this number looks at guest memory next.
-fn until_look(number: u32) -> Duration {
+/// How long the connection of this number waits until it looks at guest memory next. A clock that is set back or forth makes one look
+/// early.
+fn until_look(number: u32, now: SystemTime) -> Duration {
     let period = LOOK_AT_MEMORY.subsec_nanos();
     let mine = number % (period / TOGETHER.subsec_nanos()) * TOGETHER.subsec_nanos();
-    // A clock that is set back or forth makes one look early.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let wait = (mine + period - now.subsec_nanos() % period) % period;
     if wait == 0 { LOOK_AT_MEMORY } else { Duration::from_nanos(wait.into()) }
 }
@@ -206,7 +209,8 @@ impl Connection {
     async fn next_message(&self) -> Result<Option<Received>, ConnectionError> {
         let mut receive = pin!(self.seat.socket.receive());
         loop {
-            match tokio::time::timeout(until_look(self.seat.socket.number()), &mut receive).await {
+            let wait = until_look(self.seat.socket.number(), SystemTime::now());
+            match tokio::time::timeout(wait, &mut receive).await {
                 Ok(received) => return Ok(received?),
                 Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
                 Err(_) => {
@@ -583,5 +587,27 @@ impl ConnectionError {
             | Self::Stuck(_)
             | Self::DiskGone => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_look_at_few_moments_that_are_shared_out_among_them() {
+        let mut moments = std::collections::BTreeMap::new();
+        for number in 0..1000 {
+            // Wherever one begins, it comes to its own moment, and stays with it.
+            let begun = UNIX_EPOCH + Duration::from_nanos(1_234_567_890 * u64::from(number));
+            let wait = until_look(number, begun);
+            assert!(Duration::ZERO < wait && wait <= LOOK_AT_MEMORY, "{wait:?}");
+            let looked = begun + wait;
+            assert_eq!(until_look(number, looked), LOOK_AT_MEMORY);
+            let moment = looked.duration_since(UNIX_EPOCH).unwrap().subsec_millis() % 500;
+            *moments.entry(moment).or_insert(0) += 1;
+        }
+        assert!(moments.keys().all(|moment| moment.is_multiple_of(10)));
+        assert!(moments.values().all(|many| *many == 20), "{moments:?}");
     }
 }

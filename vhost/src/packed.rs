@@ -234,13 +234,19 @@ impl PackedRing {
     #[inline]
     #[must_use]
     pub fn has_next(&self) -> bool {
-        self.flags(self.next_available.index) & OWNER == self.next_available.available()
+        self.is_available(self.flags(self.next_available.index))
+    }
+
+    /// Whether these are the flags of the next descriptor when it is available.
+    #[inline]
+    fn is_available(&self, flags: u16) -> bool {
+        flags & OWNER == self.next_available.available()
     }
 
     /// The flags of the next descriptor, if that is not available.
     pub(crate) fn watch(&self, watch: &mut Watch) {
         let flags = self.flags(self.next_available.index);
-        if flags & OWNER == self.next_available.available() {
+        if self.is_available(flags) {
             return watch.give_up();
         }
         let at = usize::from(self.next_available.index) * DESCRIPTOR_BYTES + FLAGS_AT;

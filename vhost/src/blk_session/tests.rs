@@ -303,13 +303,8 @@ impl Bench {
         let cx = Context { now: Nanos(self.now), memory: &self.table };
         let was_rung = self.doorbell.was_rung();
         let needs_no_poll = self.watch.is_still() && !was_rung;
-        self.watch.give_up();
-        let work = self.disk.poll(&cx);
+        let work = self.watch.poll(&mut self.disk, &cx);
         assert!(work == Work::Idle || !needs_no_poll, "work came that no watch has shown");
-        if work == Work::Idle {
-            self.watch.begin();
-            self.disk.watch(&mut self.watch);
-        }
     }
 
     /// Gives a command and takes a turn; the answer, if it came.

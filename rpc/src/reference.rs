@@ -61,7 +61,7 @@ job is dismissed.
 #[must_use]
 pub fn rpc_page() -> String {
     let mut page = RPC_INTRODUCTION.to_owned();
-    for method in METHODS {
+    for method in &METHODS {
         // Writing to a string cannot fail.
         let _ = write!(page, "\n## {}\n\n{}\n\n", method.name, method.doc());
         parameters(method, &mut page);

@@ -11,9 +11,13 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::sigbus::Guard;
 use crate::{PAGE_SIZE, step_aside, usize_from};
+
+/// How long memory is cleared before others may have the core.
+const AT_A_TIME: Duration = Duration::from_micros(100);
 
 /// How a mapping came to be, and so how it must be undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,19 +233,28 @@ impl Mapping {
         self.guard.as_ref().is_some_and(Guard::poisoned)
     }
 
-    /// Has the kernel clear the first `length` bytes' pages before they are asked for, some at a time, with a step aside between: to
-    /// clear a huge page takes half a millisecond. A refusal changes nothing.
-    pub(crate) fn populate(&self, length: usize) {
-        const STEP: usize = 2 << 20;
-        for offset in (0..length.min(self.len)).step_by(STEP) {
-            let length = (length.min(self.len) - offset).min(STEP);
-            step_aside();
+    /// Has the kernel clear the first `length` bytes' pages before they are asked for, some at a time, with steps aside between. Where
+    /// no huge pages are reserved they are small ones: a huge one is cleared in one piece, which takes some tenths of a millisecond,
+    /// and several milliseconds in a virtual machine whose own host has to find the memory first. A refusal changes nothing. Not for a
+    /// reactor.
+    pub fn populate(&self, length: usize) {
+        const STEP: usize = 64 << 10;
+        let length = length.min(self.len);
+        let advise = |offset: usize, length: usize, advice| {
             // SAFETY: a stretch of this mapping, rounded up to its last page by the kernel, whose content stays as it is. Where it
             // does not begin with a page, as one of a file may not, the kernel refuses.
-            unsafe {
-                let address = self.base.as_ptr().add(offset).cast();
-                libc::madvise(address, length, libc::MADV_POPULATE_WRITE);
+            unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), length, advice) };
+        };
+        if self.backing == Backing::TransparentHugePages {
+            advise(0, length, libc::MADV_NOHUGEPAGE);
+        }
+        let mut begun = Instant::now();
+        for offset in (0..length).step_by(STEP) {
+            if begun.elapsed() >= AT_A_TIME {
+                step_aside();
+                begun = Instant::now();
             }
+            advise(offset, STEP.min(length - offset), libc::MADV_POPULATE_WRITE);
         }
         step_aside();
     }
@@ -286,8 +299,12 @@ fn slab_layout(len: usize) -> Option<std::alloc::Layout> {
 }
 
 /// Whether the host has reserved huge pages free for `bytes`. Asked first because `hugepage-rs` panics where
-/// `/proc/meminfo` has no huge-page lines at all.
+/// `/proc/meminfo` has no huge-page lines at all; and before that whether there are any, for that page is long in the making.
 fn huge_pages_available(bytes: usize) -> bool {
+    let any = std::fs::read_to_string("/proc/sys/vm/nr_hugepages");
+    if any.is_ok_and(|any| any.trim() == "0") {
+        return false;
+    }
     let Ok(text) = std::fs::read_to_string("/proc/meminfo") else { return false };
     let field = |name: &str| -> Option<usize> {
         let line = text.lines().find(|line| line.starts_with(name))?;

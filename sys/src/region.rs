@@ -421,6 +421,8 @@ unsafe fn raw_is_zero(start: *const u8, length: usize) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::PAGE_SIZE;
+    use crate::mapping::Backing;
 
     /// A table with one region of `len` bytes.
     pub(crate) fn memory(len: usize) -> (RegionTable, RegionId, Arc<Mapping>) {
@@ -462,6 +464,29 @@ pub(crate) mod tests {
         table.read(slice(id, (2 << 20) - 2, 5), &mut back).unwrap();
         assert_eq!(&back, b"hello");
         assert!(table.is_zero(slice(id, 0, (2 << 20) - 2)).unwrap());
+    }
+
+    #[test]
+    fn what_is_populated_is_there_and_little_else() {
+        let (_table, _id, mapping) = memory(6 << 20);
+        let resident = || {
+            let (base, length) = mapping.extent();
+            let mut pages = vec![0_u8; length / PAGE_SIZE];
+            // SAFETY: a mapping of ours, and a byte for each of its pages.
+            let asked = unsafe { libc::mincore(base as *mut _, length, pages.as_mut_ptr()) };
+            assert_eq!(asked, 0);
+            pages.iter().map(|page| usize::from(page & 1)).sum::<usize>()
+        };
+        // Pages that the host has reserved are huge, and there whole.
+        let are_there = |pages| match mapping.backing() {
+            Backing::HugePages => resident() >= pages,
+            _ => resident() == pages,
+        };
+        assert!(are_there(0));
+        mapping.populate(100_001);
+        assert!(are_there(25), "{} pages", resident());
+        mapping.populate(3 << 20);
+        assert!(are_there(3 << 8), "{} pages", resident());
     }
 
     #[test]

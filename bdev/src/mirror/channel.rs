@@ -32,8 +32,9 @@ use crate::job::{
 const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
 /// Units of bounce memory: one for each request of an ordinary size in flight, twice over.
 const UNITS: u32 = 2 * DISK_DEPTH;
-/// Those of them that the legs' kernel queues keep pinned. They are taken first, so a guest with few writes in flight uses no others.
-const PINNED_UNITS: u32 = 64;
+/// Bytes of the first of them, which the legs' kernel queues keep pinned. They are taken first, so a guest with few writes in flight
+/// uses no others.
+const PINNED: usize = 64 * BOUNCE_UNIT as usize;
 /// Bytes of a copy's buffer, where `buf_size` does not say less.
 const WINDOW: u32 = 1 << 20;
 /// The most bytes of one copy inside a hole, where the target deallocates them. Where it writes zeroes out, a hole costs as
@@ -158,7 +159,7 @@ impl Mirror {
         let MirrorChannels { mut source, copy_source, mut target, offload } = channels;
         let bounce = Pool::new(UNITS, BOUNCE_UNIT)?;
         for leg in [&mut source, &mut target] {
-            leg.expect_pool(&bounce.mapping, (PINNED_UNITS * BOUNCE_UNIT) as usize);
+            leg.expect_pool(&bounce.mapping, PINNED);
         }
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
@@ -185,6 +186,13 @@ impl Mirror {
             busy: false,
             taken: None,
         })
+    }
+
+    /// Has the memory cleared that a guest at work uses at once, for its writes and for the one copy that is made beside them: what a
+    /// reactor touches first, it clears while the guest waits. Steps aside meanwhile: not for a reactor.
+    pub fn populate(&self) {
+        self.bounce.mapping.populate(PINNED);
+        self.buffers.mapping.populate(self.buffers.part as usize);
     }
 
     /// Chunks of the disk.

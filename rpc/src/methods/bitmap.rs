@@ -200,24 +200,22 @@ pub(super) struct Transaction {
 }
 
 /// An action as its method reads it.
-fn action_of(method: &str, params: Value) -> Result<BitmapAction, RpcError> {
-    fn read<A: Action>(params: Value) -> Result<BitmapAction, RpcError> {
-        parse::<A>(params).map(A::action)
+fn action_of(name: &str, params: Value) -> Result<BitmapAction, RpcError> {
+    fn read<A: Action>(method: &Method, params: Value) -> Result<BitmapAction, RpcError> {
+        parse::<A>(method.schema(), params).map(A::action)
     }
-    match method {
-        BitmapAdd::NAME => read::<BitmapAdd>(params),
-        BitmapRemove::NAME => read::<BitmapRemove>(params),
-        BitmapClear::NAME => read::<BitmapClear>(params),
-        BitmapEnable::NAME => read::<BitmapEnable>(params),
-        BitmapDisable::NAME => read::<BitmapDisable>(params),
-        BitmapMerge::NAME => read::<BitmapMerge>(params),
-        other => {
-            let expected = "a bdev_dirty_bitmap_ method that changes something";
-            Err(match Method::find(other) {
-                Some(_) => RpcError::not_yet("method", other, expected),
-                None => RpcError::parameter("method", other, expected),
-            })
-        }
+    let expected = "a bdev_dirty_bitmap_ method that changes something";
+    let Some(method) = Method::find(name) else {
+        return Err(RpcError::parameter("method", name, expected));
+    };
+    match method.name {
+        BitmapAdd::NAME => read::<BitmapAdd>(method, params),
+        BitmapRemove::NAME => read::<BitmapRemove>(method, params),
+        BitmapClear::NAME => read::<BitmapClear>(method, params),
+        BitmapEnable::NAME => read::<BitmapEnable>(method, params),
+        BitmapDisable::NAME => read::<BitmapDisable>(method, params),
+        BitmapMerge::NAME => read::<BitmapMerge>(method, params),
+        other => Err(RpcError::not_yet("method", other, expected)),
     }
 }
 

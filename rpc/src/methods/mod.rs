@@ -21,8 +21,9 @@ mod vhost;
 
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::LazyLock;
 
-use schemars::{JsonSchema, Schema};
+use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -91,13 +92,14 @@ pub struct Method {
     pub example: &'static str,
     /// What comes back.
     pub result: &'static str,
-    schema: fn() -> Schema,
-    parse: fn(Value) -> Result<(), RpcError>,
-    call: fn(Caller, Value) -> Called,
+    /// Made when it is first asked for: that takes longer than most methods, on a core that a reactor may wait for.
+    schema: LazyLock<Value>,
+    parse: fn(&Value, Value) -> Result<(), RpcError>,
+    call: fn(&'static Value, Caller, Value) -> Called,
 }
 
 /// All methods, by family.
-pub static METHODS: &[Method] = &[
+pub static METHODS: [Method; 58] = [
     Method::of::<bdev::BdevNullCreate>(),
     Method::of::<bdev::BdevNullDelete>(),
     Method::of::<bdev::BdevNullResize>(),
@@ -164,9 +166,11 @@ impl Method {
             name: M::NAME,
             example: M::EXAMPLE,
             result: M::RESULT,
-            schema: || schemars::schema_for!(M),
-            parse: |params| parse::<M>(params).map(|_| ()),
-            call: |caller, params| Box::pin(async move { parse::<M>(params)?.call(caller).await }),
+            schema: LazyLock::new(|| schemars::schema_for!(M).to_value()),
+            parse: |schema, params| parse::<M>(schema, params).map(|_| ()),
+            call: |schema, caller, params| {
+                Box::pin(async move { parse::<M>(schema, params)?.call(caller).await })
+            },
         }
     }
 
@@ -178,15 +182,14 @@ impl Method {
 
     /// The schema of its parameters.
     #[must_use]
-    pub fn schema(&self) -> Schema {
-        (self.schema)()
+    pub fn schema(&self) -> &Value {
+        &self.schema
     }
 
     /// What it does: the documentation of its struct.
     #[must_use]
     pub fn doc(&self) -> String {
-        let schema = self.schema();
-        schema.get("description").and_then(Value::as_str).unwrap_or_default().to_owned()
+        self.schema().get("description").and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
     /// Refuses parameters that the method would not take.
@@ -194,7 +197,7 @@ impl Method {
     /// # Errors
     /// As the method itself would answer.
     pub fn check(&self, params: Value) -> Result<(), RpcError> {
-        (self.parse)(params)
+        (self.parse)(&self.schema, params)
     }
 }
 
@@ -211,12 +214,12 @@ pub async fn call(caller: Caller, name: &str, params: Value) -> Result<Answer, R
             json!({ "method": name }),
         ));
     };
-    (method.call)(caller, params).await
+    (method.call)(&method.schema, caller, params).await
 }
 
 /// Reads parameters. What is missing, unknown or of a wrong type is told by comparison with the schema, which names all
 /// that there is; the rest by serde.
-fn parse<M: Rpc>(params: Value) -> Result<M, RpcError> {
+fn parse<M: Rpc>(schema: &Value, params: Value) -> Result<M, RpcError> {
     let params = match params {
         Value::Null => Map::new(),
         Value::Object(params) => params,
@@ -224,7 +227,6 @@ fn parse<M: Rpc>(params: Value) -> Result<M, RpcError> {
             return Err(RpcError::parameter("params", other, "an object: parameters go by name"));
         }
     };
-    let schema = schemars::schema_for!(M).to_value();
     let none = Map::new();
     let known = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
     let accepted: Vec<&str> = known.keys().map(String::as_str).collect();
@@ -233,8 +235,8 @@ fn parse<M: Rpc>(params: Value) -> Result<M, RpcError> {
             let expected = format!("{} does not know it; it takes {}", M::NAME, list(&accepted));
             return Err(RpcError::parameter(name, value.clone(), expected));
         };
-        if !shape::fits(&schema, shape, value) {
-            let expected = format!("expected {}", shape::words(&schema, shape));
+        if !shape::fits(schema, shape, value) {
+            let expected = format!("expected {}", shape::words(schema, shape));
             return Err(RpcError::parameter(name, value.clone(), expected));
         }
     }
@@ -264,7 +266,7 @@ mod tests {
 
     #[test]
     fn every_method_is_documented_and_its_example_is_what_it_takes() {
-        for method in METHODS {
+        for method in &METHODS {
             assert!(method.doc().len() > 20, "{} has no documentation", method.name);
             assert!(!method.result.is_empty(), "{} does not say what comes back", method.name);
             let example: Value = serde_json::from_str(method.example).expect(method.name);
@@ -281,12 +283,12 @@ mod tests {
     #[test]
     fn a_value_of_a_wrong_type_is_refused_alike_everywhere() {
         let wrong = json!([[{ "no": "such" }]]);
-        for method in METHODS {
+        for method in &METHODS {
             let example: Value = serde_json::from_str(method.example).unwrap();
-            let schema = method.schema().to_value();
+            let schema = method.schema();
             let parameters = schema.get("properties").and_then(Value::as_object);
             for (name, shape) in parameters.into_iter().flatten() {
-                if shape::words(&schema, shape).is_empty() {
+                if shape::words(schema, shape).is_empty() {
                     continue; // It takes anything, and says itself what is wrong with it.
                 }
                 let mut params = example.clone();

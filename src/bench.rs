@@ -127,7 +127,7 @@ pub(crate) struct BenchArgs {
     #[arg(long = "job", value_name = "RW:BS:DEPTH[:QUEUES]", value_parser = job_words,
         conflicts_with_all = ["rw", "bs", "iodepth", "queues"])]
     cells: Vec<JobWords>,
-    /// How long one run is measured.
+    /// How long one run is measured, and until a request has ended.
     #[arg(long, default_value = "3s", value_parser = humantime::parse_duration)]
     time: Duration,
     /// How long a run goes on before it is measured.

@@ -6,7 +6,8 @@
 //! it has been idle for `PATIENCE` intervals, up to `SLOWEST`. What comes to a quiet poller is thus seen later by at most a
 //! sixteenth of the time it was idle for, and by no more than 2 ms; unless there are so many that looking at them in time would
 //! take the busy ones more than a few percent. Quiet pollers are polled one by one, `SPACING` apart, those first that have
-//! waited longest: a thousand are seen every 5 ms, and no turn is longer than others because many are due in it.
+//! waited longest: a thousand are seen every 5 ms, and no turn is longer than others because many are due in it, but for some
+//! percent of the turn before, whose share it makes up for.
 //!
 //! Paces are kept only where somebody gains: on a reactor that has found no work for `REST` quiet pollers are polled as fast as
 //! turns go. Whoever rings the doorbell, and the end of a sleep, gets everyone polled, some in each turn: to poll a thousand takes
@@ -47,6 +48,9 @@ const SPREAD: u64 = 32;
 /// watch up to a fifth in a virtual machine, to find the page of a guest that nobody has looked at for long: no fetching ahead hides
 /// that.
 const SPACING: Nanos = Nanos::from_micros(5);
+/// After a long turn the next one makes up for what was due meanwhile, or in so much of it: in a longer one somebody else had the
+/// core.
+const MADE_UP: Nanos = Nanos::from_millis(1);
 /// Quiet pollers that a turn polls where everyone is to be polled: at least; and of turns that are longer one for so much of the last
 /// one, which is about a quarter of it.
 const AT_ONCE: u64 = 8;
@@ -151,8 +155,7 @@ impl Roster {
                 work = work.or(self.poll_quiet(cx, pace));
             }
         } else {
-            // A long turn makes up for what was due in it.
-            self.next_quiet = self.next_quiet.max(self.turned);
+            self.next_quiet = self.next_quiet.max(self.turned).max(cx.now - MADE_UP);
             while cx.now >= self.next_quiet
                 && let Some(pace) = self.longest_due(cx.now)
             {

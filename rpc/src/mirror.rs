@@ -196,6 +196,7 @@ impl Target {
             start.config.bitmap = Some(working);
         }
         let mirror = Box::new(Mirror::new(start.config, channels)?);
+        step_aside();
         mirror.populate();
         let disk = self.disk_over(&source, None)?;
         let scan_stop = Arc::new(AtomicBool::new(false));

@@ -49,7 +49,8 @@ pub const PAGE_SIZE: usize = 4096;
 
 /// Lets others have this core, between two steps of work that is not a reactor's. On a host with fewer cores than threads a
 /// reactor may be who waits for it, and the scheduler would take the core back at its next tick only, milliseconds later. It takes
-/// a sleep: who yields and has slept before has run less than a reactor and goes on at once.
+/// a sleep: who yields and has slept before has run less than a reactor and goes on at once. Who has a core of their own sleep, too:
+/// nobody can tell.
 pub fn step_aside() {
     std::thread::sleep(ASIDE);
 }

@@ -233,16 +233,16 @@ impl Mapping {
         self.guard.as_ref().is_some_and(Guard::poisoned)
     }
 
-    /// Has the kernel clear the first `length` bytes' pages before they are asked for, some at a time, with steps aside between. Where
-    /// no huge pages are reserved they are small ones: a huge one is cleared in one piece, which takes some tenths of a millisecond,
-    /// and several milliseconds in a virtual machine whose own host has to find the memory first. A refusal changes nothing. Not for a
-    /// reactor.
+    /// Has the kernel clear the pages of the first `length` bytes of memory of ours before they are asked for, some at a time, with
+    /// steps aside between. Where no huge pages are reserved they are small ones: a huge one is cleared in one piece, which takes some
+    /// tenths of a millisecond, and several milliseconds in a virtual machine whose own host has to find the memory first. A refusal
+    /// changes nothing. Not for a reactor.
     pub fn populate(&self, length: usize) {
         const STEP: usize = 64 << 10;
         let length = length.min(self.len);
         let advise = |offset: usize, length: usize, advice| {
-            // SAFETY: a stretch of this mapping, rounded up to its last page by the kernel, whose content stays as it is. Where it
-            // does not begin with a page, as one of a file may not, the kernel refuses.
+            // SAFETY: a stretch of this mapping, rounded up to its last page by the kernel. The advice is one of the two below, and
+            // neither changes content.
             unsafe { libc::madvise(self.base.as_ptr().add(offset).cast(), length, advice) };
         };
         if self.backing == Backing::TransparentHugePages {
@@ -250,13 +250,12 @@ impl Mapping {
         }
         let mut begun = Instant::now();
         for offset in (0..length).step_by(STEP) {
+            advise(offset, STEP.min(length - offset), libc::MADV_POPULATE_WRITE);
             if begun.elapsed() >= AT_A_TIME {
                 step_aside();
                 begun = Instant::now();
             }
-            advise(offset, STEP.min(length - offset), libc::MADV_POPULATE_WRITE);
         }
-        step_aside();
     }
 
     /// Where the whole pages that were mapped begin, and how many bytes they have.

@@ -148,7 +148,7 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// A mirror that is not yet above its disk.
+    /// A mirror that is not yet above its disk. The channels may step aside while they pin memory: not for a reactor.
     ///
     /// # Errors
     /// A parameter out of range, a target that does not fit, channels without the depth that is needed, no memory.

@@ -584,6 +584,22 @@ mod tests {
     }
 
     #[test]
+    fn after_a_turn_in_which_somebody_else_had_the_core_not_all_are_looked_at_at_once() {
+        let mut bench = Bench::new();
+        bench.add(ALWAYS);
+        let watching: Vec<_> = (0..1000).map(|_| bench.add_watching()).collect();
+        bench.turns_for(LONG);
+        forget(watching.iter().map(|(shared, _)| shared));
+        for (_, mapping) in &watching {
+            Area::new(mapping, 0, 2, 2).unwrap().store_u16(0, 1, Ordering::Release);
+        }
+        bench.now = bench.now + Nanos::from_millis(20);
+        bench.turn();
+        let seen: u64 = watching.iter().map(|(shared, _)| polls(shared)).sum();
+        assert_eq!(seen, MADE_UP.0 / SPACING.0 + 1);
+    }
+
+    #[test]
     fn on_a_reactor_at_rest_quiet_pollers_are_polled_as_fast_as_turns_go() {
         let mut bench = Bench::new();
         let idle: Vec<_> = (0..4).map(|_| bench.add(0)).collect();

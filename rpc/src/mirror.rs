@@ -195,9 +195,9 @@ impl Target {
             start.config.granularity = granularity;
             start.config.bitmap = Some(working);
         }
-        let mirror = Box::new(Mirror::new(start.config, channels)?);
+        let mut mirror = Box::new(Mirror::new(start.config, channels)?);
         step_aside();
-        mirror.populate();
+        mirror.prepare();
         let disk = self.disk_over(&source, None)?;
         let scan_stop = Arc::new(AtomicBool::new(false));
         let job = Job {

@@ -254,3 +254,66 @@ impl<D: Disk> Client<D> {
         self.disk.disarm();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::super::Pattern;
+    use super::super::disk::Shape;
+    use super::*;
+
+    /// A disk that ends its requests one by one, each after so many looks of the client's that a run without time is long over.
+    #[derive(Default)]
+    struct Slow {
+        asked: VecDeque<usize>,
+        looks: u32,
+    }
+
+    impl Disk for Slow {
+        fn shape(&self) -> Shape {
+            Shape { capacity: 1 << 20, block_size: 512, read_only: false, direct: None }
+        }
+        fn queues(&self) -> usize {
+            1
+        }
+        fn submit(&mut self, _queue: usize, access: Access) -> anyhow::Result<()> {
+            self.asked.push_back(access.slot);
+            Ok(())
+        }
+        fn publish(&mut self) {}
+        fn pop(&mut self, _queue: usize) -> anyhow::Result<Option<usize>> {
+            self.looks += 1;
+            Ok(if self.looks.is_multiple_of(100_000) { self.asked.pop_front() } else { None })
+        }
+        fn in_flight(&self) -> usize {
+            self.asked.len()
+        }
+        fn look(&mut self) -> anyhow::Result<()> {
+            Ok(())
+        }
+        fn arm(&mut self, _set: &mut WaitSet) -> bool {
+            false
+        }
+        fn disarm(&mut self) {}
+    }
+
+    #[test]
+    fn a_run_goes_on_until_a_request_has_ended() {
+        for interrupts in [false, true] {
+            let job = Job {
+                pattern: Pattern::Randread,
+                read_percent: 100,
+                block: 4096,
+                depth: 2,
+                queues: 1,
+                interrupts,
+                warmup: Duration::ZERO,
+                time: Duration::ZERO,
+            };
+            let client = Client::new(Slow::default(), &job, 1, &Interrupt::default()).unwrap();
+            let run = client.run(Server::Nobody).unwrap();
+            assert_eq!((run.requests, run.latency.len()), (1, 1));
+        }
+    }
+}

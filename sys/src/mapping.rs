@@ -16,9 +16,6 @@ use std::time::{Duration, Instant};
 use crate::sigbus::Guard;
 use crate::{PAGE_SIZE, step_aside, usize_from};
 
-/// How long memory is cleared before others may have the core.
-const AT_A_TIME: Duration = Duration::from_micros(100);
-
 /// How a mapping came to be, and so how it must be undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
@@ -238,7 +235,9 @@ impl Mapping {
     /// tenths of a millisecond, and several milliseconds in a virtual machine whose own host has to find the memory first. A refusal
     /// changes nothing. Not for a reactor.
     pub fn populate(&self, length: usize) {
+        /// Cleared in one call, bytes; and for how long before others have the core.
         const STEP: usize = 64 << 10;
+        const AT_A_TIME: Duration = Duration::from_micros(100);
         let length = length.min(self.len);
         let advise = |offset: usize, length: usize, advice| {
             // SAFETY: a stretch of this mapping, rounded up to its last page by the kernel. The advice is one of the two below, and

@@ -211,13 +211,12 @@ impl Ring {
     }
 
     /// Registers the first `length` bytes of memory whose content is its owner's alone, from where payloads will often come. One
-    /// pool for each ring. Clears memory and lets others have the core meanwhile: not for a reactor.
+    /// pool for each ring. What of it [`Mapping::populate`] has not brought the kernel clears in one piece: not for a reactor.
     ///
     /// # Errors
     /// There is one, or this user may not have so much pinned (`RLIMIT_MEMLOCK`); the ring does without.
     pub fn register(&mut self, pool: &Arc<Mapping>, length: usize) -> io::Result<()> {
         let length = length.min(pool.len());
-        pool.populate(length);
         let all = libc::iovec { iov_base: pool.base().as_ptr().cast(), iov_len: length };
         // SAFETY: `length` mapped bytes, whose pages the kernel pins before it returns; it uses their addresses only to find an
         // operation's place among them. As long as the ring names such places, it holds the mapping.

@@ -368,7 +368,8 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
         target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
         offload: None,
     };
-    let job = Box::new(Mirror::new(config, channels).unwrap());
+    let mut job = Box::new(Mirror::new(config, channels).unwrap());
+    job.prepare();
     let target_stats = Arc::clone(target.stats());
     let started = ask(handle, |reply| {
         let deadline = HOLD_DEADLINE;

@@ -148,7 +148,7 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// A mirror that is not yet above its disk. The channels may step aside while they pin memory: not for a reactor.
+    /// A mirror that is not yet above its disk.
     ///
     /// # Errors
     /// A parameter out of range, a target that does not fit, channels without the depth that is needed, no memory.
@@ -156,11 +156,7 @@ impl Mirror {
         validate(&config, &channels)?;
         let limits = combined_limits(channels.source.limits(), channels.target.limits());
         let core = core_config(&config, &limits, &channels);
-        let MirrorChannels { mut source, copy_source, mut target, offload } = channels;
-        let bounce = Pool::new(UNITS, BOUNCE_UNIT)?;
-        for leg in [&mut source, &mut target] {
-            leg.expect_pool(&bounce.mapping, PINNED);
-        }
+        let MirrorChannels { source, copy_source, target, offload } = channels;
         let (window, zero_unit, copies) = (core.window, core.zero_unit, u32::from(core.copies));
         #[allow(clippy::cast_possible_truncation)] // constants below u16::MAX
         Ok(Self {
@@ -176,7 +172,7 @@ impl Mirror {
             offload,
             reads: vec![(Tag(0), Nanos::ZERO); DISK_DEPTH as usize].into_boxed_slice(),
             free_reads: (0..DISK_DEPTH as u16).rev().collect(),
-            bounce,
+            bounce: Pool::new(UNITS, BOUNCE_UNIT)?,
             free_units: (0..UNITS as u16).rev().collect(),
             buffers: Pool::new(copies + 2 * u32::from(CHECKS), window)?,
             zero_unit,
@@ -188,10 +184,14 @@ impl Mirror {
         })
     }
 
-    /// Has the memory cleared that a guest at work uses at once, for its writes and for the one copy that is made beside them: what a
-    /// reactor touches first, it clears while the guest waits. Steps aside meanwhile: not for a reactor.
-    pub fn populate(&self) {
+    /// Has the memory cleared that a guest at work uses at once, for its writes and for the one copy that is made beside them, and the
+    /// former pinned: what a reactor touches first, it clears while the guest waits. A mirror works without, and slower. Steps aside
+    /// meanwhile: not for a reactor. At most once.
+    pub fn prepare(&mut self) {
         self.bounce.mapping.populate(PINNED);
+        for leg in [&mut self.source, &mut self.target] {
+            leg.expect_pool(&self.bounce.mapping, PINNED);
+        }
         self.buffers.mapping.populate(self.buffers.part as usize);
     }
 

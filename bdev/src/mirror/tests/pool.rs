@@ -58,6 +58,7 @@ fn each_leg_is_told_of_the_bounce_pool_once_and_that_it_goes() {
     let mut bench = Bench::over(MirrorConfig::default(), |leg, base| {
         Box::new(Told { base, pools: Arc::clone(&pools[leg as usize]) })
     });
+    bench.with(|mirror, _| mirror.prepare());
     assert_eq!(of(&pools), [1, 1]);
     bench.with(|mirror, cx| {
         mirror.attach(cx);

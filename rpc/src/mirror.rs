@@ -14,7 +14,7 @@ use std::time::Duration;
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::job::ScanReport;
 use resilver_bdev::mirror::{
-    BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode,
+    BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode, TARGET_DEPTH,
 };
 use resilver_bdev::offload;
 use resilver_bdev::sectors::Sectors;
@@ -180,7 +180,7 @@ impl Target {
         let channels = MirrorChannels {
             source: open(source.as_ref(), DISK_DEPTH)?,
             copy_source: open(source.as_ref(), COPY_DEPTH)?,
-            target: open(target.as_ref(), DISK_DEPTH + COPY_DEPTH)?,
+            target: open(target.as_ref(), TARGET_DEPTH)?,
             offload,
         };
         step_aside();

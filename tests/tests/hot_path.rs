@@ -20,7 +20,7 @@ use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
 use resilver_bdev::job::{CopyMode, OnError, ScanReport};
 use resilver_bdev::malloc::Malloc;
-use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH};
 use resilver_bdev::null::Null;
 use resilver_bdev::passthru::Passthru;
 use resilver_bdev::sectors::Sectors;
@@ -365,7 +365,7 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
     let channels = MirrorChannels {
         source: bdev.open_channel(DISK_DEPTH).unwrap(),
         copy_source: bdev.open_channel(COPY_DEPTH).unwrap(),
-        target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        target: target.open_channel(TARGET_DEPTH).unwrap(),
         offload: None,
     };
     let mut job = Box::new(Mirror::new(config, channels).unwrap());

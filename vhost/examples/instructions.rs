@@ -17,7 +17,7 @@ use std::sync::mpsc::channel;
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::job::{CopyMode, ScanReport};
 use resilver_bdev::malloc::Malloc;
-use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH};
 use resilver_bdev::null::Null;
 use resilver_bdev::{
     Bdev, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskHandle, JobStatus, StartJob,
@@ -127,7 +127,7 @@ impl World {
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH).unwrap(),
             copy_source: source.open_channel(COPY_DEPTH).unwrap(),
-            target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+            target: target.open_channel(TARGET_DEPTH).unwrap(),
             offload: None,
         };
         let start = StartJob {

@@ -72,7 +72,7 @@ pub(super) struct CoreConfig {
     pub zeroes_unmap: bool,
     /// Slots for guest requests, answered or not.
     pub ops: u16,
-    /// Writes that the target may keep after they were given up, before no more are risked.
+    /// Writes that the target may keep and nobody waits for, before no more are risked.
     pub quarantine: u32,
     /// Units of bounce memory.
     pub units: u32,

@@ -60,7 +60,7 @@ impl Bench {
         let channels = MirrorChannels {
             source: between(Side::Source, open(0, DISK_DEPTH)),
             copy_source: open(0, COPY_DEPTH),
-            target: between(Side::Target, open(1, DISK_DEPTH + COPY_DEPTH)),
+            target: between(Side::Target, open(1, TARGET_DEPTH)),
             offload: None,
         };
         let mirror = Box::new(Mirror::new(config, channels).unwrap());
@@ -340,12 +340,8 @@ fn what_cannot_work_is_refused_with_qemus_words() {
         let disk = Malloc::new("disk", BLOCK, 64).unwrap();
         let open = |depth| disk.open_channel(depth).unwrap();
         let (source, copy_source) = (open(DISK_DEPTH), open(COPY_DEPTH));
-        let channels = MirrorChannels {
-            source,
-            copy_source,
-            target: open(DISK_DEPTH + COPY_DEPTH),
-            offload: None,
-        };
+        let channels =
+            MirrorChannels { source, copy_source, target: open(TARGET_DEPTH), offload: None };
         Mirror::new(config, channels).err().expect("a refusal").to_string()
     };
     let granularity = |granularity| MirrorConfig { granularity, ..MirrorConfig::default() };
@@ -356,7 +352,7 @@ fn what_cannot_work_is_refused_with_qemus_words() {
     let channels = MirrorChannels {
         source: large.open_channel(DISK_DEPTH).unwrap(),
         copy_source: large.open_channel(COPY_DEPTH).unwrap(),
-        target: small.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+        target: small.open_channel(TARGET_DEPTH).unwrap(),
         offload: None,
     };
     let error = Mirror::new(MirrorConfig::default(), channels).err().unwrap().to_string();

@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use resilver_bdev::bitmap::Grid;
 use resilver_bdev::job::{CopyMode, OnError, ScanReport, Side};
-use resilver_bdev::mirror::{BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig};
+use resilver_bdev::mirror::{
+    BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH,
+};
 use resilver_bdev::{
     Bdev, BdevError, DISK_DEPTH, DiskCommand, DiskEvent, IoChannel, JobEvent, JobInfo, JobStatus,
     JobVerb, StartJob, VerbError,
@@ -289,7 +291,7 @@ impl World {
         let channels = MirrorChannels {
             source: self.in_guests_blocks(&self.source)?.open_channel(DISK_DEPTH)?,
             copy_source: self.in_guests_blocks(&self.source)?.open_channel(COPY_DEPTH)?,
-            target: self.in_guests_blocks(&target)?.open_channel(DISK_DEPTH + COPY_DEPTH)?,
+            target: self.in_guests_blocks(&target)?.open_channel(TARGET_DEPTH)?,
             offload: plan.offloads.then(|| target.offload(&self.source, COPY_DEPTH)),
         };
         self.trace.line(format_args!("mirror to {name}: {plan:?}"));

@@ -43,7 +43,7 @@ impl InMemory {
         let channels = MirrorChannels {
             source: source.open_channel(DISK_DEPTH).unwrap(),
             copy_source: source.open_channel(COPY_DEPTH).unwrap(),
-            target: target.open_channel(DISK_DEPTH + COPY_DEPTH).unwrap(),
+            target: target.open_channel(TARGET_DEPTH).unwrap(),
             offload: None,
         };
         let mut mirror = Mirror::new(config, channels).unwrap();

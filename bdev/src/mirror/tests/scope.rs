@@ -201,12 +201,8 @@ fn combinations_that_make_no_sense_are_refused() {
         let disk = Malloc::new("disk", BLOCK, 64).unwrap();
         let open = |depth| disk.open_channel(depth).unwrap();
         let (source, copy_source) = (open(DISK_DEPTH), open(COPY_DEPTH));
-        let channels = MirrorChannels {
-            source,
-            copy_source,
-            target: open(DISK_DEPTH + COPY_DEPTH),
-            offload: None,
-        };
+        let channels =
+            MirrorChannels { source, copy_source, target: open(TARGET_DEPTH), offload: None };
         Mirror::new(config, channels).err().expect("a refusal").to_string()
     };
     let track = ObserverPolicy::Track;

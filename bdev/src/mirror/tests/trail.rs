@@ -110,6 +110,25 @@ fn a_target_that_hangs_holds_up_no_guest_that_writes_trail_for() {
 }
 
 #[test]
+fn as_many_writes_trail_as_a_guest_has_in_flight() {
+    let mut bench = outrun(in_background());
+    bench.drain();
+    bench
+        .turns_until("clean", |bench| bench.info().dirty_bytes + bench.info().in_flight_bytes == 0);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, FOREVER);
+    bench.done.clear();
+    let write = |bench: &mut Bench, tag: u32| {
+        let (chunk, block) = (u64::from(tag) % CHUNKS, u64::from(tag) / CHUNKS);
+        bench.write(tag, chunk * CHUNK + block * 512, &[3; 512]);
+        bench.turns_until("answered", |bench| bench.done.len() == tag as usize + 1);
+    };
+    (0..DISK_DEPTH).for_each(|tag| write(&mut bench, tag));
+    assert_eq!(bench.info().dirty_bytes, 0, "what trails makes nothing to copy");
+    write(&mut bench, DISK_DEPTH);
+    assert_eq!(bench.info().dirty_bytes, CHUNK, "and has an end");
+}
+
+#[test]
 fn a_switch_over_waits_for_what_trails() {
     let mut bench = outrun(in_background());
     bench.drain();

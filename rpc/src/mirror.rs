@@ -115,7 +115,7 @@ pub(crate) struct StartNames {
 
 impl Target {
     /// Keeps the names of a mirror to be started, and looks at its source.
-    pub(crate) fn engage_mirror(
+    pub(crate) async fn engage_mirror(
         self: &Rc<Self>,
         start: &MirrorStart,
     ) -> Result<(StartNames, Arc<dyn Bdev>), RpcError> {
@@ -125,6 +125,7 @@ impl Target {
         let source = self.bdev(&start.source)?;
         let job = self.engage(Space::Job, id)?;
         let engaged = self.engage(Space::Bdev, &start.source)?;
+        self.let_go(&start.source).await;
         {
             let graph = self.graph();
             if graph.jobs.contains_key(id) || graph.verifies.contains_key(id) {
@@ -155,6 +156,7 @@ impl Target {
                     return Err(itself(name));
                 }
                 let engaged = self.engage(Space::Bdev, name)?;
+                self.let_go(name).await;
                 self.graph().must_be_unused(name)?;
                 (self.bdev(name)?, Origin::Given, Some(engaged))
             }

@@ -72,9 +72,14 @@ impl Target {
     }
 
     /// Takes a bdev of this module that nobody uses out of the graph and closes it.
-    pub(crate) fn delete_bdev(self: &Rc<Self>, name: &str, module: &str) -> Result<(), RpcError> {
+    pub(crate) async fn delete_bdev(
+        self: &Rc<Self>,
+        name: &str,
+        module: &str,
+    ) -> Result<(), RpcError> {
         let _engaged = self.engage(Space::Bdev, name)?;
         self.graph().must_be(name, module)?;
+        self.let_go(name).await;
         self.graph().must_be_unused(name)?;
         let entry = self.graph_mut().bdevs.remove(name);
         if let Some(entry) = entry {

@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::oneshot;
 
 use crate::error::{RpcError, code};
 use crate::jsonrpc::{Request, Response, Splitter};
@@ -74,19 +75,19 @@ pub async fn serve(listener: UnixListener, target: Rc<Target>) {
     }
 }
 
-/// One client, until it goes.
+/// One client, until it goes. One that only asks no more is still written what was answered.
 async fn connection(stream: UnixStream, target: Rc<Target>) {
     let (reader, writer) = stream.into_split();
     let (outgoing, queue) = channel(QUEUE);
-    let writing = tokio::task::spawn_local(write(writer, queue));
+    let (over, is_over) = oneshot::channel();
+    tokio::task::spawn_local(write(writer, queue, is_over));
     let caller = Caller { target, notifications: Some(Notifications::new(outgoing.clone())) };
     read(reader, &caller, &outgoing).await;
-    // Subscriptions hold senders as well and see the queue closed when the writer goes.
-    drop((caller, outgoing));
-    writing.abort();
+    // The writer closes the queue, in which subscriptions have senders as well, writes what is in it, and ends.
+    drop::<oneshot::Sender<()>>(over);
 }
 
-/// Reads requests and answers them, until the client goes or cannot be understood.
+/// Reads requests and answers them, until the client asks no more or cannot be understood.
 async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &Sender<Value>) {
     let mut splitter = Splitter::default();
     let mut buffer = vec![0; READ];
@@ -113,8 +114,6 @@ async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &Sender<Valu
             if let Some(answer) = answer {
                 let sent = outgoing.send(answer).await;
                 if !go_on || sent.is_err() {
-                    // Let the writer take what is in the queue before the connection closes.
-                    tokio::task::yield_now().await;
                     return;
                 }
             }
@@ -122,9 +121,21 @@ async fn read(mut reader: OwnedReadHalf, caller: &Caller, outgoing: &Sender<Valu
     }
 }
 
-/// Writes responses and notifications.
-async fn write(mut writer: OwnedWriteHalf, mut queue: Receiver<Value>) {
-    while let Some(value) = queue.recv().await {
+/// Writes responses and notifications, until it is over, and then what is queued; or until the client has gone.
+async fn write(
+    mut writer: OwnedWriteHalf,
+    mut queue: Receiver<Value>,
+    mut is_over: oneshot::Receiver<()>,
+) {
+    loop {
+        let next = tokio::select! {
+            next = queue.recv() => next,
+            _ = &mut is_over, if !queue.is_closed() => {
+                queue.close();
+                continue;
+            }
+        };
+        let Some(value) = next else { return };
         let mut text = serde_json::to_vec(&value).unwrap_or_default();
         text.push(b'\n');
         if writer.write_all(&text).await.is_err() {

@@ -33,8 +33,10 @@ use crate::verify::VerifyJob;
 
 /// How long a target that stops waits for its jobs.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
-/// How often it looks.
-const STOP_AGAIN: Duration = Duration::from_millis(1);
+/// How long a call waits for what an ended job has left in flight on a bdev: on a device that answers, a moment is enough.
+const RELEASE_PATIENCE: Duration = Duration::from_millis(500);
+/// How often they look.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What a target is made of.
 pub struct TargetConfig {
@@ -330,15 +332,29 @@ impl Target {
             let releasing = graph.disks.values().any(|disk| disk.releasing.channels > 0);
             releasing || graph.jobs.values().any(Job::is_live)
         };
-        let begun = Instant::now();
-        while left() && begun.elapsed() < STOP_PATIENCE {
-            tokio::time::sleep(STOP_AGAIN).await;
-        }
+        wait_while(left, STOP_PATIENCE).await;
+    }
+
+    /// Waits while nobody uses a bdev but jobs that have ended: whoever heard of a job's end may go on with its legs at once.
+    pub(crate) async fn let_go(&self, bdev: &str) {
+        let is_let_go = || {
+            let uses = self.graph().uses_of(bdev);
+            !uses.is_empty() && uses.iter().all(|it| matches!(it, Use::Releasing(_)))
+        };
+        wait_while(is_let_go, RELEASE_PATIENCE).await;
     }
 
     /// The bdev of this name.
     pub(crate) fn bdev(&self, name: &str) -> Result<Arc<dyn Bdev>, RpcError> {
         Ok(Arc::clone(&self.graph().bdev(name)?.bdev))
+    }
+}
+
+/// Waits while something is so, and no longer than this.
+async fn wait_while(is_so: impl Fn() -> bool, patience: Duration) {
+    let begun = Instant::now();
+    while is_so() && begun.elapsed() < patience {
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

@@ -128,6 +128,30 @@ fn a_target_that_only_observes_is_finished_and_never_switched_to() {
 }
 
 #[test]
+fn who_hears_of_a_jobs_end_may_go_on_with_its_legs_at_once() {
+    let (_dir, mut target) = served();
+    target.file("disk", 4);
+    target.malloc("below", 4);
+    let slow = json!({
+        "name": "slow", "base_bdev_name": "below", "avg_read_latency": 0, "p99_read_latency": 0,
+        "avg_write_latency": 100_000, "p99_write_latency": 100_000,
+    });
+    target.call("bdev_delay_create", slow);
+    // The second start finds the legs as the first job has left them.
+    for job in ["first", "second"] {
+        let start = json!({ "source": "disk", "target": "slow", "job_id": job });
+        target.call("bdev_mirror_start", start);
+        let begun = Instant::now();
+        while target.call("job_get_list", json!({ "job_id": job }))[0]["in_flight_bytes"] == 0 {
+            assert!(begun.elapsed() < DEADLINE, "nothing is copied");
+        }
+        target.call("job_cancel", json!({ "job_id": job }));
+        target.wait_for(job, |event| event["event"] == "job_completed");
+    }
+    target.call("bdev_delay_delete", json!({ "name": "slow" }));
+}
+
+#[test]
 fn a_disk_is_mirrored_switched_over_and_the_old_one_refused_after_a_restart() {
     let (dir, mut target) = served();
     let old = target.file("disk", 16);
@@ -288,6 +312,11 @@ fn pipelined_requests_batches_and_nonsense_are_answered_as_json_rpc_has_it() {
     let positional = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs","params":["a"]}"#;
     assert_eq!(exchange(positional)[0]["error"]["code"], code::INVALID_PARAMS);
     assert!(exchange(r#"{"jsonrpc":"2.0","method":"spdk_get_version"}"#).is_empty());
+    // As much as is read at once: the end is there already when the request has been answered.
+    let padded = call(1) + &" ".repeat((64 << 10) - call(1).len());
+    for _ in 0..50 {
+        assert_eq!(exchange(&padded).len(), 1, "who asks no more is answered");
+    }
 }
 
 #[test]

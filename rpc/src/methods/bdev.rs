@@ -110,7 +110,7 @@ impl Rpc for BdevNullDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "null")?;
+        caller.target.delete_bdev(&self.name, "null").await?;
         Ok(Answer::done())
     }
 }
@@ -187,7 +187,7 @@ impl Rpc for BdevMallocDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "malloc")?;
+        caller.target.delete_bdev(&self.name, "malloc").await?;
         Ok(Answer::done())
     }
 }

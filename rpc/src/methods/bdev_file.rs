@@ -116,7 +116,7 @@ impl Rpc for BdevUringDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "uring")?;
+        caller.target.delete_bdev(&self.name, "uring").await?;
         Ok(Answer::done())
     }
 }

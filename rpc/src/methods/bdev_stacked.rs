@@ -71,7 +71,7 @@ impl Rpc for BdevPassthruDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "passthru")?;
+        caller.target.delete_bdev(&self.name, "passthru").await?;
         Ok(Answer::done())
     }
 }
@@ -129,7 +129,7 @@ impl Rpc for BdevDelayDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "delay")?;
+        caller.target.delete_bdev(&self.name, "delay").await?;
         Ok(Answer::done())
     }
 }
@@ -176,7 +176,7 @@ impl Rpc for BdevErrorDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "error")?;
+        caller.target.delete_bdev(&self.name, "error").await?;
         Ok(Answer::done())
     }
 }

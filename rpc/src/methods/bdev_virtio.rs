@@ -109,7 +109,7 @@ impl Rpc for BdevVirtioDelete {
     const RESULT: &'static str = "true";
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
-        caller.target.delete_bdev(&self.name, "virtio")?;
+        caller.target.delete_bdev(&self.name, "virtio").await?;
         Ok(Answer::done())
     }
 }

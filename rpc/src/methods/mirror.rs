@@ -377,7 +377,7 @@ impl Rpc for BdevMirrorStart {
         let bitmap = self.working_bitmap()?;
         let mut start = self.start();
         start.bitmap = bitmap;
-        let (names, source) = target.engage_mirror(&start)?;
+        let (names, source) = target.engage_mirror(&start).await?;
         let job_id = start.config.job_id.clone();
         match given {
             GivenTarget::Bdev(leg) => {

@@ -75,7 +75,7 @@ pub async fn serve(listener: UnixListener, target: Rc<Target>) {
     }
 }
 
-/// One client, until it goes. One that only asks no more is still written what was answered.
+/// One client, until it goes. One that only stops asking still gets what was answered.
 async fn connection(stream: UnixStream, target: Rc<Target>) {
     let (reader, writer) = stream.into_split();
     let (outgoing, queue) = channel(QUEUE);

@@ -335,13 +335,14 @@ impl Target {
         wait_while(left, STOP_PATIENCE).await;
     }
 
-    /// Waits while nobody uses a bdev but jobs that have ended: whoever heard of a job's end may go on with its legs at once.
+    /// Waits while nobody uses a bdev but jobs that have ended: whoever heard of a job's end may delete its legs, or mirror them, at
+    /// once.
     pub(crate) async fn let_go(&self, bdev: &str) {
-        let is_let_go = || {
+        let only_releasing = || {
             let uses = self.graph().uses_of(bdev);
             !uses.is_empty() && uses.iter().all(|it| matches!(it, Use::Releasing(_)))
         };
-        wait_while(is_let_go, RELEASE_PATIENCE).await;
+        wait_while(only_releasing, RELEASE_PATIENCE).await;
     }
 
     /// The bdev of this name.

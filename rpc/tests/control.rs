@@ -134,7 +134,7 @@ fn who_hears_of_a_jobs_end_may_go_on_with_its_legs_at_once() {
     target.malloc("below", 4);
     let slow = json!({
         "name": "slow", "base_bdev_name": "below", "avg_read_latency": 0, "p99_read_latency": 0,
-        "avg_write_latency": 100_000, "p99_write_latency": 100_000,
+        "avg_write_latency": 300_000, "p99_write_latency": 300_000,
     });
     target.call("bdev_delay_create", slow);
     // The second start finds the legs as the first job has left them.

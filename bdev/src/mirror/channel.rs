@@ -16,7 +16,8 @@ use super::life::Refused;
 use super::pieces::{UNITS as ZERO_UNITS, UNITS_U32 as ZERO_UNITS_U32, UnitMap};
 use super::verify::CHECKS;
 use super::{
-    COPIES, MirrorChannels, MirrorConfig, QUARANTINE, WorkingBitmap, combined_limits, validate,
+    COPIES, MirrorChannels, MirrorConfig, QUARANTINE, UNAWAITED, WorkingBitmap, combined_limits,
+    validate,
 };
 use crate::bitmap::Grid;
 use crate::channel::{CompletionBatch, IoChannel, Limits};
@@ -28,8 +29,8 @@ use crate::job::{
     VerbError,
 };
 
-/// Slots for requests: those of the guest, and as many as may have been given up and not ended.
-const OPS: u32 = 2 * DISK_DEPTH + QUARANTINE as u32;
+/// Slots for requests: those of the guest, and as many as may not have ended though nobody waits for them.
+const OPS: u32 = 2 * DISK_DEPTH + UNAWAITED as u32;
 /// Units of bounce memory: one for each request of an ordinary size in flight, twice over.
 const UNITS: u32 = 2 * DISK_DEPTH;
 /// Bytes of the first of them, which the legs' kernel queues keep pinned. They are taken first, so a guest with few writes in flight
@@ -549,6 +550,7 @@ fn core_config(config: &MirrorConfig, limits: &Limits, channels: &MirrorChannels
         zeroes_unmap: limits.zeroes_unmap && unmap,
         ops: OPS as u16,
         quarantine: u32::from(QUARANTINE),
+        unawaited: u32::from(UNAWAITED),
         units: UNITS,
         copies: copies as u16,
         run: u64::from(window),

@@ -72,8 +72,10 @@ pub(super) struct CoreConfig {
     pub zeroes_unmap: bool,
     /// Slots for guest requests, answered or not.
     pub ops: u16,
-    /// Writes that the target may keep and nobody waits for, before no more are risked.
+    /// Writes that the target may keep after they were given up, before no more are risked.
     pub quarantine: u32,
+    /// Writes that it may keep and nobody waits for, those among them.
+    pub unawaited: u32,
     /// Units of bounce memory.
     pub units: u32,
     /// Copies in flight.
@@ -568,7 +570,8 @@ impl Core {
     fn row_of(&self, slot: Slot, span: Span) -> WriteRow {
         let op = &self.ops[usize::from(slot)];
         // A target that keeps too many writes, or too much of the bounce memory, gets no more to keep.
-        let full = self.unawaited.count() >= self.config.quarantine
+        let full = self.lost_ops >= self.config.quarantine
+            || self.unawaited.count() >= self.config.unawaited
             || self.unawaited.units() > self.config.units / 2;
         // It may share a chunk with what has yet to land there, but no bytes: only chunks that it covers whole become clean.
         let hindrance = if full || self.shuts(&op.bytes()) {

@@ -162,6 +162,7 @@ impl World {
             zeroes_unmap: false,
             ops: u16::try_from(OPS).unwrap(),
             quarantine: 2,
+            unawaited: 2,
             units: 2,
             copies: u16::try_from(COPIES).unwrap(),
             run: chunk,

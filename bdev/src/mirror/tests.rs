@@ -448,6 +448,29 @@ fn a_write_that_timed_out_shuts_its_chunk_until_it_lands() {
 }
 
 #[test]
+fn a_target_that_hangs_costs_a_guest_a_bounded_number_of_time_outs() {
+    let timeout = Nanos::from_millis(5);
+    let config = MirrorConfig {
+        granularity: 4096,
+        on_target_error: OnError::Ignore,
+        target_timeout: Some(timeout),
+        ..blocking()
+    };
+    let mut bench = Bench::started(config);
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Target, IoKind::Write, Effect::Stall, FOREVER);
+    let mut timed_out = 0;
+    for tag in 0..2 * u32::from(QUARANTINE) {
+        let since = bench.now;
+        bench.write(tag, u64::from(tag) * 4096, &[5; 512]);
+        bench.turns_until("answered", |bench| bench.done.len() == tag as usize + 1);
+        timed_out += u16::from(bench.now >= since + timeout);
+    }
+    assert!(bench.done.iter().all(|done| done.result.is_ok()));
+    assert_eq!(timed_out, QUARANTINE);
+}
+
+#[test]
 fn a_write_that_the_target_misses_after_the_record_waits_for_its_retraction() {
     let mut bench = Bench::started(MirrorConfig { on_target_error: OnError::Ignore, ..blocking() });
     bench.commit();

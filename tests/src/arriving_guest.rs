@@ -66,7 +66,7 @@ fn huge_file(size: u64) -> OwnedFd {
 struct Shared {
     source: OwnedFd,
     destination: OwnedFd,
-    /// The destination, mapped: hugetlbfs takes no writes.
+    /// The destination, mapped.
     mapping: Arc<Mapping>,
     /// Bytes of the pages that come.
     page: u64,
@@ -88,6 +88,9 @@ impl Shared {
     }
 
     /// Brings a page, if it has not come.
+    ///
+    /// A page of a memfd is written by a system call, which shows it to the target when it is whole, as UFFDIO_COPY does. Written
+    /// through a mapping it is there as zeros first, and what the target puts into it is overwritten. hugetlbfs takes no writes.
     fn place(&self, page: u64) {
         let mut placed = lock(&self.placed);
         if placed.insert(page) {
@@ -95,11 +98,16 @@ impl Shared {
             let mut bytes = vec![0; usize::try_from(self.page).expect("a page")];
             let at = page * self.page;
             let length = rustix::io::pread(&self.source, &mut bytes, at).expect("the source");
+            if self.page == PAGE {
+                let wrote = rustix::io::pwrite(&self.destination, &bytes[..length], at);
+                assert_eq!(wrote.expect("the destination"), length);
+                return;
+            }
             let table = RegionTable::with_capacity(1);
             let region = table.insert(Arc::clone(&self.mapping)).expect("room for a region");
-            let length = u32::try_from(length).expect("a page");
-            let to = BufferSlice { region, length, offset: at };
-            table.write(to, &bytes[..length as usize]).expect("the destination");
+            let to =
+                BufferSlice { region, length: u32::try_from(length).expect("a page"), offset: at };
+            table.write(to, &bytes[..length]).expect("the destination");
         }
     }
 }

@@ -120,8 +120,9 @@ impl PackedInflight {
         let next: Box<[u16]> =
             (0..entries).map(|entry| area.load_u16(at(entry) + NEXT, Ordering::Relaxed)).collect();
         let mut tracker = Self::new(area, entries, 0, free, next);
-        let free_entries = tracker.unmark_free()?;
-        let again = tracker.marked()?;
+        let mut places = vec![false; usize::from(entries)];
+        let free_entries = tracker.unmark_free(&mut places)?;
+        let again = tracker.marked(&mut places)?;
         let outstanding: u32 = again.iter().map(|taken| u32::from(taken.entries)).sum();
         let outstanding = u16::try_from(outstanding).ok().filter(|sum| *sum <= ring.size());
         let outstanding = outstanding.ok_or("has more descriptors in flight than the ring has")?;
@@ -135,17 +136,16 @@ impl PackedInflight {
         Ok((tracker, again))
     }
 
-    /// Walks the free list and takes the mark off every entry in it; answers how many there are.
+    /// Walks the free list and takes the mark off every entry in it; answers how many there are. Their `places` are taken.
     ///
     /// # Errors
     /// Links that lead outside, or round in a circle.
-    fn unmark_free(&mut self) -> Result<u16, &'static str> {
+    fn unmark_free(&mut self, places: &mut [bool]) -> Result<u16, &'static str> {
         let (mut entry, mut count) = (self.free, 0);
         while entry != self.entries {
-            let Some(next) = self.next.get(usize::from(entry)).copied() else {
-                return Err("has a free list that leaves it");
-            };
-            if count == self.entries {
+            let next = self.next.get(usize::from(entry)).copied();
+            let next = next.ok_or("has a free list that leaves it")?;
+            if !take_place(places, entry) {
                 return Err("has a free list that goes round in a circle");
             }
             self.area.store_u8(at(entry) + INFLIGHT, 0, Ordering::Release);
@@ -154,8 +154,12 @@ impl PackedInflight {
         Ok(count)
     }
 
-    /// The chains in flight, in the order of their counters.
-    fn marked(&mut self) -> Result<Box<[Taken]>, &'static str> {
+    /// The chains in flight, in the order of their counters. No entry may be in two, or be free as well: the free list would lose
+    /// entries when they end, and the next chains find none. So every link is followed once.
+    ///
+    /// # Errors
+    /// One that is, or a chain that leads outside.
+    fn marked(&mut self, places: &mut [bool]) -> Result<Box<[Taken]>, &'static str> {
         let area = self.area.clone();
         let word = |entry: u16, field: usize| area.load_u16(at(entry) + field, Ordering::Relaxed);
         let counter = |entry: u16| area.load_u64(at(entry) + COUNTER, Ordering::Relaxed);
@@ -165,12 +169,17 @@ impl PackedInflight {
                 continue;
             }
             let entries = word(first, NUM);
-            let mut last = first;
-            for _ in 1..entries.min(self.entries) {
-                last = self.next.get(usize::from(last)).copied().unwrap_or(u16::MAX);
+            let (mut last, mut entry) = (first, first);
+            for _ in 0..entries {
+                let next = self.next.get(usize::from(entry)).copied();
+                let next = next.ok_or("has a chain that leaves it")?;
+                if !take_place(places, entry) {
+                    return Err("has an entry in two places");
+                }
+                (last, entry) = (entry, next);
             }
-            if entries == 0 || entries > self.entries || last >= self.entries {
-                return Err("has a chain that leaves it");
+            if entries == 0 {
+                return Err("has a chain without entries");
             }
             if let Some(of_first) = self.last.get_mut(usize::from(first)) {
                 *of_first = last;
@@ -287,6 +296,11 @@ fn roll_back(ring: &PackedRing, from: Position, to: Position) {
         }
         place = place.ahead(1, ring.size());
     }
+}
+
+/// Takes an entry's place; false if it was taken before.
+fn take_place(places: &mut [bool], entry: u16) -> bool {
+    places.get_mut(usize::from(entry)).is_some_and(|taken| !std::mem::replace(taken, true))
 }
 
 /// Where an entry begins. Entries are below the region's number of them.
@@ -561,6 +575,60 @@ mod tests {
             tracker.taken(found.chain(), SIZE);
         }
         assert!(accepted > 100, "{accepted}");
+    }
+
+    /// An odd number of entries leaves no room behind the last: what is stored there is outside.
+    const ODD: u16 = 13;
+
+    /// A region of [`ODD`] entries with these links, of which those behind `free` are free, and these chains of so many entries.
+    fn odd(links: &[u16], free: u16, chains: &[(u16, u16)]) -> Result<(), &'static str> {
+        let region = area(stride(Format::Packed, ODD));
+        let store = |at, value| region.store_u16(at, value, Ordering::Relaxed);
+        store(VERSION_AT, VERSION);
+        store(ENTRIES_AT, ODD);
+        store(FREE_AT, free);
+        store(OLD_FREE_AT, free);
+        region.store_u8(WRAP_AT, 1, Ordering::Relaxed);
+        region.store_u8(OLD_WRAP_AT, 1, Ordering::Relaxed);
+        (0..).zip(links).for_each(|(entry, next)| store(at(entry) + NEXT, *next));
+        for (first, entries) in chains {
+            store(at(*first) + NUM, *entries);
+            region.store_u8(at(*first) + INFLIGHT, 1, Ordering::Relaxed);
+        }
+        let descriptors = area(16 * usize::from(ODD));
+        let (driver, device) = (area(8), area(8));
+        let areas = RingAreas { descriptors, driver, device, log: None };
+        let mut ring = PackedRing::new(areas, ODD, START, EventMode::Flags).unwrap();
+        let (mut tracker, again) = PackedInflight::recover(region, ODD, &mut ring)?;
+        again.iter().for_each(|taken| tracker.completed(taken.record));
+        tracker.publishing(ring.used_position());
+        tracker.published(ring.used_position());
+        // As many as the ring has, one after the other.
+        for _ in 0..ODD {
+            tracker.taken(ring.chain(), 1);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn an_entry_is_free_or_of_one_chain() {
+        let in_order: Vec<u16> = (1..=ODD).collect();
+        assert_eq!(odd(&in_order, 0, &[]), Ok(()));
+        assert_eq!(odd(&in_order, 4, &[(0, 2), (2, 2)]), Ok(()));
+        let [circle, two] =
+            ["has a free list that goes round in a circle", "has an entry in two places"];
+        // As many as there are, all told: nine that are free, and four of two chains, of which two are the free list's first.
+        let mut links = in_order.clone();
+        (links[9], links[11], links[12]) = (ODD, 12, 0);
+        assert_eq!(odd(&links, 1, &[(11, 2), (12, 2)]), Err(two));
+        (links[11], links[12]) = (1, 1);
+        assert_eq!(odd(&links, 1, &[(11, 2), (12, 2)]), Err(two));
+        // A chain that meets itself, and lists that do.
+        assert_eq!(odd(&[1, 0], ODD, &[(0, 4)]), Err(two));
+        assert_eq!(odd(&[1, 0], 0, &[]), Err(circle));
+        assert_eq!(odd(&[ODD + 1], 0, &[]), Err("has a free list that leaves it"));
+        assert_eq!(odd(&[ODD + 1], ODD, &[(0, 2)]), Err("has a chain that leaves it"));
+        assert_eq!(odd(&[1], ODD, &[(0, 0)]), Err("has a chain without entries"));
     }
 
     proptest! {

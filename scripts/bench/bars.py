@@ -76,12 +76,12 @@ def longest(life, begin, end):
     return max((slice[1] for slice in slices), default=0)
 
 
-def stall(life, at, until):
-    """How much longer than usual a request took there, milliseconds: beyond the median, over stretches as long before the mirror was
-    begun, of the longest."""
-    length, before = until + AFTERMATH - at, ends(life)["before"]
-    usual, begin = [], 0.0
-    while begin + length <= before:
+def stall(life, at, until, as_in):
+    """How much longer than usual a request took there, milliseconds: beyond the median, over stretches as long of the phase `as_in`,
+    of the longest."""
+    length, end = until + AFTERMATH - at, ends(life)[as_in]
+    usual, begin = [], end - phase(life, as_in)["seconds"]
+    while begin + length <= end:
         usual.append(longest(life, begin, begin + length))
         begin += length
     if not usual:
@@ -129,8 +129,11 @@ def writes(key, lives):
     if depth == 32:
         row = Row(f"stall, {place}, {mode}, depth {depth}")
         end = [ends(it["life"]) for it in lives]
-        row.add("at the start", [stall(it["life"], at["before"], at["before"]) for it, at in zip(lives, end)], "most", 1, " ms")
-        row.add("at the switch-over", [stall(it["life"], at["in sync"], at["switching"]) for it, at in zip(lives, end)], "most", 1, " ms")
+        start = [stall(it["life"], at["before"], at["before"], "before") for it, at in zip(lives, end)]
+        row.add("at the start", start, "most", 1, " ms")
+        # What is in flight then goes to both legs.
+        switch = [stall(it["life"], at["in sync"], at["switching"], "in sync") for it, at in zip(lives, end)]
+        row.add("at the switch-over", switch, "most", 1, " ms")
         yield row
 
 

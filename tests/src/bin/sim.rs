@@ -1,72 +1,56 @@
-//! Runs seeds of the simulator by hand.
-//!
-//! `sim --seed N [--runs K] [--steps M] [--trace]`: K seeds from N on, M turns each; with `--trace` every line of the run.
-//! `sim --fresh SECONDS`: seeds that nobody has tried, for so long.
+//! Runs seeds of the simulator by hand: see `--help`.
 
 #![allow(clippy::print_stdout)] // a program for a terminal
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use clap::Parser;
 use resilver_bdev::mirror::{RowSet, Rows};
 use resilver_tests::sim::{STEPS, run};
 
-/// What the command line says.
+/// Runs the simulator: the mirror and a target around it on one thread, with faults, all of it drawn from a seed. The same seed gives
+/// the same run. Stops at the first seed that finds something, and prints how to run it again.
+#[derive(Parser)]
 struct Options {
+    /// The first seed
+    #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Seeds to run, from that one on
+    #[arg(long, default_value_t = 1)]
     runs: u64,
-    /// Seeds after these are tried no longer than that.
-    fresh: Option<Duration>,
+    /// For so many seconds, seeds that nobody has tried
+    #[arg(long, value_name = "SECONDS", conflicts_with_all = ["seed", "runs"])]
+    fresh: Option<u64>,
+    /// Turns of a run
+    #[arg(long, default_value_t = STEPS)]
     steps: u32,
+    /// Prints every line of the runs
+    #[arg(long)]
     trace: bool,
 }
 
-fn options() -> Result<Options, String> {
-    let mut options = Options { seed: 1, runs: 1, fresh: None, steps: STEPS, trace: false };
-    let mut words = std::env::args().skip(1);
-    while let Some(word) = words.next() {
-        let mut number = || {
-            let value = words.next().unwrap_or_default();
-            value.parse::<u64>().map_err(|_| format!("{word} takes a number, not '{value}'"))
+impl Options {
+    /// The seeds, and how long they are tried.
+    fn seeds(&self) -> (std::ops::Range<u64>, Duration) {
+        let Some(seconds) = self.fresh else {
+            return (self.seed..self.seed.saturating_add(self.runs), Duration::MAX);
         };
-        match word.as_str() {
-            "--seed" => options.seed = number()?,
-            "--runs" => options.runs = number()?,
-            "--steps" => options.steps = u32::try_from(number()?).map_err(|e| e.to_string())?,
-            "--fresh" => {
-                options.fresh = Some(Duration::from_secs(number()?));
-                let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-                // The lowest digits, so that a seed can be typed again.
-                options.seed =
-                    since_1970.map_err(|e| e.to_string())?.as_micros() as u64 % 1_000_000_000_000;
-                options.runs = u64::MAX;
-            }
-            "--trace" => options.trace = true,
-            _ => {
-                return Err(format!(
-                    "'{word}'? sim --seed N [--runs K] [--steps M] [--trace] | --fresh SECONDS"
-                ));
-            }
-        }
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        // The lowest digits, so that a seed can be typed again.
+        let first = since_1970.as_micros() as u64 % 1_000_000_000_000;
+        (first..u64::MAX, Duration::from_secs(seconds))
     }
-    Ok(options)
 }
 
 fn main() -> ExitCode {
-    let options = match options() {
-        Ok(options) => options,
-        Err(wrong) => {
-            println!("{wrong}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let options = Options::parse();
+    let (seeds, time) = options.seeds();
+    let first = seeds.start;
     let keep = if options.trace { usize::MAX } else { 0 };
     let (mut requests, mut rows, mut runs) = (0, Rows::default(), 0_u64);
     let begun = Instant::now();
-    for seed in options.seed..options.seed.saturating_add(options.runs) {
-        if options.fresh.is_some_and(|long| begun.elapsed() >= long) {
-            break;
-        }
+    for seed in seeds.take_while(|_| begun.elapsed() < time) {
         runs += 1;
         let (trace, result) = run(seed, options.steps, keep);
         match result {
@@ -76,7 +60,7 @@ fn main() -> ExitCode {
                 if options.trace {
                     println!("{}", trace.tail().join("\n"));
                 }
-                if options.runs == 1 {
+                if options.runs == 1 && options.fresh.is_none() {
                     println!("seed {seed}: {summary:x?}");
                 }
             }
@@ -88,7 +72,6 @@ fn main() -> ExitCode {
     }
     let Rows { write, failure, hang } = rows;
     let visited = [write, failure, hang].map(RowSet::letters).join(", ");
-    let first = options.seed;
     println!("{runs} seeds from {first}, {requests} guest requests, rows {visited}, nothing found");
     ExitCode::SUCCESS
 }

@@ -17,6 +17,7 @@ pub mod alloc_guard;
 pub mod area;
 pub mod file;
 pub mod foreign;
+mod incidents;
 mod inline;
 pub mod mapping;
 pub mod nudge;
@@ -34,6 +35,7 @@ use std::time::Duration;
 
 pub use aio::Aio;
 pub use area::Area;
+pub use incidents::incidents;
 pub use mapping::{Mapping, MappingError};
 pub use nudge::Nudge;
 pub use prefetch::prefetch_value;

@@ -1,9 +1,13 @@
 //! The bus-error guard: a guest that shortens its memory file must not take the target down.
 //!
 //! Touching a page of a shared mapping behind the end of its file raises SIGBUS, at any copy, in any thread. The handler
-//! looks the address up in a table of the mappings that [`crate::Mapping::shared`] made; if it lies in one, it puts a page
-//! of zeroes there and marks the mapping poisoned, and the copy goes on. The session sees [`crate::Mapping::poisoned`] and
-//! ends. Any other SIGBUS is a fault of ours or of the hardware and gets the default action: it ends the process.
+//! looks the address up in a table of the mappings that [`crate::Mapping::shared`] made; if it lies in one, it puts zeroes
+//! there and behind it, to the mapping's end, and marks it poisoned, and the copy goes on. The session sees
+//! [`crate::Mapping::poisoned`] before it tells its guest of anything more, and ends. Any other SIGBUS is a fault of ours or of the
+//! hardware and gets the default action: it ends the process.
+//!
+//! All of the rest at once, because each piece is a mapping of its own to the kernel, which has room for some ten thousand in a
+//! process: page by page a guest could use them up, and the next page would end us.
 //!
 //! Rejected: checking the file's size before each copy (a race, and a system call), and refusing memory files that are not
 //! sealed against shrinking (QEMU and others do not seal theirs). io_uring needs no guard: the kernel's own access
@@ -14,15 +18,18 @@
 
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+
+use crate::incidents;
 
 /// The most shared mappings of one process: rings, in-flight buffers and memory slots of all its guests.
 const ENTRIES: usize = 4096;
 
-/// One guarded mapping. `len` is zero while the entry is free or being filled; the handler believes only what it reads after
-/// a non-zero `len`.
+/// One guarded mapping.
 struct Entry {
     taken: AtomicBool,
+    /// Odd while it guards. The handler believes what it has read if this is the same before and after.
+    version: AtomicUsize,
     base: AtomicUsize,
     len: AtomicUsize,
     page: AtomicUsize,
@@ -32,6 +39,7 @@ struct Entry {
 static TABLE: [Entry; ENTRIES] = [const {
     Entry {
         taken: AtomicBool::new(false),
+        version: AtomicUsize::new(0),
         base: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         page: AtomicUsize::new(0),
@@ -58,10 +66,13 @@ impl Guard {
             if entry.taken.swap(true, Ordering::AcqRel) {
                 continue;
             }
+            // Who reads anything of what follows sees that the version is not the one of before.
+            fence(Ordering::Release);
             entry.base.store(base, Ordering::Relaxed);
+            entry.len.store(len, Ordering::Relaxed);
             entry.page.store(page, Ordering::Relaxed);
             entry.poisoned.store(false, Ordering::Relaxed);
-            entry.len.store(len, Ordering::Release);
+            entry.version.fetch_add(1, Ordering::Release);
             return Ok(Self(index));
         }
         Err(io::Error::other("too many shared memory regions are mapped"))
@@ -76,7 +87,7 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         let entry = &TABLE[self.0];
-        entry.len.store(0, Ordering::Relaxed);
+        entry.version.fetch_add(1, Ordering::Release);
         entry.taken.store(false, Ordering::Release);
     }
 }
@@ -104,7 +115,7 @@ extern "C" fn on_bus_error(
 ) {
     // SAFETY: errno is this thread's own; the kernel passes a valid siginfo with SA_SIGINFO, and SIGBUS fills its address.
     let (errno, address) = unsafe { (*libc::__errno_location(), (*info).si_addr() as usize) };
-    if !replace_page(address) {
+    if !replace_rest(address) {
         // Not ours: with the default action in place the access faults again, and the process ends as it would have.
         // SAFETY: a plain system call on constants.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
@@ -113,23 +124,27 @@ extern "C" fn on_bus_error(
     unsafe { *libc::__errno_location() = errno };
 }
 
-/// Maps zeroes over the page of `address`, if a guarded mapping has it.
-fn replace_page(address: usize) -> bool {
+/// Maps zeroes over the page of `address` and all behind it, if a guarded mapping has it.
+fn replace_rest(address: usize) -> bool {
     for entry in &TABLE {
-        let len = entry.len.load(Ordering::Acquire);
-        let base = entry.base.load(Ordering::Relaxed);
-        if len == 0 || address < base || address - base >= len {
+        let version = entry.version.load(Ordering::Acquire);
+        let [base, len, page] =
+            [&entry.base, &entry.len, &entry.page].map(|it| it.load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        // An entry that changes meanwhile is not that of a mapping which is being touched.
+        let stands = version % 2 == 1 && version == entry.version.load(Ordering::Relaxed);
+        if !stands || address < base || address - base >= len {
             continue;
         }
-        let page = entry.page.load(Ordering::Relaxed);
         let start = base + (address - base) / page * page;
         entry.poisoned.store(true, Ordering::Relaxed);
-        // SAFETY: the page lies in a live mapping of this process that this crate owns (a Guard is dropped before its
+        incidents::add();
+        // SAFETY: all of it lies in a live mapping of this process that this crate owns (a Guard is dropped before its
         // mapping is unmapped), so MAP_FIXED replaces nothing else; nobody holds a reference into it.
         let mapped = unsafe {
             libc::mmap(
                 start as *mut libc::c_void,
-                page,
+                base + len - start,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 -1,
@@ -149,7 +164,7 @@ mod tests {
 
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-    use crate::{BufferSlice, Mapping, PAGE_SIZE, RegionTable};
+    use crate::{BufferSlice, Mapping, PAGE_SIZE, RegionTable, incidents};
 
     #[test]
     fn a_file_shortened_under_its_mapping_reads_zero_and_poisons_it() {
@@ -173,6 +188,29 @@ mod tests {
         assert_eq!(&bytes, b"goes on.");
         table.read(at(0), &mut bytes).unwrap();
         assert_eq!(&bytes, b"stays on");
+    }
+
+    #[test]
+    fn all_behind_a_lost_page_is_one_mapping() {
+        // More pages than the kernel has room for mappings, if every other were one of its own.
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let pages = 2 * limit.trim().parse::<usize>().unwrap().min(100_000);
+        let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, (pages * PAGE_SIZE) as u64).unwrap();
+        let mapping = Mapping::shared(fd.as_fd(), 0, (pages * PAGE_SIZE) as u64).unwrap();
+        let table = RegionTable::with_capacity(1);
+        let region = table.insert(mapping.clone()).unwrap();
+        ftruncate(&fd, PAGE_SIZE as u64).unwrap();
+        let before = incidents();
+        for page in (1..pages).step_by(2) {
+            let mut byte = [0xff];
+            let offset = (page * PAGE_SIZE) as u64;
+            table.read(BufferSlice { region, length: 1, offset }, &mut byte).unwrap();
+            assert_eq!(byte, [0]);
+        }
+        assert!(mapping.poisoned());
+        // Other tests lose pages, too, but not so many.
+        assert!((1..100).contains(&(incidents() - before)));
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::event::EventfdFlags;
 
+use crate::incidents;
+
 /// What a write to an event descriptor may do to its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Writing {
@@ -61,6 +63,7 @@ impl EventFd {
         let written = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
         if written == Err(rustix::io::Errno::INTR) {
             self.stuck.store(true, Ordering::Relaxed);
+            incidents::add();
         }
     }
 

@@ -83,7 +83,7 @@ impl World {
             read_only: false,
             serial: Serial::new("instructions"),
             stats: Arc::default(),
-            on_fault: Box::new(|(_, fault)| panic!("{fault}")),
+            on_fault: Box::new(|fault| panic!("{fault}")),
         };
         let (session, commands) = BlkSession::new(config, doorbell);
         let table = RegionTable::with_capacity(8);

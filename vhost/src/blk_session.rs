@@ -15,13 +15,15 @@
 //!
 //! A disabled ring is left alone (vhost-user, "Ring states": for a block device, requests stay pending). A broken one goes on
 //! finishing what it has; control closes the connection. After `Abandon` no guest memory is touched again: what is in flight
-//! ends unseen, because a front end that comes back will submit it anew.
+//! ends unseen, because a front end that comes back will submit it anew. A session whose guest memory was taken away under its
+//! mapping, or whose front end has made the reactor wait, abandons itself: before it tells the guest of what it could not write,
+//! and before it waits again.
 
 use std::sync::Arc;
 
 use resilver_bdev::{Completion, Consumer, IoKind, IoStats, Port, Reply, SEGMENTS_MAX};
 use resilver_reactor::{Armed, Context, Doorbell, Receiver, Sender, Watch, Work, mailbox};
-use resilver_sys::{BufferSlice, EventFd, TableFull, WaitSet};
+use resilver_sys::{BufferSlice, EventFd, TableFull, WaitSet, incidents};
 
 use crate::blk::{CacheMode, RequestError, Serial};
 use crate::chain::Chain;
@@ -137,14 +139,40 @@ pub struct SessionConfig {
     pub serial: Serial,
     /// The controller's counters.
     pub stats: Arc<VhostStats>,
-    /// Told of the first ring that its guest broke.
-    pub on_fault: Reply<(u16, RingFault)>,
+    /// Told of the first thing for which the session cannot go on.
+    pub on_fault: Reply<SessionFault>,
+}
+
+/// Why a session cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SessionFault {
+    /// A guest broke this ring.
+    #[error("queue {0}: {1}")]
+    Ring(u16, RingFault),
+    /// The file behind guest memory, or behind its dirty log, was shortened after it was shared; or, in post-copy, what a request
+    /// named changed while its pages came.
+    #[error(
+        "the front end has shortened the file behind its guest's memory or dirty log, or its guest has used memory that had not come"
+    )]
+    MemoryShrunk,
+    /// Interrupting its guest has made the reactor wait.
+    #[error("the front end's descriptor for interrupts of ring {0} made its writer wait")]
+    InterruptStuck(u16),
+    /// Telling it of what was written has.
+    #[error("the front end's descriptor for its dirty log made its writer wait")]
+    LogStuck,
 }
 
 /// A ring, as the table above has it.
 enum Queue {
     Empty,
     Live { live: Box<LiveQueue>, phase: Phase },
+}
+
+impl Queue {
+    fn is_stuck(&self) -> bool {
+        matches!(self, Self::Live { live, .. } if live.is_stuck())
+    }
 }
 
 enum Phase {
@@ -156,7 +184,7 @@ enum Phase {
 
 /// Where the session is in its life.
 enum Life {
-    Serving { on_fault: Option<Reply<(u16, RingFault)>> },
+    Serving { on_fault: Option<Reply<SessionFault>> },
     Abandoned,
 }
 
@@ -169,6 +197,8 @@ pub struct BlkSession {
     life: Life,
     /// The guest has reset its device, and the disk has not been told.
     reset: Option<Reply<()>>,
+    /// Of [`incidents`], those after which this session was looked at. None: it is to be.
+    incidents: Option<usize>,
     commands: Receiver<Command>,
 }
 
@@ -197,6 +227,7 @@ impl BlkSession {
             shared,
             life: Life::Serving { on_fault: Some(on_fault) },
             reset: None,
+            incidents: None,
             commands,
         };
         (session, sender)
@@ -232,7 +263,10 @@ impl BlkSession {
                 self.arrived();
                 reply(());
             }
-            Command::SetLog(log, reply) => reply(std::mem::replace(&mut self.shared.log, log)),
+            Command::SetLog(log, reply) => {
+                self.incidents = None;
+                reply(std::mem::replace(&mut self.shared.log, log));
+            }
             Command::SetCache(cache, reply) => {
                 self.shared.cache = cache;
                 reply(());
@@ -293,6 +327,7 @@ impl BlkSession {
         if let Err(full) = memory.enter(cx.memory, &self.shared.memory) {
             return reply(Err((full, memory)));
         }
+        self.incidents = None;
         for (queue, areas) in rings {
             self.move_ring(queue, areas);
         }
@@ -329,6 +364,42 @@ impl BlkSession {
                 live.abandon(&mut self.shared);
             }
         }
+    }
+
+    /// Abandons the guest if its front end has taken memory away or made a writer wait.
+    #[inline]
+    fn look_for_incidents(&mut self) {
+        let now = Some(incidents());
+        if now != self.incidents {
+            self.incidents = now;
+            self.judge_incidents();
+        }
+    }
+
+    #[cold]
+    fn judge_incidents(&mut self) {
+        let Shared { memory, log, retiring, .. } = &self.shared;
+        let log = log.as_deref();
+        let lost = memory.has_shrunk()
+            || retiring.as_ref().is_some_and(|it| it.memory.has_shrunk())
+            || log.is_some_and(DirtyLog::has_shrunk);
+        let stuck =
+            || (0..).zip(&self.queues).find_map(|(queue, it)| it.is_stuck().then_some(queue));
+        let fault = if lost {
+            SessionFault::MemoryShrunk
+        } else if let Some(queue) = stuck() {
+            SessionFault::InterruptStuck(queue)
+        } else if log.is_some_and(DirtyLog::is_stuck) {
+            SessionFault::LogStuck
+        } else {
+            return;
+        };
+        if let Life::Serving { on_fault } = &mut self.life
+            && let Some(tell) = on_fault.take()
+        {
+            tell(fault);
+        }
+        self.abandon();
     }
 
     fn live_queues(&self) -> impl Iterator<Item = &LiveQueue> {
@@ -371,7 +442,7 @@ impl BlkSession {
                     && let Some(tell) = on_fault.take()
                 {
                     #[allow(clippy::cast_possible_truncation)] // at most QUEUES_MAX
-                    tell((index as u16, fault));
+                    tell(SessionFault::Ring(index as u16, fault));
                 }
                 moved + 1
             }
@@ -402,6 +473,9 @@ impl Consumer for BlkSession {
             reply(());
         }
         if matches!(self.life, Life::Serving { .. }) {
+            self.look_for_incidents();
+        }
+        if matches!(self.life, Life::Serving { .. }) {
             for index in 0..self.used_queues {
                 moved += self.serve(cx, port, index);
             }
@@ -425,6 +499,9 @@ impl Consumer for BlkSession {
     }
 
     fn publish(&mut self, cx: &Context<'_>) {
+        if matches!(self.life, Life::Serving { .. }) {
+            self.look_for_incidents();
+        }
         if matches!(self.life, Life::Abandoned) {
             return self.advance_retiring(cx);
         }

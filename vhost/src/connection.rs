@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use resilver_bdev::Reply as Callback;
 use resilver_reactor::Sender;
@@ -40,29 +40,8 @@ mod arrival;
 /// How often a front end is looked at while a message of its waits for the disk.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// How often guest memory is looked at: a guest that took away pages under us goes on with zeroes until then.
-const LOOK_AT_MEMORY: Duration = Duration::from_millis(500);
-
-/// Connections look at moments that are so far apart, each at every [`LOOK_AT_MEMORY`]: a thousand that each woke the control thread at
-/// a moment of their own would take 2% of a core that is a reactor's or a guest's, most of it to wake up; all at one moment would take
-/// it for milliseconds.
-const TOGETHER: Duration = Duration::from_millis(10);
-
-// Moments are counted from the beginning of a second.
-const _: () = assert!(
-    1_000_000_000 % LOOK_AT_MEMORY.subsec_nanos() == 0
-        && LOOK_AT_MEMORY.subsec_nanos().is_multiple_of(TOGETHER.subsec_nanos())
-);
-
-/// How long the connection of this number waits until it looks at guest memory next. A clock that is set back or forth makes one look
-/// early.
-fn until_look(number: u32, now: SystemTime) -> Duration {
-    let period = LOOK_AT_MEMORY.subsec_nanos();
-    let mine = number % (period / TOGETHER.subsec_nanos()) * TOGETHER.subsec_nanos();
-    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let wait = (mine + period - now.subsec_nanos() % period) % period;
-    if wait == 0 { LOOK_AT_MEMORY } else { Duration::from_nanos(wait.into()) }
-}
+/// How often it is counted which pages were waited for, while guest memory is on its way.
+const COUNT_PAGES: Duration = Duration::from_millis(500);
 
 /// Why a connection ended, or why a message was refused.
 #[derive(Debug, thiserror::Error)]
@@ -115,15 +94,6 @@ pub(crate) enum ConnectionError {
     /// The front end went away while its message waited for the disk.
     #[error("the front end went away while a message waited for requests in flight")]
     WentAway,
-    /// The file behind guest memory, or behind its dirty log, was shortened after it was shared; or, in post-copy, what a request
-    /// named changed while its pages came.
-    #[error(
-        "the front end has shortened the file behind its guest's memory or dirty log, or its guest has used memory that had not come"
-    )]
-    MemoryShrunk,
-    /// Interrupting its guest made us wait.
-    #[error("the front end's descriptor for interrupts of ring {0} made its writer wait")]
-    Stuck(u16),
     /// The data side is not there any more.
     #[error("the disk is being closed")]
     DiskGone,
@@ -205,30 +175,16 @@ impl Connection {
         Ok(())
     }
 
-    /// The next message. Guest memory is looked at meanwhile.
+    /// The next message.
     async fn next_message(&self) -> Result<Option<Received>, ConnectionError> {
         let mut receive = pin!(self.seat.socket.receive());
-        loop {
-            let wait = until_look(self.seat.socket.number(), SystemTime::now());
-            match tokio::time::timeout(wait, &mut receive).await {
+        while self.memory.is_arriving() {
+            match tokio::time::timeout(COUNT_PAGES, &mut receive).await {
                 Ok(received) => return Ok(received?),
-                Err(_) if self.has_shrunk() => return Err(ConnectionError::MemoryShrunk),
-                Err(_) => {
-                    self.count_pages();
-                    self.stuck().map_or(Ok(()), |queue| Err(ConnectionError::Stuck(queue)))?
-                }
+                Err(_) => self.count_pages(),
             }
         }
-    }
-
-    fn has_shrunk(&self) -> bool {
-        self.memory.has_shrunk() || self.log.as_ref().is_some_and(DirtyLog::has_shrunk)
-    }
-
-    /// A ring whose interrupts nobody can be told of without waiting.
-    fn stuck(&self) -> Option<u16> {
-        let stuck = |event: &Option<Arc<EventFd>>| event.as_ref().is_some_and(|it| it.is_stuck());
-        (0..).zip(&self.calls).find(|(_, call)| stuck(call)).map(|(queue, _)| queue)
+        Ok(receive.await?)
     }
 
     async fn take(&mut self, received: Received) -> Result<(), ConnectionError> {
@@ -580,34 +536,7 @@ impl ConnectionError {
             | Self::SharedBefore
             | Self::Unfinished
             | Self::InTheWay(_) => true,
-            Self::Socket(_)
-            | Self::Decode(_)
-            | Self::WentAway
-            | Self::MemoryShrunk
-            | Self::Stuck(_)
-            | Self::DiskGone => false,
+            Self::Socket(_) | Self::Decode(_) | Self::WentAway | Self::DiskGone => false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn connections_look_at_few_moments_that_are_shared_out_among_them() {
-        let mut moments = std::collections::BTreeMap::new();
-        for number in 0..1000 {
-            // Wherever one begins, it comes to its own moment, and stays with it.
-            let begun = UNIX_EPOCH + Duration::from_nanos(1_234_567_890 * u64::from(number));
-            let wait = until_look(number, begun);
-            assert!(Duration::ZERO < wait && wait <= LOOK_AT_MEMORY, "{wait:?}");
-            let looked = begun + wait;
-            assert_eq!(until_look(number, looked), LOOK_AT_MEMORY);
-            let moment = looked.duration_since(UNIX_EPOCH).unwrap().subsec_millis() % 500;
-            *moments.entry(moment).or_insert(0) += 1;
-        }
-        assert!(moments.keys().all(|moment| moment.is_multiple_of(10)));
-        assert!(moments.values().all(|many| *many == 20), "{moments:?}");
     }
 }

@@ -98,6 +98,11 @@ impl DirtyLog {
         self.mapping.poisoned()
     }
 
+    /// Whether telling the front end has made us wait.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.event.as_ref().is_some_and(|event| event.is_stuck())
+    }
+
     /// Marks the pages of the `length` bytes at guest address `address`, which have been written.
     #[inline]
     pub fn mark(&self, address: u64, length: u64) {

@@ -199,6 +199,11 @@ impl LiveQueue {
         old
     }
 
+    /// Whether interrupting the guest has made us wait.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.call.as_ref().is_some_and(|call| call.is_stuck())
+    }
+
     /// Interrupts the guest, wanted or not.
     fn interrupt(&self) {
         if let Some(call) = &self.call {

@@ -31,11 +31,10 @@ use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
 use crate::blk::{BlkDevice, Serial};
-use crate::blk_session::{BlkSession, Command, SessionConfig};
+use crate::blk_session::{BlkSession, Command, SessionConfig, SessionFault};
 use crate::connection::{Connection, ConnectionError, send};
 use crate::postcopy;
 use crate::protocol::QUEUES_MAX;
-use crate::ring::RingFault;
 use crate::session::Session;
 use crate::sessions::{GRACE, Intent, Place, SESSIONS_MAX, Seat, SessionInfo, Sessions};
 use crate::socket::Socket;
@@ -258,7 +257,7 @@ fn bind(path: &Path) -> Result<UnixListener, VhostError> {
 enum Ended {
     Closed,
     Refused(ConnectionError),
-    RingBroken(u16, RingFault),
+    Fault(SessionFault),
     Stopped,
 }
 
@@ -424,7 +423,7 @@ impl Server {
         );
         let ended = tokio::select! {
             result = connection.serve() => result.map_or_else(Ended::Refused, |()| Ended::Closed),
-            Ok((queue, fault)) = broken => Ended::RingBroken(queue, fault),
+            Ok(fault) = broken => Ended::Fault(fault),
             _ = stops.changed() => Ended::Stopped,
         };
         self.log_end(ended);
@@ -441,9 +440,7 @@ impl Server {
         match ended {
             Ended::Closed | Ended::Stopped => info!(controller, "the front end's session is over"),
             Ended::Refused(reason) => warn!(controller, "the connection was closed: {reason}"),
-            Ended::RingBroken(queue, fault) => {
-                warn!(controller, "the connection was closed: queue {queue}: {fault}");
-            }
+            Ended::Fault(fault) => warn!(controller, "the connection was closed: {fault}"),
         }
     }
 

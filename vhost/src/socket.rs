@@ -5,7 +5,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
@@ -50,11 +50,6 @@ pub(crate) struct Socket(UnixStream);
 impl Socket {
     pub(crate) fn new(stream: UnixStream) -> Self {
         Self(stream)
-    }
-
-    /// A number that few others have: its descriptor's.
-    pub(crate) fn number(&self) -> u32 {
-        self.0.as_raw_fd().unsigned_abs()
     }
 
     /// The next message; none when the front end has closed the connection between two.

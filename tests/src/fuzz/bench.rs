@@ -10,7 +10,9 @@ use resilver_reactor::{Context, Doorbell, Nanos, Poller, Sender};
 use resilver_sys::{EventFd, Mapping, RegionTable, WaitSet};
 use resilver_vhost::VhostStats;
 use resilver_vhost::blk::Serial;
-use resilver_vhost::blk_session::{BlkSession, Command, Enabled, MemoryReply, SessionConfig};
+use resilver_vhost::blk_session::{
+    BlkSession, Command, Enabled, MemoryReply, SessionConfig, SessionFault,
+};
 use resilver_vhost::chain::Indirect;
 use resilver_vhost::dirty_log::DirtyLog;
 use resilver_vhost::inflight::{Holds, InflightMemory};
@@ -18,7 +20,7 @@ use resilver_vhost::memory::GuestMemory;
 use resilver_vhost::message::RingAddresses;
 use resilver_vhost::protocol::vring_flags;
 use resilver_vhost::queue::LiveQueue;
-use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas, RingFault};
+use resilver_vhost::ring::{EventMode, Format, Ring, RingAreas};
 
 use super::disk::{Conduct, FuzzedDisk, lock};
 use crate::guest_memory::MemoryFile;
@@ -94,7 +96,7 @@ enum Waiting {
 struct Link {
     commands: Sender<Command>,
     stats: Arc<VhostStats>,
-    fault: Inbox<(u16, RingFault)>,
+    fault: Inbox<SessionFault>,
     waiting: Option<Waiting>,
     /// Where the queues that run began.
     started: [Option<u32>; QUEUES as usize],

@@ -195,8 +195,8 @@ impl Session {
             read_only: false,
             serial: Serial::new("sim"),
             stats: Arc::new(VhostStats::default()),
-            on_fault: Box::new(move |(queue, fault)| {
-                fault_trace.finding(format_args!("ring {queue} is refused: {fault}"));
+            on_fault: Box::new(move |fault| {
+                fault_trace.finding(format_args!("the session is over: {fault}"));
             }),
         };
         let (session, sender) = BlkSession::new(config, doorbell);

@@ -24,6 +24,7 @@ use crate::protocol::{blk_status, blk_type, descriptor_flags};
 use crate::ring::{ChainFault, EventMode, Format, Ring};
 
 mod ahead;
+mod incidents;
 mod inflight;
 mod logging;
 mod packed;
@@ -137,7 +138,7 @@ struct Bench {
     call: EventFd,
     format: Format,
     events: EventMode,
-    fault: Inbox<(u16, RingFault)>,
+    fault: Inbox<SessionFault>,
     stats: Arc<VhostStats>,
     doorbell: Arc<Doorbell>,
     sessions: u64,
@@ -152,7 +153,7 @@ fn answer<T: Send + 'static>() -> (Reply<T>, Inbox<T>) {
     (Box::new(move |value| drop(sender.send(value))), inbox)
 }
 
-type Faults = (Reply<(u16, RingFault)>, Inbox<(u16, RingFault)>);
+type Faults = (Reply<SessionFault>, Inbox<SessionFault>);
 
 fn channel_of_faults() -> Faults {
     answer()
@@ -389,7 +390,7 @@ impl Bench {
 
     fn fault(&self) -> Option<ChainFault> {
         match self.fault.try_recv() {
-            Ok((0, RingFault::BadChain { what, .. })) => Some(what),
+            Ok(SessionFault::Ring(0, RingFault::BadChain { what, .. })) => Some(what),
             _ => None,
         }
     }
@@ -602,13 +603,13 @@ fn an_index_that_runs_ahead_and_a_head_outside_the_table_break_the_ring() {
         bench.offer(0);
         bench.turn();
         let fault = RingFault::IndexJump { index: ahead, next: 0, size: SIZE };
-        assert_eq!(bench.fault.try_recv(), Ok((0, fault)));
+        assert_eq!(bench.fault.try_recv(), Ok(SessionFault::Ring(0, fault)));
     }
     let mut bench = Bench::new();
     bench.offer(SIZE);
     bench.turn();
     let fault = RingFault::BadHead { head: SIZE, size: SIZE };
-    assert_eq!(bench.fault.try_recv(), Ok((0, fault)));
+    assert_eq!(bench.fault.try_recv(), Ok(SessionFault::Ring(0, fault)));
 }
 
 #[test]

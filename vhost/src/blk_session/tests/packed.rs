@@ -100,7 +100,10 @@ impl Driver {
     }
 
     fn fault(&self) -> Option<RingFault> {
-        self.bench.fault.try_recv().ok().map(|(_, fault)| fault)
+        match self.bench.fault.try_recv() {
+            Ok(SessionFault::Ring(_, fault)) => Some(fault),
+            _ => None,
+        }
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Bug {
     ReadyWithoutFlush,
     /// A failed flush of the target dirties nothing: what it lost is never copied again.
     FailedFlushForgotten,
+    /// A flush that was given up fails later, and nothing is made of it: what was written meanwhile may be gone.
+    LateFlushErrorForgotten,
     /// A target write that timed out does not shut its range: it lands on newer bytes, and nobody knows.
     LateLandingForgotten,
     /// Overlapping guest writes do not wait for each other: the legs may see them in different orders.
@@ -51,7 +53,7 @@ pub enum Bug {
 
 impl Bug {
     /// All of them, for whoever plants one after the other.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::WriteNotDirtied,
         Self::TargetErrorForgotten,
         Self::NoBounceCopy,
@@ -60,6 +62,7 @@ impl Bug {
         Self::PartialWriteCleans,
         Self::ReadyWithoutFlush,
         Self::FailedFlushForgotten,
+        Self::LateFlushErrorForgotten,
         Self::LateLandingForgotten,
         Self::OverlapOrderLost,
         Self::CancelKeepsTarget,

@@ -118,8 +118,14 @@ impl Core {
     pub(super) fn flush_done(&mut self, side: Side, result: Result<(), IoError>, now: Nanos) {
         match std::mem::replace(&mut self.lines[side as usize].line, Line::Idle) {
             Line::Idle => debug_assert!(false, "a flush ends that was not sent"),
-            // What it was to make durable is dirty since it was given up.
-            Line::Lost => {}
+            // What it was to make durable is dirty since it was given up. If it fails, what was written since may be lost as well.
+            Line::Lost => {
+                if let Err(error) = result
+                    && !planted(Bug::LateFlushErrorForgotten)
+                {
+                    self.failed(Failed::JobFlush, IoKind::Flush, &(0..0), error, now);
+                }
+            }
             Line::Flying { next, .. } => {
                 if result.is_ok() {
                     self.lines[side as usize].flushing.reset();

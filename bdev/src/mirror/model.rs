@@ -49,8 +49,16 @@ enum Fault {
     Fails(Side),
     /// What the target has in flight at some moment times out and lands later.
     TimesOut,
+    /// The same, and one I/O of the target fails after it: that may be one that was given up.
+    TimesOutThenFails,
     /// From some moment on the target answers no more.
     Hangs,
+}
+
+impl Fault {
+    fn times_out(self) -> bool {
+        matches!(self, Self::TimesOut | Self::TimesOutThenFails)
+    }
 }
 
 /// What its legs are.
@@ -146,7 +154,7 @@ impl World {
             grid: Grid::new(BLOCKS as u64 * BLOCK, u32::try_from(chunk).unwrap()),
             copy_mode: scenario.mode,
             on_error: [scenario.policy; 2],
-            target_timeout: (scenario.fault == Fault::TimesOut).then_some(TIMEOUT),
+            target_timeout: scenario.fault.times_out().then_some(TIMEOUT),
             unmap: true,
             target_is_zero: false,
             auto_finalize: true,
@@ -223,7 +231,7 @@ impl World {
         }
         if self.flying.iter().any(|io| io.side() == Side::Target) {
             match self.fault {
-                Fault::TimesOut => events.push(Event::TimeOut),
+                Fault::TimesOut | Fault::TimesOutThenFails => events.push(Event::TimeOut),
                 Fault::Hangs => events.push(Event::Hang),
                 Fault::None | Fault::Fails(_) => {}
             }
@@ -257,7 +265,8 @@ impl World {
                 self.end(io, Err(IoError::IO));
             }
             Event::TimeOut => {
-                self.fault = Fault::None;
+                let fails = self.fault == Fault::TimesOutThenFails;
+                self.fault = if fails { Fault::Fails(Side::Target) } else { Fault::None };
                 self.now = self.now + TIMEOUT + TIMEOUT;
             }
             Event::Hang => {
@@ -694,6 +703,7 @@ fn scenarios() -> Vec<Scenario> {
             all.push(Scenario { verbs: CHANGED, ..base });
             all.push(Scenario { verbs: GIVEN_UP, ..base });
             all.push(Scenario { verbs: COMPLETED, fault: Fault::TimesOut, ..base });
+            all.push(Scenario { verbs: COMPLETED, fault: Fault::TimesOutThenFails, ..base });
             all.push(Scenario { verbs: COMPLETED, fault: Fault::Fails(Side::Source), ..base });
             all.push(Scenario { verbs: GIVEN_UP, fault: Fault::Hangs, ..base });
             all.push(Scenario { verbs: STOOD_BY, ..failing });

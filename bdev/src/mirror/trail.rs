@@ -120,6 +120,9 @@ impl Core {
         }
         self.lost_ops += 1;
         self.both_flying -= 1;
+        // Zeroing may fail in the end, and what a failed one leaves behind is no zeroes.
+        let (offset, length) = (self.op(slot).offset, self.op(slot).length);
+        self.maps.target_zero.clear_range(&self.grid.touched(offset, length));
     }
 
     /// Whether an I/O that nobody waits for may still land in these bytes.

@@ -537,7 +537,7 @@ impl Medium {
                 if op.result.is_ok() {
                     self.make_durable(op.flush_upto);
                 } else if self.failed_flush == FailedFlush::Loses {
-                    self.lose(op.flush_upto);
+                    self.lose();
                 }
             }
             IoKind::Write | IoKind::Unmap | IoKind::WriteZeroes => self.land_change(op, memory),
@@ -655,11 +655,10 @@ impl Medium {
     }
 
     /// A flush has failed, and taken some of what it was to write with it.
-    fn lose(&mut self, upto: u64) {
+    fn lose(&mut self) {
         for cell in &mut self.cells {
-            let covered = cell.unflushed.partition_point(|(number, _)| *number <= upto);
             if self.rng.chance(500) {
-                cell.unflushed.drain(..covered);
+                cell.unflushed.clear();
             }
         }
     }

@@ -24,7 +24,9 @@ use resilver_sys::{BufferSlice, RegionId, WaitSet};
 use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::io::{BdevIo, Completion, IoKind, Tag};
-use crate::job::{BlockJob, JobEvent, JobInfo, JobVerb, JobWants, ScanReport, Side, VerbError};
+use crate::job::{
+    BlockJob, JobEvent, JobInfo, JobVerb, JobWants, Scan, ScanReport, Side, VerbError,
+};
 use crate::stats::IoStats;
 
 /// Consumers of one disk: controllers times sessions, two at once during a live migration.
@@ -174,6 +176,8 @@ pub struct StartJob {
     pub target_stats: Arc<IoStats>,
     /// Bitmaps that record from then on, if the job ends on its target.
     pub target_bitmaps: Vec<Arc<DirtyBitmap>>,
+    /// Who looks for holes in the source.
+    pub scan: Scan,
     /// How long the disk may take to drain.
     pub deadline: Nanos,
     /// The root channel that the job replaced, or the job back and the reason.
@@ -217,7 +221,7 @@ pub enum DiskCommand {
     /// Ask about the job; none if there is none.
     Query(Reply<Option<JobInfo>>),
     /// A part of the source's allocation map, for the job.
-    Scanned(ScanReport),
+    Scanned(Scan, ScanReport),
     /// The answer to [`JobEvent::CommitRequest`].
     Committed(bool),
     /// The answer to [`JobEvent::RetractRequest`].
@@ -385,6 +389,8 @@ pub struct Disk {
     /// What records writes, and what will if the job ends on its target.
     bitmaps: Vec<Arc<DirtyBitmap>>,
     target_bitmaps: Vec<Arc<DirtyBitmap>>,
+    /// The scan of the job's source.
+    scan: Option<Scan>,
     /// A job whose hold was undone rests until then.
     hold_not_before: Nanos,
 }
@@ -420,6 +426,7 @@ impl Disk {
             target_stats: None,
             bitmaps: Vec::new(),
             target_bitmaps: Vec::new(),
+            scan: None,
             hold_not_before: Nanos::ZERO,
         };
         (disk, handle)
@@ -481,7 +488,11 @@ impl Disk {
                 Root::Job(job) => Some(job.info(cx.now)),
                 Root::Plain(_) | Root::Nothing => None,
             }),
-            DiskCommand::Scanned(report) => self.with_job(|job| job.scanned(cx, report)),
+            DiskCommand::Scanned(scan, report) => {
+                if self.scan.as_ref().is_some_and(|of_job| of_job.is(&scan)) {
+                    self.with_job(|job| job.scanned(cx, report));
+                }
+            }
             DiskCommand::Committed(written) => self.with_job(|job| job.committed(cx, written)),
             DiskCommand::Retracted(done) => self.with_job(|job| job.retracted(cx, done)),
         }
@@ -562,6 +573,7 @@ impl Disk {
                 self.exposed = same_geometry(start.job.limits(), &self.exposed);
                 self.target_stats = Some(start.target_stats);
                 self.target_bitmaps = start.target_bitmaps;
+                self.scan = Some(start.scan);
                 self.root = Root::Job(start.job);
                 (start.reply)(Ok(old));
             }
@@ -582,6 +594,7 @@ impl Disk {
 
     fn dissolve(&mut self, cx: &Context<'_>, job: Box<dyn BlockJob>) {
         let crate::job::Dissolved { survivor, released, regions, side, info } = job.dissolve(cx);
+        self.scan.take().iter().for_each(Scan::stop);
         let target_stats = self.target_stats.take();
         if let (Side::Target, Some(stats)) = (side, target_stats) {
             self.stats = stats;

@@ -6,6 +6,8 @@
 //! polled as a channel.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use resilver_reactor::{Context, Nanos};
 use resilver_sys::RegionId;
@@ -572,6 +574,31 @@ pub enum JobWants {
     Nothing,
     /// A hold, then [`BlockJob::dissolve`].
     Dissolve,
+}
+
+/// A scan of a job's source for holes, known by its job and its disk. It runs on a thread of its own and may report late: a hole that it
+/// found for one job may have been written to when the next one is there, so a disk believes the scan of its job alone.
+#[derive(Debug, Clone, Default)]
+pub struct Scan {
+    stopped: Arc<AtomicBool>,
+}
+
+impl Scan {
+    /// Its job is over.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its job is over, so that it may end.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// Whether this is that scan.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.stopped, &other.stopped)
+    }
 }
 
 /// A part of a hole scan, sent down by control: the source's allocation as it is found.

@@ -11,9 +11,8 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Side};
+use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Scan, Side};
 use resilver_bdev::mirror::{BitmapMode, ObserverPolicy, SyncMode};
 use resilver_bdev::{Bdev, DiskCommand, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 use serde_json::{Value, json};
@@ -37,8 +36,8 @@ pub(crate) enum Stage {
     Live {
         source: Arc<dyn Bdev>,
         target: Arc<dyn Bdev>,
-        /// Tells the scan of the source's holes to stop.
-        scan_stop: Arc<AtomicBool>,
+        /// The scan of the source's holes.
+        scan: Scan,
     },
     /// Concluded and not dismissed.
     Ended {
@@ -182,8 +181,8 @@ impl Job {
 
     /// Stops the scan of the source's holes.
     pub(crate) fn stop_scan(&self) {
-        if let Stage::Live { scan_stop, .. } = &self.stage {
-            scan_stop.store(true, Ordering::Relaxed);
+        if let Stage::Live { scan, .. } = &self.stage {
+            scan.stop();
         }
     }
 
@@ -501,7 +500,6 @@ impl Target {
         let mut graph = self.graph_mut();
         let Some(id) = graph.job_on(disk).map(|job| job.id.clone()) else { return };
         let Some(job) = graph.jobs.get_mut(&id) else { return };
-        job.stop_scan();
         let Some((source, target)) = job.legs() else { return };
         job.stage = Stage::Ended { side, time: unix_seconds() };
         job.holds = Holds::default();

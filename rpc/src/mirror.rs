@@ -8,11 +8,10 @@
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
-use resilver_bdev::job::ScanReport;
+use resilver_bdev::job::{Scan, ScanReport};
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode, TARGET_DEPTH,
 };
@@ -201,7 +200,7 @@ impl Target {
         step_aside();
         mirror.prepare();
         let disk = self.disk_over(&source, None)?;
-        let scan_stop = Arc::new(AtomicBool::new(false));
+        let scan = Scan::default();
         let job = Job {
             id: id.clone(),
             source: source.name().to_owned(),
@@ -209,7 +208,7 @@ impl Target {
             stage: Stage::Live {
                 source: Arc::clone(&source),
                 target: Arc::clone(&target),
-                scan_stop: Arc::clone(&scan_stop),
+                scan: scan.clone(),
             },
             origin,
             mirror: start.mirror,
@@ -235,7 +234,7 @@ impl Target {
         let handle = self.graph().disks.get(&disk).map(|disk| disk.handle.clone());
         let started = match handle {
             Some(handle) => {
-                self.insert_job(&handle, mirror, target.as_ref()).await.map(|()| handle)
+                self.insert_job(&handle, mirror, target.as_ref(), &scan).await.map(|()| handle)
             }
             None => Err(RpcError::gone()),
         };
@@ -249,7 +248,9 @@ impl Target {
                     "mirror started"
                 );
                 if sync != SyncMode::None {
-                    tokio::task::spawn_blocking(move || scan(source.as_ref(), &handle, &scan_stop));
+                    tokio::task::spawn_blocking(move || {
+                        find_holes(source.as_ref(), &handle, &scan)
+                    });
                 }
                 Ok(())
             }
@@ -266,6 +267,7 @@ impl Target {
         handle: &DiskHandle,
         job: Box<Mirror>,
         target: &dyn Bdev,
+        scan: &Scan,
     ) -> Result<(), RpcError> {
         let target_stats = Arc::clone(target.stats());
         let target_bitmaps = self.graph().bitmaps_below(target);
@@ -274,6 +276,7 @@ impl Target {
                 job,
                 target_stats,
                 target_bitmaps,
+                scan: scan.clone(),
                 deadline: HOLD_DEADLINE,
                 reply,
             })
@@ -324,7 +327,7 @@ pub(crate) fn check_job_id(id: &str) -> Result<(), RpcError> {
 }
 
 /// Tells a job where its source has holes. Blocks on the file system; ends with the job.
-fn scan(source: &dyn Bdev, disk: &DiskHandle, stop: &AtomicBool) {
+fn find_holes(source: &dyn Bdev, disk: &DiskHandle, scan: &Scan) {
     let size = source.geometry().size();
     let mut offset = 0;
     while offset < size {
@@ -344,22 +347,22 @@ fn scan(source: &dyn Bdev, disk: &DiskHandle, stop: &AtomicBool) {
             let begin = extent.offset.max(offset);
             report(
                 disk,
-                stop,
+                scan,
                 ScanReport::Hole { offset: begin, length: end.saturating_sub(begin) },
             );
         }
-        report(disk, stop, ScanReport::Upto(end));
+        report(disk, scan, ScanReport::Upto(end));
         offset = end;
-        if stop.load(Ordering::Relaxed) {
+        if scan.is_stopped() {
             return;
         }
     }
-    report(disk, stop, ScanReport::Done);
+    report(disk, scan, ScanReport::Done);
 }
 
 /// Sends one report, waiting for room.
-fn report(disk: &DiskHandle, stop: &AtomicBool, report: ScanReport) {
-    while disk.send(DiskCommand::Scanned(report)).is_err() && !stop.load(Ordering::Relaxed) {
+fn report(disk: &DiskHandle, scan: &Scan, report: ScanReport) {
+    while !scan.is_stopped() && disk.send(DiskCommand::Scanned(scan.clone(), report)).is_err() {
         std::thread::sleep(SCAN_PAUSE);
     }
 }

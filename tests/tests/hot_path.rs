@@ -18,7 +18,7 @@ use resilver_bdev::bitmap::Grid;
 use resilver_bdev::delay::{Delay, DelayConfig};
 use resilver_bdev::disk::HOLD_DEADLINE;
 use resilver_bdev::error::{Effect, ErrorBdev, FOREVER, Injection};
-use resilver_bdev::job::{CopyMode, OnError, ScanReport};
+use resilver_bdev::job::{CopyMode, OnError, Scan, ScanReport};
 use resilver_bdev::malloc::Malloc;
 use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH};
 use resilver_bdev::null::Null;
@@ -371,18 +371,20 @@ fn mirror(handle: &DiskHandle, bdev: &dyn Bdev, target: &ErrorBdev, life: Life) 
     let mut job = Box::new(Mirror::new(config, channels).unwrap());
     job.prepare();
     let target_stats = Arc::clone(target.stats());
+    let scan = Scan::default();
     let started = ask(handle, |reply| {
         let deadline = HOLD_DEADLINE;
         DiskCommand::StartJob(StartJob {
             job,
             target_stats,
             target_bitmaps: Vec::new(),
+            scan: scan.clone(),
             deadline,
             reply,
         })
     });
     assert!(started.is_ok());
-    handle.send(DiskCommand::Scanned(ScanReport::Done)).ok().unwrap();
+    handle.send(DiskCommand::Scanned(scan, ScanReport::Done)).ok().unwrap();
     if let Life::Copying(_) = life {
         return;
     }

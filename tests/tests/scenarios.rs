@@ -281,6 +281,30 @@ fn a_hole_that_the_guest_wrote_to_before_its_report_came_is_data() {
 }
 
 #[test]
+fn a_hole_that_an_ended_jobs_scan_found_is_no_news_to_the_next_job() {
+    let mut world = quiet_world();
+    for sector in 0..SECTORS {
+        world.source.preset(sector, None);
+    }
+    world.forget_content();
+    start_unscanned(&mut world, &plan());
+    world.look_for_holes(SECTORS);
+    world.tell(JobVerb::Cancel);
+    until(&mut world, "the job is over", |world| world.control.job().is_none());
+    let number = write(&world, 40, 4);
+    assert_eq!(answered(&mut world, number), Ok(()));
+    start_unscanned(&mut world, &plan());
+    assert!(world.report_late(), "the hole");
+    world.give_up_scan();
+    while world.report_scan() {}
+    until_status(&mut world, JobStatus::Ready);
+
+    let target = world.control.job().unwrap().target.clone();
+    assert_eq!(world.source.first_difference(&target, 0..SECTORS), None);
+    assert_ne!(target.content(40), Sector::zero());
+}
+
+#[test]
 fn a_failed_flush_of_the_target_is_the_jobs_affair_and_nothing_is_forgotten() {
     let mut world = quiet_world();
     let mut plan = plan();

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use resilver_sys::RegionTable;
 
 use super::*;
-use crate::job::JobStatus;
+use crate::job::{JobStatus, Scan};
 
 /// What the test and its channel share.
 #[derive(Default)]
@@ -311,6 +311,7 @@ impl World {
                 job,
                 target_stats: stats,
                 target_bitmaps: Vec::new(),
+                scan: Scan::default(),
                 deadline,
                 reply,
             })

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::bitmap::Grid;
-use resilver_bdev::job::{CopyMode, OnError, ScanReport, Side};
+use resilver_bdev::job::{CopyMode, OnError, Scan, ScanReport, Side};
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH,
 };
@@ -133,7 +133,7 @@ pub struct Job {
     pub announced: JobStatus,
     record: Record,
     writing: Option<Writing>,
-    scan: Scan,
+    scan: HoleScan,
     /// What it brings over.
     pub(super) scope: Scope,
     /// How it works by a bitmap, if it does.
@@ -149,8 +149,10 @@ pub struct Job {
     pub(super) verifies: bool,
 }
 
-/// The hole scan of a source, which runs behind what happens to it.
-struct Scan {
+/// The hole scan of a source, which runs behind what happens to it, and may tell what it saw when its job is over.
+struct HoleScan {
+    /// As the disk knows it.
+    id: Scan,
     /// The next sector to look at; none when done.
     at: Option<usize>,
     /// What was seen and not yet told.
@@ -185,6 +187,8 @@ pub struct Control {
     heard: Arc<Mutex<VecDeque<Heard>>>,
     /// Disks that a job is done with and that may have I/O in flight.
     pub retired: Vec<SimDisk>,
+    /// What the scans of jobs that have ended have not told.
+    unsaid: VecDeque<(Scan, ScanReport)>,
     /// The disk that the last switch-over left: what failed there may be heard of by a guest only afterwards.
     pub left: Option<SimDisk>,
     /// The disk is being held for a mirror.
@@ -210,6 +214,7 @@ impl Control {
             job: None,
             heard: Arc::default(),
             retired: Vec::new(),
+            unsaid: VecDeque::new(),
             left: None,
             holding: false,
             releasing: 0,
@@ -297,6 +302,7 @@ impl World {
         self.trace.line(format_args!("mirror to {name}: {plan:?}"));
         let mirror = Mirror::new(plan.config.clone(), channels)?;
         let probe = Probe::new(mirror, &self.source, &target, &self.trace);
+        let scan = Scan::default();
         self.control.job = Some(Job {
             scope,
             bitmap_mode: plan.config.bitmap.as_ref().map(|working| working.mode),
@@ -307,7 +313,7 @@ impl World {
             announced: JobStatus::Created,
             record: Record::Source,
             writing: None,
-            scan: Scan { at: Some(0), seen: VecDeque::new() },
+            scan: HoleScan { id: scan.clone(), at: Some(0), seen: VecDeque::new() },
             cancelled: None,
             finishing: None,
             before: None,
@@ -319,6 +325,7 @@ impl World {
             job: Box::new(probe),
             target_stats: Arc::clone(target.stats()),
             target_bitmaps: Vec::new(),
+            scan,
             deadline: resilver_bdev::disk::HOLD_DEADLINE,
             reply: Box::new(move |result| {
                 lock(&heard).push_back(match result {
@@ -476,6 +483,8 @@ impl World {
             return;
         };
         self.control.releasing += releasing;
+        let HoleScan { id, seen, .. } = &job.scan;
+        self.control.unsaid.extend(seen.iter().map(|report| (id.clone(), *report)));
         let expected = match side {
             Side::Source => Record::Source,
             Side::Target => Record::Target,
@@ -569,6 +578,9 @@ impl World {
         if self.control.rng.chance(per_mille / 2) {
             self.report_scan();
         }
+        if !self.control.unsaid.is_empty() && self.control.rng.chance(20) {
+            self.report_late();
+        }
     }
 
     /// The scan sees the next extent of the source, as it is now, in pieces of so many sectors at most.
@@ -607,10 +619,21 @@ impl World {
 
     /// The scan tells the oldest of what it saw; whether there was anything to tell.
     pub fn report_scan(&mut self) -> bool {
-        let report = self.control.job.as_mut().and_then(|job| job.scan.seen.pop_front());
-        let Some(report) = report else { return false };
-        self.trace.line(format_args!("scan: {report:?}"));
-        self.send(DiskCommand::Scanned(report));
+        let told = self.control.job.as_mut();
+        let told = told.and_then(|job| Some((job.scan.id.clone(), job.scan.seen.pop_front()?)));
+        self.send_report("scan", told)
+    }
+
+    /// The same of a scan whose job is over.
+    pub fn report_late(&mut self) -> bool {
+        let told = self.control.unsaid.pop_front();
+        self.send_report("the scan of an ended job", told)
+    }
+
+    fn send_report(&mut self, who: &str, told: Option<(Scan, ScanReport)>) -> bool {
+        let Some((scan, report)) = told else { return false };
+        self.trace.line(format_args!("{who}: {report:?}"));
+        self.send(DiskCommand::Scanned(scan, report));
         true
     }
 

@@ -25,7 +25,7 @@ use crate::channel::{CompletionBatch, IoChannel, Limits};
 use crate::dirty_bitmap::DirtyBitmap;
 use crate::io::{BdevIo, Completion, IoKind, Tag};
 use crate::job::{
-    BlockJob, JobEvent, JobInfo, JobVerb, JobWants, Scan, ScanReport, Side, VerbError,
+    BlockJob, Commit, JobEvent, JobInfo, JobVerb, JobWants, Scan, ScanReport, Side, VerbError,
 };
 use crate::stats::IoStats;
 
@@ -223,7 +223,7 @@ pub enum DiskCommand {
     /// A part of the source's allocation map, for the job.
     Scanned(Scan, ScanReport),
     /// The answer to [`JobEvent::CommitRequest`].
-    Committed(bool),
+    Committed(Commit),
     /// The answer to [`JobEvent::RetractRequest`].
     Retracted(bool),
 }
@@ -493,7 +493,7 @@ impl Disk {
                     self.with_job(|job| job.scanned(cx, report));
                 }
             }
-            DiskCommand::Committed(written) => self.with_job(|job| job.committed(cx, written)),
+            DiskCommand::Committed(record) => self.with_job(|job| job.committed(cx, record)),
             DiskCommand::Retracted(done) => self.with_job(|job| job.retracted(cx, done)),
         }
     }

@@ -576,6 +576,17 @@ pub enum JobWants {
     Dissolve,
 }
 
+/// What became of the record of a switch-over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Commit {
+    /// It is durable.
+    Written,
+    /// There is none, whatever crashes.
+    Absent,
+    /// Writing it failed when it may have been there already, and nothing could be put in its place.
+    Unknown,
+}
+
 /// A scan of a job's source for holes, known by its job and its disk. It runs on a thread of its own and may report late: a hole that it
 /// found for one job may have been written to when the next one is there, so a disk believes the scan of its job alone.
 #[derive(Debug, Clone, Default)]
@@ -664,7 +675,7 @@ pub trait BlockJob: IoChannel {
     fn scanned(&mut self, cx: &Context<'_>, report: ScanReport);
 
     /// Control has written the record that [`JobEvent::CommitRequest`] asked for, or could not.
-    fn committed(&mut self, cx: &Context<'_>, written: bool);
+    fn committed(&mut self, cx: &Context<'_>, record: Commit);
 
     /// Control has taken back the record that [`JobEvent::RetractRequest`] named. `done` is false if that failed, in which
     /// case the job asks again: what it parked stays unacknowledged.

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use resilver_bdev::job::{IoStatus, JobFailure, JobWants, Scan, Side};
+use resilver_bdev::job::{Commit, IoStatus, JobFailure, JobWants, Scan, Side};
 use resilver_bdev::mirror::{BitmapMode, ObserverPolicy, SyncMode};
 use resilver_bdev::{Bdev, DiskCommand, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 use serde_json::{Value, json};
@@ -22,6 +22,7 @@ use crate::error::RpcError;
 use crate::events::{qemu, unix_seconds};
 use crate::holds::Holds;
 use crate::mirror::Origin;
+use crate::state::StateError;
 use crate::target::{Target, files_of};
 
 /// What kind of job a mirror is, as QEMU calls it.
@@ -466,13 +467,18 @@ impl Target {
         let Some((source, target)) = legs else { return };
         let (sources, targets) = (files_of(source.as_ref()), files_of(target.as_ref()));
         let written = self.state.supersede(&sources, &targets, id).await;
+        let record = match &written {
+            Ok(()) => Commit::Written,
+            Err(StateError::Uncertain(_)) => Commit::Unknown,
+            Err(_) => Commit::Absent,
+        };
         if let Err(error) = &written {
             tracing::error!(job = id, %error, "the record of the switch-over could not be written");
             if let Some(job) = self.graph_mut().jobs.get_mut(id) {
                 job.warnings.push(error.to_string());
             }
         }
-        self.tell(disk, || DiskCommand::Committed(written.is_ok())).await;
+        self.tell(disk, || DiskCommand::Committed(record)).await;
     }
 
     async fn retract(&self, disk: DiskId, id: &str) {

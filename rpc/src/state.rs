@@ -92,6 +92,9 @@ pub enum StateError {
         /// The kernel's reason.
         source: io::Error,
     },
+    /// The records could neither be replaced nor put back for certain.
+    #[error("{0}; whether the records are the new ones or the old is not known")]
+    Uncertain(Box<StateError>),
     /// The records make no sense.
     #[error(
         "'{path}' cannot be read ({reason}): without it there is no telling which disks hold old data; restore it, or move \
@@ -120,6 +123,15 @@ struct StateDir {
     path: PathBuf,
     /// Held for the life of the store.
     lock: File,
+    /// Makes a renaming in it durable.
+    sync: SyncDir,
+}
+
+/// Makes what was changed in a directory durable.
+type SyncDir = fn(&Path) -> io::Result<()>;
+
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
 }
 
 impl Drop for StateDir {
@@ -157,6 +169,10 @@ impl StateStore {
     /// # Errors
     /// It cannot be made, locked or read, or its records make no sense.
     pub fn open(path: &Path) -> Result<Self, StateError> {
+        Self::open_with(path, sync_dir)
+    }
+
+    fn open_with(path: &Path, sync: SyncDir) -> Result<Self, StateError> {
         fs::create_dir_all(path).map_err(io_error("making", path))?;
         let path = fs::canonicalize(path).map_err(io_error("finding", path))?;
         let lock_path = path.join(LOCK);
@@ -167,7 +183,7 @@ impl StateStore {
             fs::TryLockError::Error(error) => io_error("locking", &lock_path)(error),
         })?;
         let records = read_records(&path.join(RECORDS))?;
-        let dir = Arc::new(StateDir { path, lock });
+        let dir = Arc::new(StateDir { path, lock, sync });
         Ok(Self { dir: Some(dir), records: records.into(), ..Self::default() })
     }
 
@@ -211,7 +227,8 @@ impl StateStore {
     /// if either side has none.
     ///
     /// # Errors
-    /// The records could not be written; nothing has changed.
+    /// The records could not be written; nothing has changed, unless that is [uncertain](StateError::Uncertain): then they are to be
+    /// retracted.
     pub async fn supersede(
         &self,
         sources: &[FileIdentity],
@@ -239,7 +256,13 @@ impl StateStore {
             job_id: job_id.to_owned(),
             time,
         }));
-        self.replace(after).await?;
+        let written = self.replace(after.clone()).await;
+        match &written {
+            Ok(()) => {}
+            // Who asks meanwhile is refused a disk that need not be.
+            Err(StateError::Uncertain(_)) => *self.records.borrow_mut() = after,
+            Err(_) => return written,
+        }
         let undo = Undo {
             job_id: job_id.to_owned(),
             before,
@@ -248,7 +271,7 @@ impl StateStore {
         };
         self.settled(job_id);
         self.undos.borrow_mut().push(undo);
-        Ok(())
+        written
     }
 
     /// Takes back what [`StateStore::supersede`] wrote for this job, and brings back what it took away.
@@ -305,20 +328,19 @@ impl StateStore {
         if let Some(dir) = self.dir.clone() {
             let (old, new) = (self.records.borrow().clone(), records.clone());
             let write = tokio::task::spawn_blocking(move || {
-                // Of a write that failed after its rename, the new records may be what a crash leaves: put the old ones
-                // back. Should that fail too, a disk is refused that need not be, and nothing worse.
-                write_records(&dir.path, &new).inspect_err(|_| {
-                    let _ = write_records(&dir.path, &old);
-                })
+                let (renamed, error) = match write_records(&dir, &new) {
+                    Ok(()) => return Ok(()),
+                    Err(failed) => failed,
+                };
+                // Of a write that failed after its renaming, the new records may be what a crash leaves: put the old ones back.
+                let certain = !renamed || write_records(&dir, &old).is_ok();
+                Err(if certain { error } else { StateError::Uncertain(Box::new(error)) })
             });
-            match write.await {
-                Ok(done) => done?,
-                Err(_) => {
-                    return Err(io_error("writing", Path::new(RECORDS))(io::Error::other(
-                        "the process is stopping",
-                    )));
-                }
-            }
+            write.await.unwrap_or_else(|_| {
+                let stopping = io::Error::other("the process is stopping");
+                let error = io_error("writing", Path::new(RECORDS))(stopping);
+                Err(StateError::Uncertain(Box::new(error)))
+            })?;
         }
         *self.records.borrow_mut() = records;
         Ok(())
@@ -341,13 +363,14 @@ fn read_records(path: &Path) -> Result<Records, StateError> {
     }
 }
 
-/// Replaces the records on disk, durably, or leaves them as they were.
-fn write_records(dir: &Path, records: &Records) -> Result<(), StateError> {
-    let path = dir.join(RECORDS);
+/// Replaces the records on disk, durably. Of a failure also says whether the new ones are there all the same, for now.
+fn write_records(dir: &StateDir, records: &Records) -> Result<(), (bool, StateError)> {
+    let path = dir.path.join(RECORDS);
     let mut text = serde_json::to_vec_pretty(records)
-        .map_err(|error| io_error("encoding", &path)(io::Error::other(error)))?;
+        .map_err(|error| (false, io_error("encoding", &path)(io::Error::other(error))))?;
     text.push(b'\n');
-    replace_file(&path, &text).map_err(io_error("replacing", &path))
+    replace(&path, &text, dir.sync)
+        .map_err(|(renamed, error)| (renamed, io_error("replacing", &path)(error)))
 }
 
 /// Replaces a file as a whole, durably: what was there before, or all of `text`, survives a crash.
@@ -355,14 +378,22 @@ fn write_records(dir: &Path, records: &Records) -> Result<(), StateError> {
 /// # Errors
 /// The file system's.
 pub(crate) fn replace_file(path: &Path, text: &[u8]) -> io::Result<()> {
+    replace(path, text, sync_dir).map_err(|(_, error)| error)
+}
+
+/// The same; says of a failure whether `text` is there already, though not durably.
+fn replace(path: &Path, text: &[u8], sync: SyncDir) -> Result<(), (bool, io::Error)> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
-    let mut file = File::create(&new)?;
-    file.write_all(text)?;
-    file.sync_all()?;
-    fs::rename(&new, path)?;
+    let prepare = || {
+        let mut file = File::create(&new)?;
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    prepare().map_err(|error| (false, error))?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(dir)?.sync_all()
+    sync(dir).map_err(|error| (true, error))
 }
 
 /// Which file a path means.
@@ -381,6 +412,8 @@ pub fn identify(path: &Path) -> io::Result<FileIdentity> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     /// Where a write prepares the records.
@@ -414,6 +447,28 @@ mod tests {
         let renumbered = FileIdentity { device: 9, inode: 9, ..file(1) };
         assert!(store.check(&renamed).is_err());
         assert!(store.check(&renumbered).is_err());
+    }
+
+    #[test]
+    fn records_that_may_be_there_are_there_until_they_are_taken_back() {
+        static FAILS: AtomicBool = AtomicBool::new(true);
+        fn sync(_: &Path) -> io::Result<()> {
+            if FAILS.load(Ordering::Relaxed) { Err(io::Error::other("read-only")) } else { Ok(()) }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open_with(dir.path(), sync).unwrap();
+        let written = block_on(store.supersede(&[file(1)], &[file(2)], "job"));
+        assert!(matches!(written, Err(StateError::Uncertain(_))), "{written:?}");
+        assert_eq!(generation(&store, 1), Some(1));
+        for _ in 0..2 {
+            assert!(block_on(store.retract("job")).is_err());
+            assert_eq!(generation(&store, 1), Some(1), "it is asked for again");
+        }
+        FAILS.store(false, Ordering::Relaxed);
+        block_on(store.retract("job")).unwrap();
+        assert_eq!(generation(&store, 1), None);
+        drop(store);
+        assert_eq!(generation(&StateStore::open(dir.path()).unwrap(), 1), None);
     }
 
     #[test]

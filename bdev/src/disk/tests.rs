@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use resilver_sys::RegionTable;
 
 use super::*;
-use crate::job::{JobStatus, Scan};
+use crate::job::{Commit, JobStatus, Scan};
 
 /// What the test and its channel share.
 #[derive(Default)]
@@ -215,7 +215,7 @@ impl BlockJob for PlainJob {
         self.wants
     }
     fn scanned(&mut self, _cx: &Context<'_>, _report: ScanReport) {}
-    fn committed(&mut self, _cx: &Context<'_>, _written: bool) {}
+    fn committed(&mut self, _cx: &Context<'_>, _record: Commit) {}
     fn retracted(&mut self, _cx: &Context<'_>, _done: bool) {}
     fn hold_failed(&mut self, _cx: &Context<'_>, _in_flight: u32) {
         self.failed_holds.fetch_add(1, Ordering::SeqCst);

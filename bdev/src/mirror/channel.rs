@@ -25,7 +25,7 @@ use crate::device::BdevError;
 use crate::disk::DISK_DEPTH;
 use crate::io::{BdevIo, Completion, IoKind, Tag};
 use crate::job::{
-    BlockJob, Dissolved, JobEvent, JobInfo, JobStatus, JobVerb, JobWants, ScanReport, Side,
+    BlockJob, Commit, Dissolved, JobEvent, JobInfo, JobStatus, JobVerb, JobWants, ScanReport, Side,
     VerbError,
 };
 
@@ -763,8 +763,8 @@ impl BlockJob for Mirror {
         self.core.scanned(report);
     }
 
-    fn committed(&mut self, cx: &Context<'_>, written: bool) {
-        self.core.committed(written, cx.now);
+    fn committed(&mut self, cx: &Context<'_>, record: Commit) {
+        self.core.committed(record, cx.now);
         self.perform(cx);
     }
 

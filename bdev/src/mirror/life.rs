@@ -37,8 +37,8 @@ use super::tables::{
 };
 use crate::io::{IoError, IoKind};
 use crate::job::{
-    ErrorAction, IoStatus, JobEvent, JobFailure, JobInfo, JobStatus, JobVerb, JobWants, OnError,
-    ScanReport, Side,
+    Commit, ErrorAction, IoStatus, JobEvent, JobFailure, JobInfo, JobStatus, JobVerb, JobWants,
+    OnError, ScanReport, Side,
 };
 
 /// How long control is left in peace after it could not retract a record.
@@ -435,18 +435,21 @@ impl Core {
         }
     }
 
-    /// Control has written the record, or could not.
-    pub(super) fn committed(&mut self, written: bool, now: Nanos) {
+    /// Control has written the record, or could not. One that may be there is taken back as one that is.
+    pub(super) fn committed(&mut self, record: Commit, now: Nanos) {
         if self.record != Record::Requested {
             debug_assert!(false, "a record that nobody asked for");
             return;
         }
-        match (self.stage, written) {
-            (Stage::Pending(_, Step::Undoing(_)), true) => self.ask_to_retract(),
-            (Stage::Pending(_, Step::Undoing(then)), false) => self.undone(then, now),
-            (_, true) => self.record = Record::Written,
-            (_, false) => {
-                self.record = Record::None;
+        match (self.stage, record) {
+            (Stage::Pending(_, Step::Undoing(then)), Commit::Absent) => self.undone(then, now),
+            (Stage::Pending(_, Step::Undoing(_)), Commit::Written | Commit::Unknown) => {
+                self.ask_to_retract();
+            }
+            (_, Commit::Written) => self.record = Record::Written,
+            (_, Commit::Absent | Commit::Unknown) => {
+                let known = record == Commit::Absent;
+                self.record = if known { Record::None } else { Record::Written };
                 self.undo(Some(JobFailure::CommitRecord), Then::Ready, now);
             }
         }

@@ -25,7 +25,9 @@ use super::life::{Ending, Stage};
 use super::scope::{ObserverPolicy, SyncMode};
 use crate::bitmap::Grid;
 use crate::io::{BdevIo, IoError, IoKind, Tag};
-use crate::job::{CopyMode, JobEvent, JobStatus, JobVerb, JobWants, OnError, ScanReport, Side};
+use crate::job::{
+    Commit, CopyMode, JobEvent, JobStatus, JobVerb, JobWants, OnError, ScanReport, Side,
+};
 
 const BLOCK: u64 = 512;
 const BLOCKS: usize = 4;
@@ -81,7 +83,7 @@ struct Scenario {
     asks: &'static [Ask],
     verbs: &'static [JobVerb],
     fault: Fault,
-    /// The record and its retraction may fail.
+    /// The record may fail, and then be there or not.
     control_refuses: bool,
     /// The last chunk, which reads zero at first, is reported as a hole at some moment.
     hole: bool,
@@ -118,7 +120,7 @@ enum Event {
     TimeOut,
     Hang,
     Hole,
-    Committed(bool),
+    Committed(Commit),
     Retracted(bool),
     Tick,
 }
@@ -239,10 +241,10 @@ impl World {
         if self.hole {
             events.push(Event::Hole);
         }
-        let refusals = [true, false];
-        let answers = if self.scenario.control_refuses { &refusals[..] } else { &refusals[..1] };
+        let ends = [Commit::Written, Commit::Absent, Commit::Unknown];
+        let ends = if self.scenario.control_refuses { &ends[..] } else { &ends[..1] };
         if self.commit_asked {
-            events.extend(answers.iter().map(|done| Event::Committed(*done)));
+            events.extend(ends.iter().map(|record| Event::Committed(*record)));
         }
         if self.retract_asked {
             events.push(Event::Retracted(true));
@@ -278,9 +280,9 @@ impl World {
                 let chunk = CHUNK_BLOCKS as u64 * BLOCK;
                 self.core.scanned(ScanReport::Hole { offset: chunk, length: chunk });
             }
-            Event::Committed(written) => {
+            Event::Committed(record) => {
                 self.commit_asked = false;
-                self.core.committed(written, self.now);
+                self.core.committed(record, self.now);
             }
             Event::Retracted(done) => {
                 self.retract_asked = false;

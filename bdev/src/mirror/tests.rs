@@ -13,8 +13,8 @@ use crate::device::Bdev;
 use crate::error::{Effect, ErrorBdev, FOREVER, Injection};
 use crate::io::{BdevIo, Completion, IoError, Tag};
 use crate::job::{
-    BlockJob, Dissolved, ErrorAction, IoStatus, JobEvent, JobFailure, JobInfo, JobStatus, JobVerb,
-    JobWants, ScanReport, Side, VerbError,
+    BlockJob, Commit, Dissolved, ErrorAction, IoStatus, JobEvent, JobFailure, JobInfo, JobStatus,
+    JobVerb, JobWants, ScanReport, Side, VerbError,
 };
 use crate::malloc::Malloc;
 
@@ -144,7 +144,7 @@ impl Bench {
         self.reach(JobStatus::Ready);
         self.verb(JobVerb::Complete).unwrap();
         self.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
-        self.with(|mirror, cx| mirror.committed(cx, true));
+        self.with(|mirror, cx| mirror.committed(cx, Commit::Written));
     }
 
     fn reach(&mut self, status: JobStatus) {
@@ -308,7 +308,7 @@ fn complete_ends_on_the_target_after_the_record() {
     bench.write(1, 1024, &[4; 512]);
     bench.drain();
     assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Nothing, "the record comes first");
-    bench.with(|mirror, cx| mirror.committed(cx, true));
+    bench.with(|mirror, cx| mirror.committed(cx, Commit::Written));
     assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Dissolve);
     let end = bench.dissolve();
     assert_eq!((end.side, end.info.status), (Side::Target, JobStatus::Concluded));
@@ -501,7 +501,7 @@ fn a_record_that_cannot_be_written_leaves_the_job_ready() {
     bench.reach(JobStatus::Ready);
     bench.verb(JobVerb::Complete).unwrap();
     bench.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
-    bench.with(|mirror, cx| mirror.committed(cx, false));
+    bench.with(|mirror, cx| mirror.committed(cx, Commit::Absent));
     bench.turn();
     let undone = JobEvent::SwitchUndone(JobFailure::CommitRecord);
     assert_eq!((bench.status(), bench.events.last()), (JobStatus::Ready, Some(&undone)));

@@ -11,8 +11,9 @@ use std::time::Instant;
 use resilver_bdev::mirror::bugs::{Bug, plant};
 use resilver_tests::sim::{STEPS, run};
 
-/// A write must trail for longer than a flush, a record and a drain take: a seed in many thousands.
-const OF_THE_MODEL: [Bug; 1] = [Bug::TrailingNotAwaited];
+/// A write must trail for longer than a flush, a record and a drain take; a flush must time out and fail after a copy: a seed in many
+/// thousands.
+const OF_THE_MODEL: [Bug; 2] = [Bug::TrailingNotAwaited, Bug::LateFlushErrorForgotten];
 /// Seeds tried for one bug.
 const SEEDS: u64 = 1000;
 /// Columns of the finding that the table shows.

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use resilver_bdev::bitmap::Grid;
-use resilver_bdev::job::{CopyMode, OnError, Scan, ScanReport, Side};
+use resilver_bdev::job::{Commit, CopyMode, OnError, Scan, ScanReport, Side};
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH,
 };
@@ -551,14 +551,20 @@ impl World {
         self.control.records_to_fail = self.control.records_to_fail.saturating_sub(1);
         let written = !fails;
         job.writing = None;
+        let unknown = fails && says == Record::Target && self.control.rng.chance(300);
         job.record = match (says, written) {
             (says, true) => says,
+            (Record::Target, false) if unknown => Record::Either,
             (Record::Target, false) => Record::Source,
             (_, false) => Record::Target,
         };
         self.trace.line(format_args!("record: {:?}", job.record));
         let answer = if says == Record::Target {
-            DiskCommand::Committed(written)
+            DiskCommand::Committed(match (written, unknown) {
+                (true, _) => Commit::Written,
+                (false, false) => Commit::Absent,
+                (false, true) => Commit::Unknown,
+            })
         } else {
             self.control.reached.retracted += u64::from(written);
             DiskCommand::Retracted(written)

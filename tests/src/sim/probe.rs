@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use resilver_bdev::job::{BlockJob, Dissolved, JobWants, ScanReport, Side};
+use resilver_bdev::job::{BlockJob, Commit, Dissolved, JobWants, ScanReport, Side};
 use resilver_bdev::mirror::{ChunkState, Mirror, Rows};
 use resilver_bdev::{
     BdevIo, CompletionBatch, IoChannel, IoKind, JobEvent, JobInfo, JobStatus, JobVerb, Limits,
@@ -179,8 +179,8 @@ impl BlockJob for Probe {
         self.with(|mirror| mirror.scanned(cx, report));
     }
 
-    fn committed(&mut self, cx: &Context<'_>, written: bool) {
-        self.with(|mirror| mirror.committed(cx, written));
+    fn committed(&mut self, cx: &Context<'_>, record: Commit) {
+        self.with(|mirror| mirror.committed(cx, record));
     }
 
     fn retracted(&mut self, cx: &Context<'_>, done: bool) {

@@ -16,6 +16,9 @@ use resilver_sys::usize_from;
 const WORD_SHIFT: u32 = 6;
 /// The bit of a chunk within its word.
 const WORD_MASK: u64 = (1 << WORD_SHIFT) - 1;
+/// The most chunks of a bitmap: 128 MiB of bits, which is 64 TiB in chunks of 64 KiB (QEMU bounds the bits that a qcow2 image
+/// stores to 512 MiB).
+const CHUNKS_MAX: u64 = 1 << 30;
 
 /// How a disk is divided into chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,6 +33,20 @@ impl Grid {
     pub fn new(size: u64, granularity: u32) -> Self {
         assert!(granularity.is_power_of_two(), "a granularity of {granularity} bytes");
         Self { size, shift: granularity.trailing_zeros() }
+    }
+
+    /// What there should be instead of this granularity, for who asks for more chunks than a bitmap has.
+    ///
+    /// # Errors
+    /// They are more.
+    pub fn check(&self) -> Result<(), String> {
+        if self.chunks() <= CHUNKS_MAX {
+            return Ok(());
+        }
+        let chunks = self.chunks();
+        Err(format!(
+            "a larger one: the disk would have {chunks} chunks, and a bitmap has at most {CHUNKS_MAX}"
+        ))
     }
 
     /// Bytes of the disk.

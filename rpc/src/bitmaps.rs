@@ -31,9 +31,6 @@ use crate::target::{Engaged, Graph, Space, Target, Use};
 
 /// The longest name, bytes (QEMU `BDRV_BITMAP_MAX_NAME_SIZE`).
 const NAME_MAX: usize = 1023;
-/// The most chunks of a bitmap: 128 MiB of bits, which is 64 TiB in chunks of 64 KiB (QEMU bounds the bits that a qcow2 image
-/// stores to 512 MiB).
-const CHUNKS_MAX: u64 = 1 << 30;
 
 /// A named bitmap of a bdev.
 #[derive(Debug, Clone)]
@@ -177,13 +174,9 @@ impl Graph {
                     return Err(RpcError::new(code::EXISTS, "bitmap_exists", message, facts));
                 }
                 let grid = Grid::new(bdev.geometry().size(), granularity);
-                if grid.chunks() > CHUNKS_MAX {
-                    let expected = format!(
-                        "a larger one: the disk would have {} chunks, and a bitmap has at most {CHUNKS_MAX}",
-                        grid.chunks()
-                    );
-                    return Err(RpcError::parameter("granularity", granularity, expected));
-                }
+                grid.check().map_err(|expected| {
+                    RpcError::parameter("granularity", granularity, expected)
+                })?;
                 own.insert(
                     name.bitmap.clone(),
                     BitmapEntry {

@@ -682,7 +682,12 @@ impl Core {
         let dropped = op.legs == [Leg::Unused; 2];
         // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing.
         let promised = op.kind != IoKind::Flush || !self.undoing();
-        let on_target = op.leg(Side::Target) == Leg::Ok && !op.tainted && promised || dropped;
+        let on_target = match op.leg(Side::Target) {
+            Leg::Ok => !op.tainted && promised,
+            // A flush that was not for the target came before the job's own, without which there is no record, and that covers it.
+            Leg::Unused => dropped || op.kind == IoKind::Flush && promised,
+            Leg::Flying | Leg::Failed | Leg::Lost => false,
+        };
         if !on_target && self.record.may_exist() && !planted(Bug::AcknowledgedBeforeRetract) {
             self.op(slot).state = OpState::Parked;
             // Where a failure has brought this about, the undoing has begun already; this is for writes that came since.

@@ -40,6 +40,7 @@ use self::core::{BOUNCE_UNIT, BOUNCE_UNITS_MAX};
 pub use self::rows::{RowSet, Rows};
 pub use self::scope::{ObserverPolicy, SyncMode};
 pub use self::working::{BitmapMode, WorkingBitmap};
+use crate::bitmap::Grid;
 use crate::channel::{IoChannel, Limits};
 use crate::device::BdevError;
 use crate::disk::DISK_DEPTH;
@@ -165,6 +166,9 @@ fn validate(config: &MirrorConfig, channels: &MirrorChannels) -> Result<(), Bdev
         return invalid("granularity", granularity.to_string(), "expects a power of 2");
     }
     let (source, target) = (channels.source.limits(), channels.target.limits());
+    if let Err(expected) = Grid::new(source.size(), granularity).check() {
+        return invalid("granularity", granularity.to_string(), &format!("expects {expected}"));
+    }
     if granularity < source.block_size {
         let expected = format!("expects at least the source's block size, {}", source.block_size);
         return invalid("granularity", granularity.to_string(), &expected);

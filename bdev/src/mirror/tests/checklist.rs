@@ -348,3 +348,34 @@ fn write_blocking_sends_the_target_what_a_cursor_would() {
     let (ours, cursor) = beside_the_copy(16384);
     assert!(ours.abs_diff(cursor) < cursor / 4, "{ours} and {cursor}");
 }
+
+#[test]
+fn a_disk_of_more_chunks_than_a_bitmap_has_is_refused_before_there_is_memory_for_them() {
+    // 16 TiB in chunks of 512 bytes: ten bitmaps of 4 GiB each.
+    let huge = || crate::null::Null::new("huge", 512, 1 << 35).unwrap();
+    let open = |depth| huge().open_channel(depth).unwrap();
+    let channels = MirrorChannels {
+        source: open(DISK_DEPTH),
+        copy_source: open(COPY_DEPTH),
+        target: open(TARGET_DEPTH),
+        offload: None,
+    };
+    let config = MirrorConfig { granularity: 512, ..MirrorConfig::default() };
+    let refused = Mirror::new(config, channels).err().expect("a refusal").to_string();
+    assert!(refused.contains("granularity") && refused.contains("a larger one"), "{refused}");
+}
+
+#[test]
+fn a_flush_that_came_before_the_switch_over_and_ends_late_does_not_undo_it() {
+    let mut bench = Bench::started(MirrorConfig::default());
+    bench.fill_source(0, &[3; 512]);
+    bench.reach(JobStatus::Ready);
+    bench.inject(Side::Source, IoKind::Flush, Effect::Stall, 1);
+    bench.submit(1, IoKind::Flush, 0, 0);
+    bench.commit();
+    bench.legs[0].clear();
+    bench.drain();
+    assert_eq!(bench.done, [Completion { tag: Tag(1), result: Ok(()) }]);
+    assert_eq!(bench.with(|mirror, _| mirror.wants()), JobWants::Dissolve);
+    assert_eq!(bench.dissolve().side, Side::Target);
+}

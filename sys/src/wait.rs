@@ -51,6 +51,25 @@ impl EventFd {
         Self { fd, writing, stuck: AtomicBool::new(false) }
     }
 
+    /// Takes a descriptor that a peer sent, if it is what peers tell of events with: an eventfd, or a pipe. A write to anything else may
+    /// take as long as its peer likes (a file on a slow disk or of a file system in user space), and nobody can end that.
+    ///
+    /// # Errors
+    /// It is something else; it is closed. Where `/proc` does not say, it is taken for an eventfd.
+    pub fn from_peer(fd: OwnedFd) -> io::Result<Self> {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        // Not by fstat, which asks a file system in user space.
+        let is_event = link.map_or(true, |link| {
+            let name = link.as_os_str().as_encoded_bytes();
+            name == b"anon_inode:[eventfd]" || name.starts_with(b"pipe:[")
+        });
+        if is_event {
+            Ok(Self::from_fd(fd))
+        } else {
+            Err(io::Error::other("it is neither an eventfd nor a pipe"))
+        }
+    }
+
     /// Adds one, waking whoever waits. A full counter is as good as a signal, so errors are dropped.
     ///
     /// One system call, two for a peer's blocking descriptor. A peer that fills the counter between the two, or takes the
@@ -185,6 +204,19 @@ mod tests {
         assert!(event.drain());
         let flags = rustix::fs::fcntl_getfl(&peer).unwrap();
         assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn a_peers_event_is_an_eventfd_or_a_pipe() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let event = EventFd::from_peer(rustix::event::eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+        event.unwrap().signal();
+        EventFd::from_peer(writer).unwrap().signal();
+        assert!(EventFd::from_peer(reader).unwrap().drain());
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        for other in [tempfile::tempfile().unwrap().into(), OwnedFd::from(socket)] {
+            assert!(EventFd::from_peer(other).is_err());
+        }
     }
 
     #[test]

@@ -119,6 +119,11 @@ fn a_log_that_is_too_small_or_is_none_is_refused_and_the_guest_runs_on() {
     guest.set_features(0);
     guest.tell(&add, &[more.as_fd()]);
     assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0);
+    // And a log that does not cover what there is, however often it is asked for.
+    let all = features::VERSION_1 | features::PROTOCOL_FEATURES | features::LOG_ALL;
+    for _ in 0..2 {
+        assert_eq!(guest.ask(&Message::SetFeatures(all), &[]), Some(Reply::U64(1)));
+    }
 }
 
 #[test]

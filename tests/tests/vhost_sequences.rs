@@ -180,8 +180,7 @@ fn a_front_end_whose_descriptor_for_interrupts_blocks_stops_nobody_else() {
         std::thread::sleep(Duration::from_millis(10));
         turns < stats.turns.get()
     });
-    assert_eq!(guest.run(blk_type::IN, 0, DATA, BLOCK), 0, "it is not stopped again");
-    assert!(guest.is_closed(), "and the front end loses its connection");
+    assert!(guest.is_closed(), "the front end loses its connection");
     let mut other = connect(&served);
     other.start(0, false);
     assert_eq!(other.run(blk_type::IN, 0, DATA, BLOCK), 0);

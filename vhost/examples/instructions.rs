@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
-use resilver_bdev::job::{CopyMode, ScanReport};
+use resilver_bdev::job::{CopyMode, Scan, ScanReport};
 use resilver_bdev::malloc::Malloc;
 use resilver_bdev::mirror::{COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, TARGET_DEPTH};
 use resilver_bdev::null::Null;
@@ -130,14 +130,17 @@ impl World {
             target: target.open_channel(TARGET_DEPTH).unwrap(),
             offload: None,
         };
+        let scan = Scan::default();
         let start = StartJob {
             job: Box::new(Mirror::new(config, channels).unwrap()),
             target_stats: Arc::default(),
             target_bitmaps: Vec::new(),
+            scan: scan.clone(),
             deadline: HOLD_DEADLINE,
             reply: Box::new(|started| assert!(started.is_ok())),
         };
-        for command in [DiskCommand::StartJob(start), DiskCommand::Scanned(ScanReport::Done)] {
+        for command in [DiskCommand::StartJob(start), DiskCommand::Scanned(scan, ScanReport::Done)]
+        {
             assert!(self.handle.send(command).is_ok());
             self.turn();
             self.turn();

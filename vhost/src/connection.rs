@@ -76,6 +76,9 @@ pub(crate) enum ConnectionError {
     /// A descriptor is missing.
     #[error("a file descriptor is missing")]
     MissingDescriptor,
+    /// What it is to be told of events with is no such thing.
+    #[error("a descriptor for events cannot be used: {0}")]
+    NoEvent(io::Error),
     /// The kernel refuses what a post-copy migration needs.
     #[error("a post-copy migration is not possible: {0}")]
     NoPostcopy(io::Error),
@@ -300,7 +303,7 @@ impl Connection {
             }
             Action::SetLogEvent => {
                 let fd = fds.next().ok_or(ConnectionError::MissingDescriptor)?;
-                self.log_event = Some(Arc::new(EventFd::from_fd(fd)));
+                self.log_event = Some(event(fd)?);
                 let event = self.log_event.clone();
                 self.set_log(self.log.clone().map(|log| log.with_event(event))).await?;
             }
@@ -466,7 +469,7 @@ impl Connection {
             FdPresence::Absent => None,
             FdPresence::Attached => {
                 let fd = fd.ok_or(ConnectionError::MissingDescriptor)?;
-                Some(Arc::new(EventFd::from_fd(fd)))
+                Some(event(fd)?)
             }
         };
         let kept = match which {
@@ -519,6 +522,11 @@ pub(crate) fn send<T: Send + 'static>(
     Ok(receiver)
 }
 
+/// What a front end wants to be told with, or tells us with.
+fn event(fd: OwnedFd) -> Result<Arc<EventFd>, ConnectionError> {
+    EventFd::from_peer(fd).map(Arc::new).map_err(ConnectionError::NoEvent)
+}
+
 impl ConnectionError {
     /// Whether the front end can be told that its message failed, and go on. The others leave nobody to tell, or nothing
     /// that could go on.
@@ -532,6 +540,7 @@ impl ConnectionError {
             | Self::State(_)
             | Self::TableFull(_)
             | Self::MissingDescriptor
+            | Self::NoEvent(_)
             | Self::NoPostcopy(_)
             | Self::SharedBefore
             | Self::Unfinished

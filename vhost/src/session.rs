@@ -641,7 +641,8 @@ impl Session {
         if changed != 0 {
             actions.push(self.cache_action());
         }
-        if changed & features::LOG_ALL != 0 {
+        // Asked for again, it is looked at again: the log that it was refused for is too small still, or is not.
+        if (changed | wanted) & features::LOG_ALL != 0 {
             actions.push(Action::SetLogging);
         }
         if wanted & features::PROTOCOL_FEATURES == 0 {

@@ -43,6 +43,12 @@ pub(crate) enum SocketError {
     TooManyDescriptors,
 }
 
+/// Closing a socket that a front end has sent must not wait for who does not read from it; and it may be closed anywhere.
+fn never_linger(fd: &OwnedFd) {
+    // Most are no sockets.
+    let _ = rustix::net::sockopt::set_socket_linger(fd, None);
+}
+
 /// The back end's end of a connection.
 #[derive(Debug)]
 pub(crate) struct Socket(UnixStream);
@@ -74,6 +80,7 @@ impl Socket {
         while let Some(rest) = into.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let read = || receive_some(&self.0, rest);
             let (count, mut came, flags) = self.0.async_io(Interest::READABLE, read).await?;
+            came.iter().for_each(never_linger);
             fds.append(&mut came);
             if flags.contains(ReturnFlags::CTRUNC) || fds.len() > FDS_MAX {
                 return Err(SocketError::TooManyDescriptors);

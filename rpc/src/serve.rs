@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use resilver_reactor::{Idle, ReactorError};
 use resilver_sys::{RingMode, SubmissionThread};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::LocalSet;
@@ -129,6 +130,7 @@ pub fn run(
     stop: impl Future<Output = ()>,
     on_ready: impl FnOnce(&Ready),
 ) -> Result<(), ServeError> {
+    raise_descriptor_limit();
     // Reactors pin themselves, so their threads are started first: what a pinned thread starts inherits its core.
     let reactors = Reactors::start(config.cores, config.idle)?;
     let runtime = Builder::new_current_thread()
@@ -139,6 +141,15 @@ pub fn run(
     // A scan of a hung file may still sit on a blocking thread; it is not waited for.
     runtime.shutdown_background();
     served
+}
+
+/// As many descriptors as we may have: each disk and each guest takes some, and the usual limit is meant for programs that call
+/// `select`.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of descriptors could not be raised");
+    }
 }
 
 async fn serve(

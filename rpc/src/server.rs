@@ -144,16 +144,20 @@ async fn write(
     }
 }
 
+/// The most requests of a batch.
+const BATCH_MAX: usize = 1024;
+
 /// Answers a request or a batch; none where no answer is wanted.
 async fn answer(caller: &Caller, value: Value) -> Option<Value> {
     let Value::Array(batch) = value else {
         return answer_one(caller, value).await.as_ref().map(to_json);
     };
-    if batch.is_empty() {
+    // Answers are longer than requests can be, and none is sent before all are there.
+    if !(1..=BATCH_MAX).contains(&batch.len()) {
         let error = RpcError::new(
             code::INVALID_REQUEST,
             "invalid_request",
-            "Invalid Request: a batch has at least one request",
+            format!("Invalid Request: a batch has 1 to {BATCH_MAX} requests, not {}", batch.len()),
             Value::Null,
         );
         return Some(to_json(&Response::error(Value::Null, error)));

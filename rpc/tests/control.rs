@@ -307,6 +307,8 @@ fn pipelined_requests_batches_and_nonsense_are_answered_as_json_rpc_has_it() {
     assert_eq!((&batch[0][0]["id"], &batch[0][1]["error"]["code"]), (&json!(7), &json!(-32601)));
     assert_eq!(batch[0].as_array().unwrap().len(), 2);
     assert_eq!(exchange("[]")[0]["error"]["code"], code::INVALID_REQUEST);
+    let many = exchange(&format!("[{}1]", "1,".repeat(1024)));
+    assert_eq!((many.len(), &many[0]["error"]["code"]), (1, &json!(code::INVALID_REQUEST)));
     assert_eq!(exchange("{\"a\":}")[0]["error"]["code"], code::PARSE);
     assert_eq!(exchange("hello")[0]["error"]["code"], code::PARSE);
     let positional = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs","params":["a"]}"#;

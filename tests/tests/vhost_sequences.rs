@@ -185,3 +185,23 @@ fn a_front_end_whose_descriptor_for_interrupts_blocks_stops_nobody_else() {
     other.start(0, false);
     assert_eq!(other.run(blk_type::IN, 0, DATA, BLOCK), 0);
 }
+
+#[test]
+fn front_ends_that_connect_and_hang_up_again_and_again_take_few_descriptors() {
+    let served = Served::new(&*malloc());
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = descriptors();
+    let mut most = 0;
+    for _ in 0..400 {
+        drop(UnixStream::connect(served.socket()).unwrap());
+        most = most.max(descriptors());
+    }
+    // Tests beside this one have some, too.
+    assert!(most < before + 150, "{before} before, {most} at most");
+    wait_until("they are let go of", || served.ask(|it| it.info().sessions.is_empty()));
+    wait_until("a guest is served", || {
+        let Ok(stream) = UnixStream::connect(served.socket()) else { return false };
+        let guest = RawGuest::over(stream, memory_file(MEMORY));
+        guest.ask(&Message::GetFeatures, &[]).is_some()
+    });
+}

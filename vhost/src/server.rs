@@ -366,7 +366,7 @@ impl Server {
             return warn!(
                 controller,
                 "a front end was refused: {SESSIONS_MAX} are connected already, and only during a live migration is there \
-                 more than one"
+                 more than one; or many have gone that are not let go of yet"
             );
         };
         let way = tokio::select! {

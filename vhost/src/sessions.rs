@@ -29,6 +29,9 @@ use crate::socket::Socket;
 
 /// The most front ends of one controller at a time.
 pub const SESSIONS_MAX: usize = 2;
+/// With those that have gone and are not let go of yet. Each holds descriptors, of which the process has no more than so many for
+/// all controllers, and who connects and hangs up again and again must not take those of others.
+const SEATS_MAX: usize = 16;
 /// How long a front end waits for what is in its way before it is refused.
 pub const GRACE: Duration = Duration::from_secs(1);
 /// How many files of guests that did not wholly arrive are remembered: those of several guests with memory in several pieces.
@@ -239,7 +242,8 @@ impl Sessions {
     /// A place for one front end more; none where all are taken.
     pub(crate) fn admit(self: &Rc<Self>, socket: Socket) -> Option<Place> {
         let mut seats = self.seats.borrow_mut();
-        if seats.iter().filter(|seat| !seat.is_ending()).count() >= SESSIONS_MAX {
+        let staying = seats.iter().filter(|seat| !seat.is_ending()).count();
+        if staying >= SESSIONS_MAX || seats.len() >= SEATS_MAX {
             return None;
         }
         let seat = Rc::new(Seat {

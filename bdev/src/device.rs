@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::channel::IoChannel;
+use crate::identity::FileIdentity;
 use crate::stats::IoStats;
 
 /// Size of a bdev.
@@ -79,25 +80,6 @@ impl Geometry {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.num_blocks.saturating_mul(u64::from(self.block_size))
-    }
-}
-
-/// What file a bdev stands for, however it is spelled: the test for "the same file by another path".
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileIdentity {
-    /// Device number of the file system, or of the block device itself for a block special file.
-    pub device: u64,
-    /// Inode number; zero for a block special file.
-    pub inode: u64,
-    /// The canonical path it was opened by.
-    pub path: PathBuf,
-}
-
-impl FileIdentity {
-    /// Whether both name one file.
-    #[must_use]
-    pub fn same_file(&self, other: &Self) -> bool {
-        self.device == other.device && self.inode == other.inode
     }
 }
 

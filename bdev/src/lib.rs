@@ -21,6 +21,7 @@ pub mod device;
 pub mod dirty_bitmap;
 pub mod disk;
 pub mod error;
+pub mod identity;
 pub mod io;
 pub mod job;
 pub mod ledger;
@@ -37,12 +38,13 @@ pub mod uring;
 pub mod verify;
 
 pub use channel::{CompletionBatch, IoChannel, Limits};
-pub use device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
+pub use device::{Bdev, BdevError, Detail, Extent, Geometry};
 pub use dirty_bitmap::DirtyBitmap;
 pub use disk::{
     Consumer, ConsumerId, DISK_DEPTH, Disk, DiskCommand, DiskEvent, DiskHandle, HoldError, Port,
     ReplaceRoot, Reply, StartJob,
 };
+pub use identity::FileIdentity;
 pub use io::{BdevIo, Completion, IoError, IoKind, Tag};
 pub use job::{BlockJob, JobEvent, JobInfo, JobStatus, JobVerb, VerbError};
 pub use mirror::{Mirror, MirrorChannels, MirrorConfig};

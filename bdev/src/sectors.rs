@@ -25,7 +25,8 @@ use resilver_reactor::{Armed, Context};
 use resilver_sys::{BufferSlice, Mapping, RegionId, Slices, WaitSet, usize_from};
 
 use crate::channel::{CompletionBatch, IoChannel, Limits};
-use crate::device::{Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
+use crate::device::{Bdev, BdevError, Detail, Extent, Geometry};
+use crate::identity::FileIdentity;
 use crate::io::{BdevIo, IoError, IoKind, Tag};
 use crate::ledger::Ledger;
 use crate::slots::Slots;

@@ -8,17 +8,17 @@
 //!
 //! Without a directory the records hold for the life of the process; [`StateStore::is_durable`] tells.
 //!
-//! A record is found by the file's canonical path, or by its device and inode: the path survives a reboot that renumbers
-//! devices, the numbers survive another spelling or a rename.
+//! A record is found by what a block device is known by ([`resilver_bdev::identity`]), or, where that does not say, by the file's
+//! canonical path or its device and inode.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use resilver_bdev::identity::same_device;
 use resilver_bdev::{BdevError, FileIdentity};
 use serde::{Deserialize, Serialize};
 
@@ -38,17 +38,28 @@ pub struct DiskFile {
     pub device: u64,
     /// Its inode number; zero for a block device.
     pub inode: u64,
+    /// What a block device is known by after a reboot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known_by: Option<String>,
 }
 
 impl DiskFile {
     pub(crate) fn is(&self, file: &FileIdentity) -> bool {
-        self.path == file.path || (self.device == file.device && self.inode == file.inode)
+        self.is_device(file).unwrap_or_else(|| {
+            self.path == file.path || (self.device == file.device && self.inode == file.inode)
+        })
+    }
+
+    /// Whether it is this block device, whatever its number; none if nobody can say.
+    pub(crate) fn is_device(&self, file: &FileIdentity) -> Option<bool> {
+        same_device(self.known_by.as_deref(), file.known_by.as_deref())
     }
 }
 
 impl From<&FileIdentity> for DiskFile {
     fn from(file: &FileIdentity) -> Self {
-        Self { path: file.path.clone(), device: file.device, inode: file.inode }
+        let FileIdentity { path, device, inode, known_by } = file.clone();
+        Self { path, device, inode, known_by }
     }
 }
 
@@ -403,11 +414,7 @@ fn replace(path: &Path, text: &[u8], sync: SyncDir) -> Result<(), (bool, io::Err
 pub fn identify(path: &Path) -> io::Result<FileIdentity> {
     let path = fs::canonicalize(path)?;
     let metadata = fs::metadata(&path)?;
-    Ok(if metadata.file_type().is_block_device() {
-        FileIdentity { device: metadata.rdev(), inode: 0, path }
-    } else {
-        FileIdentity { device: metadata.dev(), inode: metadata.ino(), path }
-    })
+    Ok(FileIdentity::of(&metadata, path))
 }
 
 #[cfg(test)]
@@ -420,7 +427,14 @@ mod tests {
     const RECORDS_NEW: &str = "superseded.json.new";
 
     fn file(number: u64) -> FileIdentity {
-        FileIdentity { device: 1, inode: number, path: format!("/disks/{number}").into() }
+        let path = format!("/disks/{number}").into();
+        FileIdentity { device: 1, inode: number, path, known_by: None }
+    }
+
+    /// A logical volume, whose number and path are those that it has got at this boot.
+    fn volume(uuid: &str, number: u64) -> FileIdentity {
+        let (path, known_by) = (format!("/dev/dm-{number}").into(), Some(format!("dm:{uuid}")));
+        FileIdentity { device: 253 << 8 | number, inode: 0, path, known_by }
     }
 
     fn block_on<T>(future: impl Future<Output = T>) -> T {
@@ -469,6 +483,19 @@ mod tests {
         assert_eq!(generation(&store, 1), None);
         drop(store);
         assert_eq!(generation(&StateStore::open(dir.path()).unwrap(), 1), None);
+    }
+
+    #[test]
+    fn a_superseded_device_is_refused_whatever_its_number_and_no_other_that_has_it_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        block_on(store.supersede(&[volume("old", 3)], &[volume("new", 7)], "job")).unwrap();
+        drop(store);
+        let store = StateStore::open(dir.path()).unwrap();
+        assert!(store.check(&volume("old", 5)).is_err());
+        assert!(store.check(&volume("new", 3)).is_ok() && store.check(&volume("other", 3)).is_ok());
+        // One that nobody knows by anything else is refused where it might be.
+        assert!(store.check(&FileIdentity { known_by: None, ..volume("", 3) }).is_err());
     }
 
     #[test]

@@ -95,7 +95,9 @@ impl StateStore {
         let stored = paths.filter(|path| path.extension().is_some_and(|it| it == EXTENSION));
         stored.filter_map(move |path| match read(&path, size) {
             Ok((header, bitmap, inconsistent)) => {
-                let replaced = header.file.inode != file.inode;
+                // By its number alone a device may be another one since a reboot.
+                let is_device = header.file.is_device(file) == Some(true);
+                let replaced = !is_device && (file.inode == 0 || header.file.inode != file.inode);
                 header.file.is(file).then_some((path, header, bitmap, inconsistent || replaced))
             }
             Err(reason) => {
@@ -189,7 +191,7 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     fn file(path: &str, inode: u64) -> FileIdentity {
-        FileIdentity { device: 1, inode, path: path.into() }
+        FileIdentity { device: 1, inode, path: path.into(), known_by: None }
     }
 
     fn bitmap() -> DirtyBitmap {
@@ -230,6 +232,20 @@ mod tests {
         assert_eq!(found(&store, &renamed, SIZE), lost, "in use, and under one name only");
         store.forget_bitmap(&renamed, "b");
         assert_eq!(found(&store, &disk, SIZE), vec![]);
+    }
+
+    #[test]
+    fn a_bitmap_of_a_device_is_good_where_that_is_known_to_be_the_same() {
+        let (_dir, store) = store();
+        let volume = |uuid: &str, number: u64| {
+            let known_by = Some(format!("dm:{uuid}"));
+            FileIdentity { device: number, known_by, ..file(&format!("/dev/dm-{number}"), 0) }
+        };
+        store.store_bitmap(&volume("a", 3), "b", &bitmap(), false).unwrap();
+        assert_eq!(found(&store, &volume("a", 4), SIZE), [("b".to_owned(), 4096, true, false)]);
+        assert_eq!(found(&store, &volume("other", 3), SIZE), []);
+        let nameless = FileIdentity { known_by: None, ..volume("", 3) };
+        assert_eq!(found(&store, &nameless, SIZE), [("b".to_owned(), 0, false, true)]);
     }
 
     #[test]

@@ -16,7 +16,8 @@ use resilver_sys::file::{Lock, try_lock};
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
-use crate::device::{BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, BdevError, FileIdentity};
+use crate::device::{BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, BdevError};
+use crate::identity::FileIdentity;
 
 /// How long a lock is waited for. A submission thread lets go of the file of a closed ring a few milliseconds later, so a
 /// bdev that is deleted and made again would otherwise find its own lock; whoever really has the file keeps it longer.
@@ -123,7 +124,8 @@ pub(super) fn open(
     } else {
         Alignment::NONE
     };
-    let identity = identity(&file, canonical).map_err(|error| failed("examining", error))?;
+    let metadata = file.metadata().map_err(|error| failed("examining", error))?;
+    let identity = FileIdentity::of(&metadata, canonical);
     let deallocates = !read_only && deallocates(&file, kind, size);
     let in_memory = kind == FileKind::Regular
         && in_memory(&file).map_err(|error| failed("examining", error))?;
@@ -204,15 +206,6 @@ fn kind_of(path: &Path) -> io::Result<Option<FileKind>> {
         Some(FileKind::BlockDevice)
     } else {
         None
-    })
-}
-
-fn identity(file: &File, path: PathBuf) -> io::Result<FileIdentity> {
-    let metadata = file.metadata()?;
-    Ok(if metadata.file_type().is_block_device() {
-        FileIdentity { device: metadata.rdev(), inode: 0, path }
-    } else {
-        FileIdentity { device: metadata.dev(), inode: metadata.ino(), path }
     })
 }
 

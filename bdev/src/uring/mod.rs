@@ -34,7 +34,8 @@ pub use file::create;
 
 use crate::bounce::{Bounce, Pool};
 use crate::channel::{IoChannel, Limits};
-use crate::device::{BLOCK_SIZE_MIN, Bdev, BdevError, Detail, Extent, FileIdentity, Geometry};
+use crate::device::{BLOCK_SIZE_MIN, Bdev, BdevError, Detail, Extent, Geometry};
+use crate::identity::FileIdentity;
 use crate::ledger::Ledger;
 use crate::sectors::Sectors;
 use crate::stats::IoStats;

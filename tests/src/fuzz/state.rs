@@ -12,7 +12,7 @@ use std::path::Path;
 use resilver_bdev::FileIdentity;
 use resilver_rpc::config::{Config, Item};
 use resilver_rpc::methods::Method;
-use resilver_rpc::state::StateStore;
+use resilver_rpc::state::{DiskFile, StateStore};
 
 use resilver_vhost::blk::{BlkDevice, CacheMode, Serial};
 use resilver_vhost::device_state::{DeviceState, STATE_BYTES};
@@ -67,9 +67,8 @@ fn records(text: &[u8], directory: &Path) {
         Err(error) => return assert!(!error.to_string().is_empty()),
     };
     for record in store.records() {
-        let file = &record.superseded;
-        let identity =
-            FileIdentity { path: file.path.clone(), device: file.device, inode: file.inode };
+        let DiskFile { path, device, inode, known_by } = record.superseded.clone();
+        let identity = FileIdentity { path, device, inode, known_by };
         assert!(store.check(&identity).is_err(), "{record:?} does not hold");
     }
 }

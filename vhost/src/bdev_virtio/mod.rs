@@ -188,7 +188,7 @@ fn seats(connection: &Connection, queues: Vec<DriverQueue>) -> Vec<Seat> {
 pub fn export_at(socket: &Path) -> FileIdentity {
     let path = std::fs::canonicalize(socket).unwrap_or_else(|_| socket.to_owned());
     let inode = fnv1a(path.as_os_str().as_bytes().iter().copied());
-    FileIdentity { device: u64::MAX, inode, path }
+    FileIdentity { device: u64::MAX, inode, path, known_by: None }
 }
 
 fn no_such_rings(config: &VirtioConfig, most: u16) -> BdevError {
@@ -317,8 +317,12 @@ mod tests {
     #[test]
     fn an_export_is_recorded_as_the_same_by_every_version() {
         let path = PathBuf::from("/run/resilver-no-such-directory/export.sock");
-        let expected =
-            FileIdentity { device: u64::MAX, inode: 0xa104_1d41_d8aa_0245, path: path.clone() };
+        let expected = FileIdentity {
+            device: u64::MAX,
+            inode: 0xa104_1d41_d8aa_0245,
+            path: path.clone(),
+            known_by: None,
+        };
         assert_eq!(export_at(&path), expected);
     }
 }

@@ -62,8 +62,9 @@ impl FileIdentity {
 #[must_use]
 pub fn same_device(one: Option<&str>, other: Option<&str>) -> Option<bool> {
     let ((kind, one), (other_kind, other)) = (one?.split_once(':')?, other?.split_once(':')?);
-    // A file behind a loop device may have been moved.
-    let certain = kind == other_kind && (one == other || !kind.starts_with("loop"));
+    // Only a uuid stays what it is: a file behind a loop device may be moved, a serial given anew, and kernels have changed what they
+    // make of the same disk's wwid.
+    let certain = kind == other_kind && (one == other || matches!(kind, "dm" | "md"));
     certain.then_some(one == other)
 }
 
@@ -135,6 +136,10 @@ mod tests {
         assert_eq!(same("dm:a", "dm:a"), Some(true));
         assert_eq!(same("dm:a", "dm:b"), Some(false));
         assert_eq!(same("wwid-1:a", "wwid-2:a"), None);
+        assert_eq!(
+            (same("wwid:eui.1", "wwid:eui.1"), same("wwid:eui.1", "wwid:nvme.2")),
+            (Some(true), None)
+        );
         assert_eq!(same("serial:a", "wwid:a"), None);
         assert_eq!(same("loop:0 /a", "loop:0 /a"), Some(true));
         assert_eq!(same("loop:0 /a", "loop:0 /b"), None);

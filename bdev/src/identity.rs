@@ -7,14 +7,16 @@
 //!
 //! | device | known by |
 //! | --- | --- |
-//! | device mapper (LVM, multipath, dm-crypt) | `dm/uuid` |
-//! | md | `md/uuid` |
-//! | loop | the path of the file behind it and where in it it begins |
+//! | LVM | the second half of `dm/uuid`, which is the volume's; the first is its group's, and volumes move between groups |
+//! | other device mapper (multipath, LUKS) | `dm/uuid` |
+//! | md | `md/uuid`, where its metadata are md's own: others leave it zero, or make one up |
+//! | loop | the file behind it, by path and inode, and where in it it begins |
 //! | NVMe, SCSI | `wwid`, `device/wwid` |
 //! | virtio | `serial`, which its host has given it |
 //! | a partition | its disk, and its number |
 //!
-//! Rejected: file system labels and UUIDs, which belong to a disk's content and go with every copy of it.
+//! Rejected: file system labels and UUIDs, which belong to a disk's content and go with every copy of it; the `dm/uuid` of plain
+//! dm-crypt, which is the name that its operator gave it.
 
 use std::fs::{self, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -63,8 +65,8 @@ impl FileIdentity {
 pub fn same_device(one: Option<&str>, other: Option<&str>) -> Option<bool> {
     let ((kind, one), (other_kind, other)) = (one?.split_once(':')?, other?.split_once(':')?);
     // Only a uuid stays what it is: a file behind a loop device may be moved, a serial given anew, and kernels have changed what they
-    // make of the same disk's wwid.
-    let certain = kind == other_kind && (one == other || matches!(kind, "dm" | "md"));
+    // make of the same disk's wwid, which is multipath's uuid, too. That of LUKS has the name in it.
+    let certain = kind == other_kind && (one == other || matches!(kind, "lvm" | "md"));
     certain.then_some(one == other)
 }
 
@@ -80,14 +82,38 @@ fn known_by(device: &Path) -> Option<String> {
         let (kind, value) = known.split_once(':')?;
         return Some(format!("{kind}-{number}:{value}"));
     }
-    let file = || Some(format!("{} {}", read("loop/offset")?, read("loop/backing_file")?));
+    let mapped = || mapped_by(&read("dm/uuid")?);
+    let array = || {
+        let own = read("md/metadata_version")?.starts_with(|it: char| it.is_ascii_digit());
+        read("md/uuid")
+            .filter(|uuid| own && uuid.contains(|it: char| it.is_ascii_hexdigit() && it != '0'))
+    };
+    let file = || {
+        let path = read("loop/backing_file")?;
+        let inode = fs::metadata(&path).ok()?.ino();
+        Some(format!("{} {inode} {path}", read("loop/offset")?))
+    };
     let (kind, value) = None
-        .or_else(|| Some(("dm", read("dm/uuid")?)))
-        .or_else(|| Some(("md", read("md/uuid")?)))
+        .or_else(mapped)
+        .or_else(|| Some(("md", array()?)))
         .or_else(|| Some(("loop", file()?)))
         .or_else(|| Some(("wwid", read("wwid").or_else(|| read("device/wwid"))?)))
         .or_else(|| Some(("serial", read("serial")?)))?;
     Some(format!("{kind}:{value}"))
+}
+
+/// Characters of LVM's uuid of a volume group, behind `LVM-`; that of the volume follows.
+const GROUP: usize = 32;
+
+/// Kind and value of what device mapper knows a device by.
+fn mapped_by(uuid: &str) -> Option<(&'static str, String)> {
+    if uuid.starts_with("CRYPT-PLAIN-") || uuid.starts_with("CRYPT-TEMP-") {
+        return None;
+    }
+    match uuid.strip_prefix("LVM-").and_then(|uuid| uuid.get(GROUP..)) {
+        Some(volume) if !volume.is_empty() => Some(("lvm", volume.to_owned())),
+        Some(_) | None => Some(("dm", uuid.to_owned())),
+    }
 }
 
 #[cfg(test)]
@@ -102,11 +128,27 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        put("dm-3/dm/uuid", "LVM-abc\n");
+        put("dm-3/dm/uuid", &format!("LVM-{}abc-real\n", "g".repeat(GROUP)));
         put("dm-4/dm/uuid", "\n");
-        put("md0/md/uuid", "1:2\n");
-        put("loop0/loop/offset", "0\n");
-        put("loop0/loop/backing_file", "/disks/a b\n");
+        put("dm-5/dm/uuid", "CRYPT-LUKS2-0123-vm\n");
+        put("dm-6/dm/uuid", "CRYPT-PLAIN-vm\n");
+        put("dm-7/dm/uuid", "LVM-short\n");
+        for (array, format, uuid) in [
+            ("md0", "1.2", "00000000-0000-0000-0000-00000000000a"),
+            ("md1", "external:imsm", "00000000-0000-0000-0000-00000000000a"),
+            ("md2", "1.2", "00000000-0000-0000-0000-000000000000"),
+            ("md3", "none", "00000000-0000-0000-0000-00000000000a"),
+        ] {
+            put(&format!("{array}/md/metadata_version"), format);
+            put(&format!("{array}/md/uuid"), uuid);
+        }
+        let file = dir.path().join("a b");
+        fs::write(&file, "").unwrap();
+        let inode = fs::metadata(&file).unwrap().ino();
+        for (device, file) in [("loop0", file.to_str().unwrap()), ("loop1", "/gone (deleted)")] {
+            put(&format!("{device}/loop/offset"), "0\n");
+            put(&format!("{device}/loop/backing_file"), file);
+        }
         put("nvme0n1/wwid", "eui.0025\n");
         put("nvme0n1/nvme0n1p2/partition", "2\n");
         put("sda/device/wwid", "naa.5\n");
@@ -115,9 +157,11 @@ mod tests {
         put("vda/vda1/partition", "1\n");
         let known = |name: &str| known_by(&dir.path().join(name));
         for (name, by) in [
-            ("dm-3", "dm:LVM-abc"),
-            ("md0", "md:1:2"),
-            ("loop0", "loop:0 /disks/a b"),
+            ("dm-3", "lvm:abc-real"),
+            ("dm-5", "dm:CRYPT-LUKS2-0123-vm"),
+            ("dm-7", "dm:LVM-short"),
+            ("md0", "md:00000000-0000-0000-0000-00000000000a"),
+            ("loop0", &format!("loop:0 {inode} {}", file.display())),
             ("nvme0n1", "wwid:eui.0025"),
             ("nvme0n1/nvme0n1p2", "wwid-2:eui.0025"),
             ("sda", "wwid:naa.5"),
@@ -125,7 +169,7 @@ mod tests {
         ] {
             assert_eq!(known(name).as_deref(), Some(by));
         }
-        for nameless in ["dm-4", "vda", "vda/vda1", "none"] {
+        for nameless in ["dm-4", "dm-6", "md1", "md2", "md3", "loop1", "vda", "vda/vda1", "none"] {
             assert_eq!(known(nameless), None, "{nameless}");
         }
     }
@@ -134,7 +178,9 @@ mod tests {
     fn what_is_known_in_different_ways_is_not_compared() {
         let same = |one: &str, other: &str| same_device(Some(one), Some(other));
         assert_eq!(same("dm:a", "dm:a"), Some(true));
-        assert_eq!(same("dm:a", "dm:b"), Some(false));
+        assert_eq!((same("lvm:a", "lvm:b"), same("md:a", "md:b")), (Some(false), Some(false)));
+        assert_eq!(same("dm:CRYPT-LUKS2-u-a", "dm:CRYPT-LUKS2-u-b"), None);
+        assert_eq!(same("dm:mpath-1", "dm:mpath-2"), None);
         assert_eq!(same("wwid-1:a", "wwid-2:a"), None);
         assert_eq!(
             (same("wwid:eui.1", "wwid:eui.1"), same("wwid:eui.1", "wwid:nvme.2")),
@@ -143,6 +189,6 @@ mod tests {
         assert_eq!(same("serial:a", "wwid:a"), None);
         assert_eq!(same("loop:0 /a", "loop:0 /a"), Some(true));
         assert_eq!(same("loop:0 /a", "loop:0 /b"), None);
-        assert_eq!((same("a", "a"), same_device(None, Some("dm:a"))), (None, None));
+        assert_eq!((same("a", "a"), same_device(None, Some("lvm:a"))), (None, None));
     }
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use resilver_bdev::disk::HOLD_DEADLINE;
+use resilver_bdev::identity::FileIdentity;
 use resilver_bdev::job::{Scan, ScanReport};
 use resilver_bdev::mirror::{
     BitmapMode, COPY_DEPTH, Mirror, MirrorChannels, MirrorConfig, SyncMode, TARGET_DEPTH,
@@ -303,8 +304,19 @@ fn check_legs(source: &dyn Bdev, target: &dyn Bdev) -> Result<(), RpcError> {
     let targets = files_of(target);
     let same =
         files_of(source).into_iter().find(|one| targets.iter().any(|other| one.same_file(other)));
-    match same {
-        Some(_) => Err(itself(target.name())),
+    if same.is_some() {
+        return Err(itself(target.name()));
+    }
+    let known = |files: Vec<FileIdentity>| files.into_iter().filter_map(|it| it.known_by);
+    let targets: Vec<_> = known(targets).collect();
+    match known(files_of(source)).find(|one| targets.contains(one)) {
+        Some(by) => Err(RpcError::parameter(
+            "target",
+            target.name(),
+            format!(
+                "the host knows source and target as one device ({by}); if they are two, give one another serial or name"
+            ),
+        )),
         None => Ok(()),
     }
 }

@@ -50,6 +50,13 @@ impl DiskFile {
         })
     }
 
+    /// Whether it is this one beyond doubt: what a record may be taken away for. Who opens a file is refused in doubt; if what
+    /// protects another were given up in doubt, that other would be served.
+    fn is_surely(&self, file: &FileIdentity) -> bool {
+        let both_known = self.known_by.is_some() && file.known_by.is_some();
+        if both_known { self.is_device(file) == Some(true) } else { self.is(file) }
+    }
+
     /// Whether it is this block device, whatever its number; none if nobody can say.
     pub(crate) fn is_device(&self, file: &FileIdentity) -> Option<bool> {
         same_device(self.known_by.as_deref(), file.known_by.as_deref())
@@ -256,9 +263,11 @@ impl StateStore {
             .iter()
             .filter(|it| among(&it.by, sources) || among(&it.superseded, targets));
         let generation = known.map(|it| it.generation).max().unwrap_or(0) + 1;
+        let surely =
+            |disk: &DiskFile, files: &[FileIdentity]| files.iter().any(|it| disk.is_surely(it));
         after
             .records
-            .retain(|it| !among(&it.superseded, targets) && !among(&it.superseded, sources));
+            .retain(|it| !surely(&it.superseded, targets) && !surely(&it.superseded, sources));
         let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         after.records.extend(sources.iter().map(|source| Record {
             superseded: source.into(),
@@ -295,7 +304,7 @@ impl StateStore {
         let Some(Undo { before, sources, targets, .. }) = found else { return Ok(()) };
         let mut after = self.records.borrow().clone();
         let superseded = |record: &Record, files: &[FileIdentity]| {
-            files.iter().any(|file| record.superseded.is(file))
+            files.iter().any(|file| record.superseded.is_surely(file))
         };
         let count = after.records.len();
         after.records.retain(|it| it.job_id != job_id || !superseded(it, &sources));
@@ -326,7 +335,9 @@ impl StateStore {
         let count = after.records.len();
         after.records.retain(|record| {
             let same = identity.as_ref().is_some_and(|file| record.superseded.is(file));
-            !same && record.superseded.path != path
+            // What was called so when it was superseded may be called otherwise now, and another device so.
+            let known = identity.as_ref().is_some_and(|file| file.known_by.is_some());
+            !same && (known || record.superseded.path != path)
         });
         if after.records.len() == count {
             return Ok(false);
@@ -433,7 +444,7 @@ mod tests {
 
     /// A logical volume, whose number and path are those that it has got at this boot.
     fn volume(uuid: &str, number: u64) -> FileIdentity {
-        let (path, known_by) = (format!("/dev/dm-{number}").into(), Some(format!("dm:{uuid}")));
+        let (path, known_by) = (format!("/dev/dm-{number}").into(), Some(format!("lvm:{uuid}")));
         FileIdentity { device: 253 << 8 | number, inode: 0, path, known_by }
     }
 
@@ -483,6 +494,27 @@ mod tests {
         assert_eq!(generation(&store, 1), None);
         drop(store);
         assert_eq!(generation(&StateStore::open(dir.path()).unwrap(), 1), None);
+    }
+
+    #[test]
+    fn a_record_is_taken_away_only_for_what_is_certainly_its_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StateStore::open(dir.path()).unwrap();
+        // The order in which disks are found has changed, and the target has the place that the other disk had.
+        let sdb = |wwid: &str| FileIdentity {
+            path: "/dev/sdb".into(),
+            device: 8,
+            inode: 0,
+            known_by: Some(format!("wwid:{wwid}")),
+        };
+        let moved = FileIdentity { path: "/dev/sdd".into(), device: 9, ..sdb("old") };
+        block_on(store.supersede(&[sdb("old")], &[file(1)], "first")).unwrap();
+        block_on(store.supersede(&[file(2)], &[sdb("new")], "second")).unwrap();
+        assert!(store.check(&moved).is_err());
+        block_on(store.retract("second")).unwrap();
+        assert_eq!(store.records().len(), 1);
+        block_on(store.supersede(&[file(2)], std::slice::from_ref(&moved), "third")).unwrap();
+        assert!(store.check(&moved).is_ok());
     }
 
     #[test]

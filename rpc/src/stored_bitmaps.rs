@@ -238,7 +238,7 @@ mod tests {
     fn a_bitmap_of_a_device_is_good_where_that_is_known_to_be_the_same() {
         let (_dir, store) = store();
         let volume = |uuid: &str, number: u64| {
-            let known_by = Some(format!("dm:{uuid}"));
+            let known_by = Some(format!("lvm:{uuid}"));
             FileIdentity { device: number, known_by, ..file(&format!("/dev/dm-{number}"), 0) }
         };
         store.store_bitmap(&volume("a", 3), "b", &bitmap(), false).unwrap();

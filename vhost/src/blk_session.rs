@@ -464,6 +464,10 @@ fn enable(phase: &mut Phase, enabled: Enabled) {
 impl Consumer for BlkSession {
     fn poll(&mut self, cx: &Context<'_>, port: &mut Port<'_>) -> Work {
         let mut moved = 0;
+        // Before a command exchanges what made the reactor wait.
+        if matches!(self.life, Life::Serving { .. }) {
+            self.look_for_incidents();
+        }
         while let Some(command) = self.commands.receive() {
             self.take(cx, command);
             moved += 1;
@@ -511,6 +515,8 @@ impl Consumer for BlkSession {
             if matches!(phase, Phase::Draining(_))
                 && live.in_use() == 0
                 && live.owed() == 0
+                // It is looked at first.
+                && !live.is_stuck()
                 && let Queue::Live { live, phase: Phase::Draining(reply) } =
                     std::mem::replace(queue, Queue::Empty)
             {

@@ -69,6 +69,8 @@ pub(crate) struct PackedInflight {
 impl PackedInflight {
     /// Begins with a region that nobody has used, or that a ring which stopped has left, on a ring that stands at `used`.
     pub(super) fn fresh(area: Area, entries: u16, used: Position) -> Self {
+        // Half of it is nobody's: who comes to that finds a region that nobody has used, as a ring that stopped leaves it anyway.
+        area.store_u16(VERSION_AT, 0, Ordering::Release);
         // The list ends at the entry that there is not.
         let next: Box<[u16]> = (0..entries).map(|entry| entry + 1).collect();
         for (entry, next) in (0..).zip(&next) {

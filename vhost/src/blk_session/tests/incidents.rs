@@ -47,8 +47,22 @@ fn memory_that_was_taken_away_before_it_came_is_not_used() {
     assert_eq!(bench.fault.try_recv(), Ok(SessionFault::MemoryShrunk));
 }
 
+/// Of the calls that come before the next look, each would hide the descriptor that made the reactor wait.
 #[test]
 fn a_front_end_makes_the_reactor_wait_once() {
+    for meanwhile in [Meanwhile::Nothing, Meanwhile::AnotherCall, Meanwhile::StopsBefore] {
+        waits_once(meanwhile);
+    }
+}
+
+#[derive(PartialEq)]
+enum Meanwhile {
+    Nothing,
+    AnotherCall,
+    StopsBefore,
+}
+
+fn waits_once(meanwhile: Meanwhile) {
     let mut bench = Bench::new();
     rustix::io::write(&bench.call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
     fcntl_setfl(&bench.call, OFlags::RDWR).unwrap();
@@ -60,8 +74,18 @@ fn a_front_end_makes_the_reactor_wait_once() {
         }
     });
     bench.request(0, blk_type::FLUSH, 0, DATA, 0);
+    if meanwhile == Meanwhile::StopsBefore {
+        bench.medium.lock().unwrap().answers = false;
+        bench.turn();
+        bench.tell(|reply| Command::Stop { queue: 0, reply });
+        bench.medium.lock().unwrap().answers = true;
+    }
     bench.turn();
     assert_eq!(bench.used_index(), 1);
+    if meanwhile == Meanwhile::AnotherCall {
+        let event = Some(Arc::new(EventFd::new().unwrap()));
+        bench.tell(|reply| Command::SetNotifier { queue: 0, which: Notifier::Call, event, reply });
+    }
     bench.turn();
     done.send(()).unwrap();
     nudger.join().unwrap();

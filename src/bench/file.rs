@@ -148,8 +148,15 @@ impl Disk for BareFile {
     }
 
     fn pop(&mut self, queue: usize) -> anyhow::Result<Option<usize>> {
-        if self.ended[queue].is_empty() && self.rings[queue].has_completions() {
-            self.reap(queue)?;
+        let ring = &mut self.rings[queue];
+        if self.ended[queue].is_empty() {
+            // What has ended may wait for a commit, but what a turn submits goes together.
+            if !ring.has_unsubmitted() {
+                ring.commit();
+            }
+            if ring.has_completions() {
+                self.reap(queue)?;
+            }
         }
         Ok(self.ended[queue].pop_front())
     }

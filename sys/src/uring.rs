@@ -6,12 +6,14 @@
 //! safe code. A ring dropped with operations outstanding leaks them whole: mappings through their leases, the vectors, the
 //! ring and the file, with its lock. It is the only sound thing left, and rare: a disk is closed when it has drained.
 //!
-//! **Flags.** In [`RingMode::Enter`] the ring is set up with neither `COOP_TASKRUN` nor `DEFER_TASKRUN`: the kernel then
-//! interrupts this thread to post a completion, so completions appear while the thread merely polls, and a turn that
-//! submits nothing makes no system call. `DEFER_TASKRUN` was seen to need one call per batch to reap; with `COOP_TASKRUN`
-//! completions appear by themselves only where the device's interrupt happens to arrive at this core. `SINGLE_ISSUER`
-//! would bind the ring to the thread that enabled it, and disks move. `SUBMIT_ALL` keeps one bad entry from holding up the
-//! rest of its batch.
+//! **Flags.** Without a submission thread the ring is set up with `COOP_TASKRUN` and `TASKRUN_FLAG`: what has ended waits until the
+//! thread that submitted it enters the kernel, and the ring says so in a word that a turn reads. A commit enters for that, too, where
+//! it has nothing to submit; where neither is the case it makes no system call. Otherwise the kernel would interrupt the thread for
+//! each completion that comes in at another core, which costs both cores more than the call (decision 0019). Whose thread sleeps, or
+//! is interrupted anyway, gets its completions by that. A ring without a thread that submits to it any more gets what that thread had
+//! submitted at its next call or tick, so a ring changes hands when nothing is in flight. `DEFER_TASKRUN` needs `SINGLE_ISSUER`, which
+//! would bind the ring to the thread that enabled it, and disks move. `SUBMIT_ALL` keeps one bad entry from holding up the rest of its
+//! batch.
 //!
 //! **Files in memory.** tmpfs cannot say "this would wait", so io_uring would hand its reads and writes to worker threads. Where the
 //! file is open for direct I/O and marked `O_NONBLOCK`, io_uring takes it by its word and carries them out before the call
@@ -56,13 +58,15 @@ const FILE: Fixed = Fixed(0);
 const POOL: u16 = 0;
 /// The `user_data` of entries that belong to no slot.
 const NO_SLOT: u64 = u64::MAX;
+/// `IORING_ENTER_GETEVENTS` of linux/io_uring.h: post what has ended.
+const ENTER_GETEVENTS: u32 = 1;
 /// `_IO(0x12, 0)` of linux/blkdev.h: discard on a block device, Linux 6.12.
 const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
 
 /// How operations reach the kernel.
 #[derive(Debug, Clone)]
 pub enum RingMode {
-    /// One system call for all that was pushed since the last.
+    /// One system call for all that was pushed since the last, and for what has ended.
     Enter,
     /// The same, for a file in memory that is open for direct I/O: a call carries out as many reads and writes as a turn should
     /// before it returns.
@@ -171,11 +175,12 @@ impl Ring {
         };
         let mut builder = IoUring::builder();
         builder.setup_submit_all();
-        if let RingMode::SubmissionThread(thread) = &mode {
-            builder
+        match &mode {
+            RingMode::SubmissionThread(thread) => builder
                 .setup_sqpoll(SUBMISSION_THREAD_IDLE_MS)
-                .setup_attach_wq(thread.ring.as_raw_fd());
-        }
+                .setup_attach_wq(thread.ring.as_raw_fd()),
+            RingMode::Enter | RingMode::Inline => builder.setup_coop_taskrun().setup_taskrun_flag(),
+        };
         let ring = builder.build(slots * 2)?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
@@ -250,6 +255,19 @@ impl Ring {
             Untold::Anything(any) => *any,
             Untold::Each(lengths) => !lengths.is_empty(),
         }
+    }
+
+    /// Whether a commit has something to do: what was pushed, or what has ended and waits for this thread to enter the kernel.
+    #[inline]
+    #[must_use]
+    pub fn wants_commit(&mut self) -> bool {
+        self.has_unsubmitted() || self.has_waiting()
+    }
+
+    /// Whether something has ended that the kernel posts when the thread that submitted it enters.
+    #[inline]
+    fn has_waiting(&mut self) -> bool {
+        self.in_flight > 0 && self.ring.submission().taskrun()
     }
 
     /// Whether completions can be reaped now.
@@ -336,11 +354,17 @@ impl Ring {
         self.push(slot, entry, &[]);
     }
 
-    /// Tells the kernel what was pushed: at most one system call, none if nothing was. What the kernel cannot take now it
-    /// is told of again by the next commit.
+    /// Tells the kernel what was pushed, and has it post what has ended: at most one system call, none if there is neither. What
+    /// the kernel cannot take now it is told of again by the next commit.
     #[inline]
     pub fn commit(&mut self) {
         if !self.has_unsubmitted() {
+            if self.has_waiting() {
+                // SAFETY: nothing is submitted and no argument passed. Failing is no harm: the next commit tries again.
+                let _ = unsafe {
+                    self.ring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None)
+                };
+            }
             return;
         }
         match &mut self.untold {
@@ -771,6 +795,38 @@ mod tests {
         }
         waker.join().unwrap();
         assert_eq!(finish(&mut ring, &table), [(0, 8)]);
+    }
+
+    /// What ends at another core while this thread makes no system call is there after a commit that has nothing to submit.
+    #[test]
+    fn a_commit_takes_what_waits_for_the_thread() {
+        let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        let file = Arc::new(event.try_clone().unwrap());
+        let (table, region, _mapping) = memory(1 << 20);
+        let mut ring = Ring::new(&file, 1, RingMode::Enter).unwrap();
+        let into = BufferSlice { region, length: 8, offset: 0 };
+        let mut waited = 0;
+        for _ in 0..50 {
+            ring.push_transfer(&table, 0, Direction::Read, 0, &[into]).unwrap();
+            ring.commit();
+            assert!(!ring.wants_commit());
+            let writer = std::thread::spawn({
+                let event = event.try_clone().unwrap();
+                move || rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap()
+            });
+            while !ring.wants_commit() && !ring.has_completions() {
+                std::hint::spin_loop();
+            }
+            // Else this thread was interrupted, by a tick or for want of a second core.
+            waited += u32::from(ring.wants_commit());
+            ring.commit();
+            assert!(ring.has_completions() && !ring.wants_commit());
+            ring.reap(&table, |slot, result| assert_eq!((slot, result), (0, 8)));
+            writer.join().unwrap();
+        }
+        if waited == 0 {
+            eprintln!("SKIPPED: nothing waited for the thread; run it on two cores or more");
+        }
     }
 
     /// The cores that the kernel's workers of this thread may run on.

@@ -162,7 +162,7 @@ impl Queues {
         self.ring.push_range(slot, operation, offset, length);
     }
 
-    /// Tells the kernel what was pushed: at most one system call for each queue that something was pushed to.
+    /// As [`Ring::commit`]: at most one system call for each queue.
     #[inline]
     pub(super) fn commit(&mut self) {
         self.ring.commit();
@@ -186,10 +186,10 @@ impl Queues {
         }
     }
 
-    /// Whether there is something that no descriptor will wake a sleeper for: completions at hand, operations that the
-    /// kernel was not told of, and all that Linux AIO has.
+    /// Whether there is something that no descriptor will wake a sleeper for: completions at hand, what a commit
+    /// has to do, and all that Linux AIO has.
     pub(super) fn want_polling(&mut self) -> bool {
-        self.ring.has_unsubmitted()
+        self.ring.wants_commit()
             || self.has_completions()
             || self.transfers.as_ref().is_some_and(|aio| aio.in_flight() > 0)
     }

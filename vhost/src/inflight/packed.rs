@@ -20,6 +20,9 @@
 //! were written behind that descriptor are taken back, or the driver would find them once it is published (the document
 //! does not speak of those).
 //!
+//! Where the ring stands is one word of the region, stored at once: an index without its wrap counter is another position. Who
+//! stores them one by one, as others may, with `old_used_wrap_counter` last, is understood all the same.
+//!
 //! Links of the free list are kept here too and never read back while we run.
 
 use std::sync::atomic::Ordering;
@@ -38,6 +41,8 @@ const USED_AT: usize = 16;
 const OLD_USED_AT: usize = 18;
 const WRAP_AT: usize = 20;
 const OLD_WRAP_AT: usize = 21;
+/// The word that has the last four, and two bytes of padding.
+const POSITIONS_AT: usize = 16;
 /// In an entry.
 const INFLIGHT: usize = 0;
 const NEXT: usize = 2;
@@ -64,6 +69,8 @@ pub(crate) struct PackedInflight {
     last: Box<[u16]>,
     /// The first entries of the batch that is not published yet: room made once.
     batch: Vec<u16>,
+    /// Where the ring stands but for that batch.
+    committed: Position,
 }
 
 impl PackedInflight {
@@ -78,9 +85,8 @@ impl PackedInflight {
             area.store_u8(at(entry) + INFLIGHT, 0, Ordering::Relaxed);
         }
         area.store_u16(ENTRIES_AT, entries, Ordering::Relaxed);
-        let tracker = Self::new(area, entries, 0, 0, next);
+        let mut tracker = Self::new(area, entries, 0, 0, next);
         tracker.store_free(0);
-        tracker.store_used(used);
         tracker.commit(used);
         tracker.area.store_u16(VERSION_AT, VERSION, Ordering::Release);
         tracker
@@ -89,7 +95,7 @@ impl PackedInflight {
     fn new(area: Area, entries: u16, counter: u64, free: u16, next: Box<[u16]>) -> Self {
         let last = vec![0; usize::from(entries)].into_boxed_slice();
         let batch = Vec::with_capacity(usize::from(entries));
-        Self { area, entries, counter, free, next, last, batch }
+        Self { area, entries, counter, free, next, last, batch, committed: Position::START }
     }
 
     /// Goes on with a region, and moves the ring to where it stands by it.
@@ -105,11 +111,15 @@ impl PackedInflight {
             index: area.load_u16(index, Ordering::Acquire),
             wrap: area.load_u8(wrap, Ordering::Acquire) != 0,
         };
-        let (mut used, old) = (position(USED_AT, WRAP_AT), position(OLD_USED_AT, OLD_WRAP_AT));
+        let (mut used, mut old) = (position(USED_AT, WRAP_AT), position(OLD_USED_AT, OLD_WRAP_AT));
         if used.index >= ring.size() || old.index >= ring.size() {
             return Err("names a descriptor that the ring does not have");
         }
         let mut free = area.load_u16(OLD_FREE_AT, Ordering::Acquire);
+        // Committed but for the wrap counter. A batch that goes once around the ring looks so, too, but moves the free list's head.
+        if used.index == old.index && free == area.load_u16(FREE_AT, Ordering::Acquire) {
+            old = used;
+        }
         if used != old {
             let published = ring.flags(old.index) & OWNER != old.available();
             if published {
@@ -131,9 +141,9 @@ impl PackedInflight {
         if u32::from(outstanding) + u32::from(free_entries) != u32::from(entries) {
             return Err("has lost entries");
         }
-        tracker.store_free(free);
-        tracker.store_used(used);
+        // In this order: with the head alone taken back, a batch around the whole ring would look committed.
         tracker.commit(used);
+        tracker.store_free(free);
         ring.resume_at(used, outstanding);
         Ok((tracker, again))
     }
@@ -197,16 +207,19 @@ impl PackedInflight {
         self.area.store_u16(FREE_AT, free, Ordering::Release);
     }
 
-    fn store_used(&self, used: Position) {
-        self.area.store_u16(USED_AT, used.index, Ordering::Release);
-        self.area.store_u8(WRAP_AT, u8::from(used.wrap), Ordering::Release);
+    fn store_positions(&self, used: Position, old: Position) {
+        let word = u64::from(used.index)
+            | u64::from(old.index) << 16
+            | u64::from(used.wrap) << 32
+            | u64::from(old.wrap) << 40;
+        self.area.store_u64(POSITIONS_AT, word, Ordering::Release);
     }
 
     /// What runs ahead is so.
-    fn commit(&self, used: Position) {
+    fn commit(&mut self, used: Position) {
+        self.committed = used;
         self.area.store_u16(OLD_FREE_AT, self.free, Ordering::Release);
-        self.area.store_u16(OLD_USED_AT, used.index, Ordering::Release);
-        self.area.store_u8(OLD_WRAP_AT, u8::from(used.wrap), Ordering::Release);
+        self.store_positions(used, used);
     }
 
     /// A chain of `count` descriptors was taken; answers where it is recorded.
@@ -263,7 +276,7 @@ impl PackedInflight {
             self.free = *record;
         }
         self.store_free(self.free);
-        self.store_used(used);
+        self.store_positions(used, self.committed);
     }
 
     /// The batch was published.
@@ -494,6 +507,7 @@ mod tests {
                 self.check(&copy(&partly), &after_it);
                 partly.store_u8(at_record(taken), 0, Ordering::Relaxed);
             }
+            // As others commit, word by word.
             for (from, to) in [(FREE_AT, OLD_FREE_AT), (USED_AT, OLD_USED_AT)] {
                 let word = partly.load_u16(from, Ordering::Relaxed);
                 partly.store_u16(to, word, Ordering::Relaxed);
@@ -501,6 +515,8 @@ mod tests {
             }
             self.tracker.published(after);
             self.crash(&after_it);
+            let wrap = self.region.load_u8(WRAP_AT, Ordering::Relaxed);
+            assert_eq!(self.region.load_u8(OLD_WRAP_AT, Ordering::Relaxed), wrap);
         }
     }
 

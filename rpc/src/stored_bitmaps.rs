@@ -78,9 +78,12 @@ impl StateStore {
         Some(self.path()?.join(DIR))
     }
 
+    /// Where a bitmap of this file is stored. Two volumes may have exchanged their paths since a reboot, so a device goes by what it
+    /// is known by.
     fn bitmap_path(&self, file: &FileIdentity, name: &str) -> Option<PathBuf> {
-        let path = file.path.as_os_str().as_bytes().iter().copied();
-        let hash = fnv1a(path.chain([0]).chain(name.bytes()));
+        let known = file.known_by.as_deref().map(str::as_bytes);
+        let disk = known.unwrap_or(file.path.as_os_str().as_bytes()).iter().copied();
+        let hash = fnv1a(disk.chain([0]).chain(name.bytes()));
         Some(self.bitmap_dir()?.join(format!("{hash:016x}.{EXTENSION}")))
     }
 
@@ -156,7 +159,7 @@ impl StateStore {
         found.into_values().collect()
     }
 
-    /// Names a stored bitmap after its disk's path of now, so that what is stored next takes its place.
+    /// Names a stored bitmap after what its disk is now, so that what is stored next takes its place.
     pub(crate) fn adopt_bitmap(
         &self,
         file: &FileIdentity,
@@ -246,6 +249,17 @@ mod tests {
         assert_eq!(found(&store, &volume("other", 3), SIZE), []);
         let nameless = FileIdentity { known_by: None, ..volume("", 3) };
         assert_eq!(found(&store, &nameless, SIZE), [("b".to_owned(), 0, false, true)]);
+        // They have exchanged their numbers.
+        store.store_bitmap(&volume("other", 4), "b", &bitmap(), false).unwrap();
+        for (uuid, number) in [("a", 4), ("other", 3)] {
+            let now = volume(uuid, number);
+            store.adopt_bitmap(&now, &store.load_bitmaps(&now, SIZE)[0]).unwrap();
+            store.store_bitmap(&now, "b", &bitmap(), false).unwrap();
+        }
+        for (uuid, number) in [("a", 4), ("other", 3)] {
+            let one = [("b".to_owned(), 4096, true, false)];
+            assert_eq!(found(&store, &volume(uuid, number), SIZE), one, "{uuid}");
+        }
     }
 
     #[test]

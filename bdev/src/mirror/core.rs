@@ -680,10 +680,11 @@ impl Core {
             return self.answer(slot, Err(error), now);
         }
         let dropped = op.legs == [Leg::Unused; 2];
-        // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing.
+        // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing; but where
+        // it lacks nothing they do. Else a guest would wait for as long as a record cannot be taken back.
         let promised = op.kind != IoKind::Flush || !self.undoing();
         let on_target = match op.leg(Side::Target) {
-            Leg::Ok => !op.tainted && promised,
+            Leg::Ok => !op.tainted && (promised || self.lacks_nothing()),
             // A flush that was not for the target came before the job's own, without which there is no record, and that covers it.
             Leg::Unused => dropped || op.kind == IoKind::Flush && promised,
             Leg::Flying | Leg::Failed | Leg::Lost => false,

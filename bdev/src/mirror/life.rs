@@ -252,6 +252,11 @@ impl Core {
         self.in_sync() && (awaited || self.lets_trail())
     }
 
+    /// Whether the target has every write that was acknowledged.
+    pub(super) fn lacks_nothing(&self) -> bool {
+        self.in_sync() && self.unawaited.count() == 0
+    }
+
     /// The job has been put above its disk.
     pub(super) fn inserted(&mut self) {
         if self.stage == Stage::Created {

@@ -21,7 +21,7 @@ use resilver_reactor::Nanos;
 use super::copier::CopyState;
 use super::core::{Action, Core, CoreConfig, Slot};
 use super::durable::Line;
-use super::life::{Ending, Stage};
+use super::life::{Ending, Record, Stage};
 use super::scope::{ObserverPolicy, SyncMode};
 use crate::bitmap::Grid;
 use crate::io::{BdevIo, IoError, IoKind, Tag};
@@ -147,6 +147,8 @@ struct World {
     hole: bool,
     commit_asked: bool,
     retract_asked: bool,
+    /// Once, which is enough: it is asked for again.
+    retraction_refused: bool,
 }
 
 impl World {
@@ -204,6 +206,7 @@ impl World {
             hole: scenario.hole,
             commit_asked: false,
             retract_asked: false,
+            retraction_refused: false,
         };
         world.settle();
         world
@@ -248,6 +251,9 @@ impl World {
         }
         if self.retract_asked {
             events.push(Event::Retracted(true));
+            if self.scenario.control_refuses && !self.retraction_refused {
+                events.push(Event::Retracted(false));
+            }
         }
         events
     }
@@ -286,6 +292,7 @@ impl World {
             }
             Event::Retracted(done) => {
                 self.retract_asked = false;
+                self.retraction_refused |= !done;
                 self.core.retracted(done, self.now);
             }
             Event::Tick => {
@@ -573,7 +580,11 @@ impl World {
         let maps = &core.maps;
         (&maps.dirty, &maps.target_zero, &maps.hole, &maps.guest_wrote).hash(&mut hasher);
         core.ranges.fingerprint(&mut hasher);
-        (core.stage, core.record, core.job_flush, core.wish, core.cursor).hash(&mut hasher);
+        let record = match core.record {
+            Record::RetractAt(at) => Record::RetractAt(at - self.now),
+            other => other,
+        };
+        (core.stage, record, core.job_flush, core.wish, core.cursor).hash(&mut hasher);
         (core.config.copy_mode == CopyMode::Background).hash(&mut hasher);
         (core.asked, core.config.offload_run).hash(&mut hasher);
         core.bad.seen_at(self.now).hash(&mut hasher);
@@ -583,7 +594,7 @@ impl World {
         (self.media, self.durable, self.flushing, self.buffers, self.asked).hash(&mut hasher);
         (&self.answers, &self.may_fail, self.verbs, self.fault, self.hung, self.hole)
             .hash(&mut hasher);
-        (self.commit_asked, self.retract_asked).hash(&mut hasher);
+        (self.commit_asked, self.retract_asked, self.retraction_refused).hash(&mut hasher);
         hasher.finish()
     }
 }

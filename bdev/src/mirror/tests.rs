@@ -496,6 +496,27 @@ fn a_write_that_the_target_misses_after_the_record_waits_for_its_retraction() {
 }
 
 #[test]
+fn a_flush_waits_for_no_retraction_where_the_target_lacks_nothing() {
+    let mut bench = Bench::started(blocking());
+    bench.reach(JobStatus::Ready);
+    bench.verb(JobVerb::Complete).unwrap();
+    bench.turns_until("asked", |bench| bench.events.contains(&JobEvent::CommitRequest));
+    bench.with(|mirror, cx| mirror.committed(cx, Commit::Unknown));
+    bench.with(|mirror, cx| mirror.retracted(cx, false));
+    bench.write(1, 0, &[5; 512]);
+    bench.drain();
+    bench.submit(2, IoKind::Flush, 0, 0);
+    bench.drain();
+    assert_eq!(bench.done.len(), 2, "the guest goes on while the record cannot be taken back");
+    // From here on the target lacks something.
+    bench.inject(Side::Target, IoKind::Write, Effect::Fail(IoError::IO), 1);
+    bench.write(3, 0, &[6; 512]);
+    bench.submit(4, IoKind::Flush, 0, 0);
+    bench.turns(100);
+    assert_eq!(bench.done.len(), 2);
+}
+
+#[test]
 fn a_record_that_cannot_be_written_leaves_the_job_ready() {
     let mut bench = Bench::started(MirrorConfig::default());
     bench.reach(JobStatus::Ready);

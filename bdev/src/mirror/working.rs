@@ -6,7 +6,7 @@
 //!
 //! | mode | meanwhile | after a good end | after any other |
 //! | --- | --- | --- | --- |
-//! | always | the mirror's own map says what is dirty | what the target lacks | what the target lacks |
+//! | always | the mirror's own map says what is dirty | what the target lacks | what the target lacks or may lose |
 //! | never | goes on recording | as before, and all writes since | the same |
 //! | on-success | goes on recording | what the target lacks | as before, and all writes since |
 
@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use super::bugs::{Bug, planted};
 use super::core::{Core, Leg};
+use super::durable::Line;
 use super::scope::SyncMode;
 use super::{BdevError, MirrorConfig};
 use crate::bitmap::Grid;
@@ -92,6 +93,9 @@ impl Core {
     /// Gives the bitmap what the target lacks, if that is its mode: the disk is held, and goes on with this leg.
     pub(super) fn give_back(&mut self, working: &WorkingBitmap, side: Side) {
         self.count_what_flies_as_dirty();
+        if side == Side::Source {
+            self.count_what_a_flush_has_not_answered_for();
+        }
         let good = side == Side::Target || self.failure.is_none();
         match (working.mode, good) {
             (BitmapMode::Always, _) | (BitmapMode::OnSuccess, true) => {
@@ -112,6 +116,16 @@ impl Core {
             if matches!(op.leg(Side::Target), Leg::Flying | Leg::Lost) {
                 self.dirty(&self.grid.touched(op.offset, op.length));
             }
+        }
+    }
+    /// A flush of the target that is in flight, or was given up, may fail when nobody is there to hear it, and with it what was
+    /// written before and since. Where none is, what no flush has covered yet counts as brought over, as it does in QEMU.
+    fn count_what_a_flush_has_not_answered_for(&mut self) {
+        let Self { lines, maps, .. } = self;
+        let line = &lines[Side::Target as usize];
+        if line.line != Line::Idle {
+            maps.dirty.merge(&line.undurable);
+            maps.dirty.merge(&line.flushing);
         }
     }
 }

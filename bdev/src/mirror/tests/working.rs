@@ -6,11 +6,15 @@ use crate::dirty_bitmap::DirtyBitmap;
 
 /// A target that has an earlier copy of all but two chunks, and the bitmap that says so.
 fn by_bitmap(mode: BitmapMode) -> (Bench, Arc<DirtyBitmap>) {
+    by_bitmap_as(mode, blocking())
+}
+
+fn by_bitmap_as(mode: BitmapMode, config: MirrorConfig) -> (Bench, Arc<DirtyBitmap>) {
     let bitmap = Arc::new(DirtyBitmap::new(Grid::new(SIZE, 4096), true));
     bitmap.mark(4096, 1);
     bitmap.mark(12288, 1);
     let working = WorkingBitmap { bitmap: Arc::clone(&bitmap), mode };
-    let mut bench = Bench::new(MirrorConfig { bitmap: Some(working), ..blocking() });
+    let mut bench = Bench::new(MirrorConfig { bitmap: Some(working), ..config });
     bench.fill_source(0, &[7; 16384]);
     bench.with(|mirror, cx| {
         mirror.attach(cx);
@@ -64,5 +68,27 @@ fn after_a_good_end_the_bitmap_is_clean_unless_the_mirror_was_not_to_touch_it() 
         bench.verb(JobVerb::Finish).unwrap();
         assert_eq!(end(bench).info.failure, None);
         assert_eq!(bitmap.count_bytes(), left, "{mode:?}");
+    }
+}
+
+#[test]
+fn what_a_flush_that_has_not_ended_was_to_make_durable_goes_back_into_the_bitmap() {
+    let time_out = Nanos::from_millis(5);
+    for (target_timeout, left) in [(None, 8192), (Some(time_out), 8192 + 4096)] {
+        let config =
+            MirrorConfig { on_target_error: OnError::Ignore, target_timeout, ..blocking() };
+        let (mut bench, bitmap) = by_bitmap_as(BitmapMode::Always, config);
+        bench.inject(Side::Target, IoKind::Flush, Effect::Stall, FOREVER);
+        bench.turns_until("copied", |bench| bench.info().copied_bytes == 8192);
+        bench.turns(10);
+        if target_timeout.is_some() {
+            // It is given up; what it was to cover is copied again, and the guest goes on.
+            bench.turns_until("copied again", |bench| bench.info().copied_bytes == 2 * 8192);
+            bench.write(1, 20480, &[1; 512]);
+            bench.drain();
+        }
+        bench.verb(JobVerb::Cancel).unwrap();
+        end(bench);
+        assert_eq!(bitmap.count_bytes(), left, "{target_timeout:?}");
     }
 }

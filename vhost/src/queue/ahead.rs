@@ -103,6 +103,11 @@ impl Ahead {
                 cx.memory.prefetch(header);
             }
         }
+        // The next look, in this turn or the next one, finds its descriptors here.
+        let there = ring.available()?.min(count + AHEAD);
+        for ahead in count..there {
+            ring.prefetch(ring.head(ahead));
+        }
         Ok(())
     }
 }

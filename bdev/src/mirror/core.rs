@@ -191,7 +191,8 @@ pub(super) struct Op {
     pub error: Option<IoError>,
     /// What its row says of the bits.
     pub bits: Bits,
-    /// A flush failed meanwhile: what a leg has taken may be lost there.
+    /// A flush failed meanwhile: what a leg has taken may be lost there. Of a flush: the target lacked something when it was sent, or
+    /// since.
     pub tainted: bool,
     pub units: u16,
     /// When the target leg was sent.
@@ -656,6 +657,7 @@ impl Core {
     pub(super) fn dirty(&mut self, chunks: &Range<u64>) {
         let before = self.maps.dirty.count();
         self.maps.dirty.set_range(chunks);
+        self.lines[Side::Target as usize].whole = false;
         let new = self.maps.dirty.count() - before;
         self.rates.dirtied(new * self.grid.granularity());
     }
@@ -680,11 +682,12 @@ impl Core {
             return self.answer(slot, Err(error), now);
         }
         let dropped = op.legs == [Leg::Unused; 2];
-        // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing; but where
-        // it lacks nothing they do. Else a guest would wait for as long as a record cannot be taken back.
+        // While a switch-over is undone the target may lack what was acknowledged before, so its flushes promise nothing, but for
+        // those that were sent when it lacked nothing. Else a guest would wait for as long as a record cannot be taken back.
         let promised = op.kind != IoKind::Flush || !self.undoing();
         let on_target = match op.leg(Side::Target) {
-            Leg::Ok => !op.tainted && (promised || self.lacks_nothing()),
+            Leg::Ok if op.kind == IoKind::Flush => promised || !op.tainted,
+            Leg::Ok => !op.tainted,
             // A flush that was not for the target came before the job's own, without which there is no record, and that covers it.
             Leg::Unused => dropped || op.kind == IoKind::Flush && promised,
             Leg::Flying | Leg::Failed | Leg::Lost => false,

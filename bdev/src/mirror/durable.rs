@@ -40,11 +40,18 @@ pub(super) struct FlushLine {
     pub undurable: Bitmap,
     /// Written before the flush in flight was sent.
     pub flushing: Bitmap,
+    /// Of the target: whether it had every acknowledged write when the flush in flight was sent, and nothing was made dirty since.
+    pub whole: bool,
 }
 
 impl FlushLine {
     pub(super) fn new(grid: Grid) -> Self {
-        Self { line: Line::Idle, undurable: Bitmap::empty(grid), flushing: Bitmap::empty(grid) }
+        Self {
+            line: Line::Idle,
+            undurable: Bitmap::empty(grid),
+            flushing: Bitmap::empty(grid),
+            whole: false,
+        }
     }
 
     /// Chunks were written on this leg.
@@ -90,10 +97,12 @@ impl Core {
     }
 
     fn start_flush(&mut self, side: Side, now: Nanos) {
+        let whole = self.lacks_nothing();
         let line = &mut self.lines[side as usize];
         debug_assert_eq!(line.flushing.count(), 0);
         std::mem::swap(&mut line.undurable, &mut line.flushing);
         line.line = Line::Flying { since: now, next: false };
+        line.whole = whole;
         self.act(Action::Flush(side));
     }
 
@@ -167,7 +176,9 @@ impl Core {
             if !waits(self, usize::from(slot)) {
                 continue;
             }
+            let whole = self.lines[side as usize].whole;
             let op = self.op(slot);
+            op.tainted |= side == Side::Target && !whole;
             op.legs[side as usize] = if result.is_ok() { Leg::Ok } else { Leg::Failed };
             match side {
                 Side::Source => op.error = result.err(),

@@ -139,6 +139,8 @@ struct World {
     asked: usize,
     slots: [usize; OPS],
     answers: Vec<Option<bool>>,
+    /// Of each flush: what every block was, of which a write had been answered when it was asked for.
+    owed: Vec<[Option<u8>; BLOCKS]>,
     /// Whether the source failed the request.
     may_fail: Vec<bool>,
     verbs: usize,
@@ -199,6 +201,7 @@ impl World {
             asked: 0,
             slots: [usize::MAX; OPS],
             answers: vec![None; scenario.asks.len()],
+            owed: vec![[None; BLOCKS]; scenario.asks.len()],
             may_fail: vec![false; scenario.asks.len()],
             verbs: 0,
             fault: scenario.fault,
@@ -304,6 +307,15 @@ impl World {
 
     fn ask(&mut self) {
         let Ask(kind, start, end) = self.scenario.asks[self.asked];
+        if kind == IoKind::Flush {
+            for (earlier, Ask(kind, start, end)) in
+                self.scenario.asks[..self.asked].iter().enumerate()
+            {
+                if *kind == IoKind::Write && self.answers[earlier] == Some(true) {
+                    self.owed[self.asked][*start..*end].fill(Some(Self::value(earlier, *kind)));
+                }
+            }
+        }
         let io = BdevIo {
             tag: Tag(u32::try_from(self.asked).unwrap()),
             kind,
@@ -453,6 +465,9 @@ impl World {
         self.answers[asked] = Some(ok);
         assert!(ok || self.may_fail[asked], "request {asked} fails though the source did not");
         let Ask(kind, start, end) = self.scenario.asks[asked];
+        if ok && kind == IoKind::Flush && self.core.record.may_exist() {
+            self.check_durable(asked);
+        }
         if !ok || kind == IoKind::Flush || kind == IoKind::Unmap {
             return;
         }
@@ -470,6 +485,21 @@ impl World {
         );
         if self.core.record.may_exist() {
             assert!(on(Side::Target), "acknowledged under a record, not on the target");
+        }
+    }
+
+    /// A crash now would go on with the target, so what a flush has answered for is durable there.
+    fn check_durable(&self, flush: usize) {
+        for (block, owed) in self.owed[flush].iter().enumerate() {
+            let Some(owed) = *owed else { continue };
+            let writes = |ask: &Ask| (ask.1..ask.2).contains(&block);
+            let wrote_again =
+                self.scenario.asks[..self.asked].iter().filter(|ask| writes(ask)).count() > 1;
+            let durable = self.durable[block];
+            assert!(
+                wrote_again || durable == owed,
+                "a flush is answered under a record, and block {block} is not durable"
+            );
         }
     }
 
@@ -575,7 +605,8 @@ impl World {
                 Line::Flying { since, next } => Some((age(since), next)),
                 Line::Idle | Line::Lost => None,
             };
-            (line_age, line.line == Line::Lost, &line.undurable, &line.flushing).hash(&mut hasher);
+            (line_age, line.line == Line::Lost, &line.undurable, &line.flushing, line.whole)
+                .hash(&mut hasher);
         }
         let maps = &core.maps;
         (&maps.dirty, &maps.target_zero, &maps.hole, &maps.guest_wrote).hash(&mut hasher);
@@ -592,7 +623,7 @@ impl World {
         flying.sort_unstable_by_key(|io| format!("{io:?}"));
         flying.hash(&mut hasher);
         (self.media, self.durable, self.flushing, self.buffers, self.asked).hash(&mut hasher);
-        (&self.answers, &self.may_fail, self.verbs, self.fault, self.hung, self.hole)
+        (&self.answers, &self.owed, &self.may_fail, self.verbs, self.fault, self.hung, self.hole)
             .hash(&mut hasher);
         (self.commit_asked, self.retract_asked, self.retraction_refused).hash(&mut hasher);
         hasher.finish()
@@ -667,10 +698,13 @@ const WHOLE: &[Ask] = &[Ask(IoKind::Write, 0, 2), Ask(IoKind::Write, 1, 2)];
 const NEIGHBOURS: &[Ask] = &[Ask(IoKind::Write, 0, 1), Ask(IoKind::Write, 1, 2)];
 const LATER: &[Ask] = &[Ask(IoKind::Write, 2, 3), Ask(IoKind::Write, 2, 4)];
 const FLUSHED: &[Ask] = &[Ask(IoKind::Write, 1, 2), Ask(IoKind::Flush, 0, 0)];
+const FLUSHED_AGAIN: &[Ask] =
+    &[Ask(IoKind::Write, 1, 2), Ask(IoKind::Flush, 0, 0), Ask(IoKind::Flush, 0, 0)];
 const ZEROED: &[Ask] = &[Ask(IoKind::WriteZeroes, 2, 4), Ask(IoKind::Write, 1, 3)];
 const DISCARDED: &[Ask] = &[Ask(IoKind::Unmap, 0, 4), Ask(IoKind::Write, 1, 2)];
 
-const SCRIPTS: [&[Ask]; 7] = [PARTS, WHOLE, NEIGHBOURS, LATER, FLUSHED, ZEROED, DISCARDED];
+const SCRIPTS: [&[Ask]; 8] =
+    [PARTS, WHOLE, NEIGHBOURS, LATER, FLUSHED, FLUSHED_AGAIN, ZEROED, DISCARDED];
 const MODES: [(CopyMode, How); 5] = [
     (CopyMode::Background, How::Devices),
     (CopyMode::Background, How::Inline),

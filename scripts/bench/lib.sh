@@ -45,9 +45,9 @@ serve_resilver() {
 # rpc METHOD [PARAMETERS]: prints the result as JSON.
 rpc() { "$RESILVER" --json rpc --rpc-socket "$run_dir/resilver.rpc" --wait 20s "$@"; }
 
-# serve_file NAME FILE: the file as a disk, and a controller of that name.
+# serve_file NAME FILE [BLOCK]: the file as a disk of blocks of so many bytes (512), and a controller of that name.
 serve_file() {
-    rpc bdev_uring_create "{\"name\":\"$1\",\"filename\":\"$2\",\"block_size\":512}" >/dev/null
+    rpc bdev_uring_create "{\"name\":\"$1\",\"filename\":\"$2\",\"block_size\":${3:-512}}" >/dev/null
     serve_bdev "$1"
 }
 serve_bdev() { rpc vhost_create_blk_controller "{\"ctrlr\":\"$1\",\"dev_name\":\"$1\"}" >/dev/null; }

@@ -91,6 +91,7 @@ pub(crate) static FAMILIES: [Family; 5] = [
         list: "state_get_records",
         columns: &[
             Column { head: "SUPERSEDED", cell: |row| text(&row["superseded"]["path"]) },
+            Column { head: "KNOWN BY", cell: |row| text(&row["superseded"]["known_by"]) },
             Column { head: "BY", cell: |row| text(&row["by"]["path"]) },
             Column { head: "GENERATION", cell: |row| text(&row["generation"]) },
             Column { head: "JOB", cell: |row| text(&row["job_id"]) },

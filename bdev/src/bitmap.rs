@@ -35,6 +35,12 @@ impl Grid {
         Self { size, shift: granularity.trailing_zeros() }
     }
 
+    /// A disk of another size in chunks as large as these.
+    #[must_use]
+    pub fn resized(&self, size: u64) -> Self {
+        Self { size, shift: self.shift }
+    }
+
     /// What there should be instead of this granularity, for who asks for more chunks than a bitmap has.
     ///
     /// # Errors

@@ -53,8 +53,7 @@ impl DirtyBitmap {
     /// The same for a disk of another size: what is beyond the old end is clean (as QEMU's `bdrv_dirty_bitmap_truncate`).
     #[must_use]
     pub fn resized(&self, size: u64) -> Self {
-        #[allow(clippy::cast_possible_truncation)] // a granularity is made from 32 bits
-        let other = Self::new(Grid::new(size, self.grid.granularity() as u32), self.recording());
+        let other = Self::new(self.grid.resized(size), self.recording());
         other.merge(self);
         other
     }

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use crate::disks::{DiskId, ask};
 use crate::error::{RpcError, code};
 use crate::jobs::Job;
-use crate::stored_bitmaps::StoredBitmap;
+use crate::stored_bitmaps::{Finding, StoredBitmap};
 use crate::target::{Engaged, Graph, Space, Target, Use};
 
 /// The longest name, bytes (QEMU `BDRV_BITMAP_MAX_NAME_SIZE`).
@@ -416,15 +416,33 @@ impl Target {
         Ok(())
     }
 
-    /// The bitmaps of a bdev follow its size.
+    /// Refuses a size that the bitmaps of a bdev cannot follow.
+    pub(crate) fn bitmaps_may_have(&self, bdev: &str, size: u64) -> Result<(), RpcError> {
+        let graph = self.graph();
+        for (name, entry) in graph.bitmaps.get(bdev).into_iter().flatten() {
+            let grid = entry.bitmap.grid().resized(size);
+            if !entry.inconsistent && grid.check().is_err() {
+                let (chunks, granularity) = (grid.chunks(), grid.granularity());
+                let expected = format!(
+                    "a smaller one: bitmap '{name}' would have {chunks} chunks of {granularity} bytes, more than a bitmap has; \
+                     bdev_dirty_bitmap_remove it first"
+                );
+                return Err(RpcError::parameter("new_size", size, expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// The bitmaps of a bdev follow its size, but for those that say nothing any more.
     pub(crate) async fn resize_bitmaps(&self, bdev: &str, size: u64) -> Result<(), RpcError> {
-        let fits = |entry: &BitmapEntry| entry.bitmap.grid().size() == size;
+        let fits = |entry: &BitmapEntry| entry.inconsistent || entry.bitmap.grid().size() == size;
         if self.graph().bitmaps.get(bdev).is_none_or(|own| own.values().all(fits)) {
             return Ok(());
         }
         let held = self.hold_disks(&BTreeSet::from([bdev])).await?;
         let mut graph = self.graph_mut();
-        for entry in graph.bitmaps.get_mut(bdev).into_iter().flat_map(BTreeMap::values_mut) {
+        let own = graph.bitmaps.get_mut(bdev).into_iter().flat_map(BTreeMap::values_mut);
+        for entry in own.filter(|entry| !entry.inconsistent) {
             entry.bitmap = Arc::new(entry.bitmap.resized(size));
         }
         held.release_with_bitmaps(&graph);
@@ -513,21 +531,25 @@ impl Target {
     pub(crate) fn load_bitmaps(&self, bdev: &dyn Bdev) {
         let Some(file) = bdev.identity() else { return };
         for stored in self.state.load_bitmaps(&file, bdev.geometry().size()) {
-            let adopted = self.state.adopt_bitmap(&file, &stored).map_err(RpcError::from);
-            let StoredBitmap { name, bitmap, inconsistent, .. } = stored;
+            let adopted = match stored.finding {
+                Finding::MaybeAnothers => None,
+                Finding::Whole | Finding::Nothing => Some(self.state.adopt_bitmap(&file, &stored)),
+            };
+            let StoredBitmap { name, bitmap, finding, .. } = stored;
             let mut entry = BitmapEntry {
                 bitmap: Arc::new(bitmap),
                 persistent: true,
-                inconsistent,
+                inconsistent: finding != Finding::Whole,
                 busy: None,
             };
-            let marked = adopted.and_then(|()| match inconsistent {
-                true => Ok(()),
-                false => self.store_bitmap(bdev, &name, &entry, true),
+            let marked = adopted.map(|adopted| {
+                adopted.map_err(RpcError::from)?;
+                self.store_bitmap(bdev, &name, &entry, true)
             });
-            if let Err(error) = marked {
-                tracing::error!(bdev = bdev.name(), bitmap = name, %error, "a stored bitmap cannot be marked as in use");
+            if let Some(Err(error)) = marked {
+                tracing::error!(bdev = bdev.name(), bitmap = name, %error, "a stored bitmap cannot be marked as in use and is given up");
                 entry.inconsistent = true;
+                self.state.forget_bitmap(&file, &name);
             }
             let mut graph = self.graph_mut();
             graph.bitmaps.entry(bdev.name().to_owned()).or_default().insert(name, entry);

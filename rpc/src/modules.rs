@@ -103,6 +103,7 @@ impl Target {
         {
             return Err(RpcError::busy(name, &format!("{other}; end that before the resize")));
         }
+        self.bitmaps_may_have(name, size)?;
         // Before it is larger, and after it is smaller: no write goes beyond what is recorded.
         if size > bdev.geometry().size() {
             self.resize_bitmaps(name, size).await?;

@@ -4,6 +4,9 @@
 
 mod common;
 
+use std::fs::File;
+use std::path::PathBuf;
+
 use common::{MIB, Served, served};
 use resilver_rpc::error::code;
 use serde_json::{Value, json};
@@ -304,6 +307,61 @@ fn a_bitmap_that_would_take_all_memory_is_refused() {
     let merge = with(on("other", "a"), json!({ "bitmaps": [{ "name": "huge", "bitmap": "a" }] }));
     let refused = target.refused("bdev_dirty_bitmap_merge", merge).message;
     assert!(refused.contains("Bitmaps are of different sizes"), "{refused}");
+}
+
+#[test]
+fn a_disk_does_not_outgrow_its_bitmaps() {
+    let (_dir, mut target) = served();
+    target.call("bdev_null_create", json!({ "name": "n", "num_blocks": 2048, "block_size": 512 }));
+    target.call("bdev_dirty_bitmap_add", with(on("n", "a"), json!({ "granularity": 512 })));
+    let grow = |mib: u64| json!({ "name": "n", "new_size": mib });
+    let refused = target.refused("bdev_null_resize", grow(1 << 40)).message;
+    assert!(refused.contains("bitmap 'a' would have 2251799813685248 chunks"), "{refused}");
+    target.call("bdev_null_resize", grow(2));
+    target.call("bdev_dirty_bitmap_remove", on("n", "a"));
+    target.call("bdev_null_resize", grow(1 << 40));
+}
+
+#[test]
+fn a_bitmap_that_missed_writes_is_never_believed_again() {
+    let (dir, mut target) = served();
+    let path = target.file("disk", 16);
+    let kept = with(on("disk", "kept"), json!({ "persistent": true }));
+    target.call("bdev_dirty_bitmap_add", kept);
+    drop(target);
+
+    // The disk has grown while nobody served it, is written so, and has its old size again.
+    let file = File::options().write(true).open(&path).unwrap();
+    for mib in [32, 16] {
+        file.set_len(mib * MIB).unwrap();
+        let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+        target.call("bdev_uring_create", json!({ "name": "disk", "filename": path }));
+        let found = bitmaps(&mut target, "disk");
+        assert_eq!(found[0]["inconsistent"], true, "{found} of {mib} MiB");
+    }
+}
+
+#[test]
+fn a_bitmap_that_cannot_be_marked_as_in_use_is_given_up() {
+    let (dir, mut target) = served();
+    let path = target.file("disk", 16);
+    let kept = with(on("disk", "kept"), json!({ "persistent": true }));
+    target.call("bdev_dirty_bitmap_add", kept);
+    drop(target);
+
+    let disk = json!({ "name": "disk", "filename": path });
+    let stored = std::fs::read_dir(dir.path().join("state/bitmaps")).unwrap().flatten();
+    // In the way of the new file that is to take the stored one's place.
+    let new: Vec<PathBuf> = stored.map(|it| it.path().with_extension("bitmap.new")).collect();
+    new.iter().for_each(|path| std::fs::create_dir(path).unwrap());
+    let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+    target.call("bdev_uring_create", disk.clone());
+    assert_eq!(bitmaps(&mut target, "disk")[0]["inconsistent"], true);
+    drop(target);
+    new.iter().for_each(|path| std::fs::remove_dir(path).unwrap());
+    let mut target = Served::start(dir.path(), Some(dir.path().join("state")));
+    target.call("bdev_uring_create", disk);
+    assert_eq!(bitmaps(&mut target, "disk"), json!([]), "what it says is old");
 }
 
 #[test]

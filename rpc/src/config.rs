@@ -3,6 +3,8 @@
 //! Loading goes through the whole file. A call that fails takes only what depends on it with it: after a switch-over that
 //! the file knows nothing of, one disk is refused and the others are served. All failures come back in one error.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -54,13 +56,20 @@ pub struct ConfigCall {
     pub params: Value,
 }
 
+/// Bytes of the largest file that is read. A disk takes some hundreds.
+const SIZE_MAX: u64 = 64 << 20;
+
 impl Config {
     /// Reads a file.
     ///
     /// # Errors
     /// It cannot be read, or is no configuration.
     pub fn read(path: &Path) -> Result<Self, RpcError> {
-        let text = std::fs::read(path).map_err(|error| RpcError::file("reading", path, &error))?;
+        let mut text = Vec::new();
+        let file = File::open(path).and_then(|file| file.take(SIZE_MAX + 1).read_to_end(&mut text));
+        if file.map_err(|error| RpcError::file("reading", path, &error))? as u64 > SIZE_MAX {
+            return Err(not_a_config(&format!("it has more than {SIZE_MAX} bytes")));
+        }
         serde_json::from_slice(&text).map_err(|error| not_a_config(&error.to_string()))
     }
 

@@ -501,3 +501,22 @@ fn a_controller_can_connect_to_where_its_front_end_listens() {
     target.call("vhost_delete_controller", json!({ "ctrlr": "vm" }));
     assert!(path.exists(), "the socket is the front end's");
 }
+
+#[test]
+fn a_configuration_is_a_file_that_fits_in_memory() {
+    let (dir, mut target) = served();
+    let long = dir.path().join("long.json");
+    std::fs::File::create(&long).unwrap().set_len(65 * MIB).unwrap();
+    let refused = target.refused("load_config", json!({ "filename": long })).message;
+    assert!(refused.contains("more than 67108864 bytes"), "{refused}");
+    // A pipe would be waited for, a device read for ever, or replaced.
+    let pipe = dir.path().join("pipe");
+    let mode = rustix::fs::Mode::from(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    for path in [pipe, dir.path().to_owned()] {
+        for method in ["load_config", "save_config"] {
+            let refused = target.refused(method, json!({ "filename": path })).message;
+            assert!(refused.contains("a regular file"), "{refused}");
+        }
+    }
+}

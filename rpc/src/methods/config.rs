@@ -1,6 +1,6 @@
 //! Configuration: saved as the calls that make it again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -9,6 +9,15 @@ use serde_json::{Value, json};
 use super::{Answer, Caller, Rpc};
 use crate::config::{Config, SUBSYSTEMS, load, not_a_config};
 use crate::error::RpcError;
+
+/// Refuses a path that means something other than a file: a device would be replaced by one, a pipe read for ever.
+fn no_device(path: &Path) -> Result<(), RpcError> {
+    if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+        let expected = "a regular file, not a directory, a device or a pipe";
+        return Err(RpcError::parameter("filename", path.display().to_string(), expected));
+    }
+    Ok(())
+}
 
 /// Writes the configuration as a list of calls by subsystem, in SPDK's shape. After a switch-over controllers are on their
 /// new disks, and a disk that was superseded and that nobody uses is left out.
@@ -29,11 +38,12 @@ impl Rpc for SaveConfig {
         if let Some(path) = self.filename {
             let mut text = serde_json::to_vec_pretty(&config).unwrap_or_default();
             text.push(b'\n');
-            let file = path.clone();
-            let written =
-                tokio::task::spawn_blocking(move || crate::state::replace_file(&file, &text)).await;
-            let written = written.map_err(|_| RpcError::gone())?;
-            written.map_err(|error| RpcError::file("writing", &path, &error))?;
+            let write = move || {
+                no_device(&path)?;
+                let written = crate::state::replace_file(&path, &text);
+                written.map_err(|error| RpcError::file("writing", &path, &error))
+            };
+            tokio::task::spawn_blocking(write).await.map_err(|_| RpcError::gone())??;
         }
         Ok(Answer::new(config))
     }
@@ -57,7 +67,10 @@ impl Rpc for LoadConfig {
 
     async fn call(self, caller: Caller) -> Result<Answer, RpcError> {
         let config = match (self.filename, self.subsystems) {
-            (Some(path), None) => Config::read(&path)?,
+            (Some(path), None) => {
+                let read = move || no_device(&path).and_then(|()| Config::read(&path));
+                tokio::task::spawn_blocking(read).await.map_err(|_| RpcError::gone())??
+            }
             (None, Some(subsystems)) => serde_json::from_value(json!({ "subsystems": subsystems }))
                 .map_err(|error| not_a_config(&error.to_string()))?,
             (Some(_), Some(_)) | (None, None) => {

@@ -413,7 +413,11 @@ fn replace(path: &Path, text: &[u8], sync: SyncDir) -> Result<(), (bool, io::Err
         file.sync_all()?;
         fs::rename(&new, path)
     };
-    prepare().map_err(|error| (false, error))?;
+    prepare().map_err(|error| {
+        // On a disk that is full it would keep the next attempt from its room.
+        let _ = fs::remove_file(&new);
+        (false, error)
+    })?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     sync(dir).map_err(|error| (true, error))
 }

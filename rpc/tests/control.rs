@@ -7,6 +7,7 @@ mod common;
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use resilver_rpc::Client;
@@ -513,7 +514,7 @@ fn a_configuration_is_a_file_that_fits_in_memory() {
     let pipe = dir.path().join("pipe");
     let mode = rustix::fs::Mode::from(0o600);
     rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
-    for path in [pipe, dir.path().to_owned()] {
+    for path in [pipe, dir.path().to_owned(), PathBuf::new()] {
         for method in ["load_config", "save_config"] {
             let refused = target.refused(method, json!({ "filename": path })).message;
             assert!(refused.contains("a regular file"), "{refused}");

@@ -12,7 +12,8 @@ use crate::error::RpcError;
 
 /// Refuses a path that means something other than a file: a device would be replaced by one, a pipe read for ever.
 fn no_device(path: &Path) -> Result<(), RpcError> {
-    if std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+    let is_other = std::fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
+    if is_other || path.file_name().is_none() {
         let expected = "a regular file, not a directory, a device or a pipe";
         return Err(RpcError::parameter("filename", path.display().to_string(), expected));
     }

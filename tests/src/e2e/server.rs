@@ -225,6 +225,7 @@ fn launch(directory: &Path) -> (Child, UnixStream) {
     let log = File::options().append(true).create(true).open(at("serve.log")).unwrap();
     let mut command = Command::new(binary());
     command
+        .current_dir(directory)
         .arg("serve")
         .args([Path::new("--rpc-socket"), &at("rpc.sock")])
         .args([Path::new("--vhost-dir"), &at("vhost")])
